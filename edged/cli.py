@@ -1,0 +1,234 @@
+"""The command line of the device. Thin: it parses, calls, prints. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from edged.config import Settings
+
+DEFAULT_CONFIG = Path("/etc/edged/edged.toml")
+
+app = typer.Typer(
+    name="edged",
+    help="Runs quantised models on this device, knows when it is unsure, asks a larger model, gets a better one back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+samples_app = typer.Typer(help="The samples that this device keeps.", no_args_is_help=True)
+models_app = typer.Typer(help="The releases on this device.", no_args_is_help=True)
+app.add_typer(samples_app, name="samples")
+app.add_typer(models_app, name="models")
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (TOML).", envvar="EDGED_CONFIG")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def main() -> None:
+    """Entry point of `edged`."""
+    app()
+
+
+def _fail(text: str, status: int = 1) -> typer.Exit:
+    typer.echo(text, err=True)
+    return typer.Exit(status)
+
+
+def _settings(config: Path) -> Settings:
+    from edged import config as configuration
+
+    try:
+        return configuration.load(config)
+    except configuration.ConfigError as error:
+        raise _fail(str(error), 2) from None
+
+
+@app.command()
+def run(
+    config: Config = DEFAULT_CONFIG,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C; the item in hand is finished first."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    from edged.daemon import AlreadyRunning, Daemon
+    from edged.fetch import FetchError
+    from edged.link import BadCredentials
+    from edged.store import StoreError
+
+    settings = _settings(config)
+    try:
+        daemon = Daemon(settings)
+    except (AlreadyRunning, BadCredentials, StoreError, FetchError, OSError) as error:
+        raise _fail(str(error)) from None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: daemon.stop())
+    daemon.run()
+
+
+@app.command()
+def status(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """What the running daemon does: models, broker, samples, outbox, counters. Exit status 3 when none runs."""
+    from edged.daemon import ask_status
+
+    state_dir = _settings(config).device.state_dir
+    answer = ask_status(state_dir)
+    if answer is None:
+        raise _fail(f"no edged runs with state_dir {state_dir}; start it with `edged run --config {config}`", 3)
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    typer.echo(f"{answer['device']} (pid {answer['pid']})   broker: {answer['broker']}")
+    for name, model in answer["models"].items():
+        adapter = f" + {model['adapter']}" if model.get("adapter") else ""
+        reason = f": {model['reason']}" if model.get("reason") else ""
+        typer.echo(f"  model {name}: {model.get('active') or 'none'}{adapter}   update: {model['update']}{reason}")
+    for name, pipeline in answer["pipelines"].items():
+        typer.echo(f"  pipeline {name}: {'running' if pipeline['alive'] else 'DEAD'}, {pipeline['waiting']} waiting")
+    typer.echo(f"  samples: {_counts(answer['samples'])}")
+    typer.echo(f"  outbox: {answer['outbox']['messages']} messages, {answer['outbox']['bytes']} bytes")
+    typer.echo(f"  counters: {_counts(answer['counters'])}")
+
+
+def _counts(values: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in values.items() if n) or "none"
+
+
+@app.command()
+def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Find what is wrong with this device before it is deployed. Exit status 1 when something is."""
+    from edged.check import inspect
+
+    findings = inspect(_settings(config))
+    if as_json:
+        typer.echo(json.dumps([{"name": f.name, "ok": f.ok, "text": f.text} for f in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.text}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def infer(
+    slot: Annotated[str, typer.Argument(help="Slot whose model answers.")],
+    image: Annotated[Path | None, typer.Option("--image", help="Picture to look at.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
+    release: Annotated[Path | None, typer.Option("--release", help="Release folder, instead of the active one.")] = None,
+    config: Config = DEFAULT_CONFIG,
+) -> None:
+    """Answer one image or prompt with a slot's model, without the daemon; prints JSON."""
+    if (image is None) == (prompt is None):
+        raise _fail("give exactly one of --image FILE and --prompt TEXT", 2)
+    from edged import once
+
+    try:
+        typer.echo(json.dumps(once.answer(_settings(config), slot, image, prompt, release), indent=2))
+    except once.CannotAnswer as error:
+        raise _fail(str(error)) from None
+
+
+@samples_app.command("list")
+def samples_list(
+    config: Config = DEFAULT_CONFIG,
+    state: Annotated[str | None, typer.Option(help="Only samples in this state, for example labelled.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, oldest first.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """List samples: id, state, pipeline, release, confidence, reason, label."""
+    from dataclasses import asdict
+
+    with _store(config) as store:
+        rows = store.samples(state, limit)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    for row in rows:
+        label = " ".join(str(box.get("label")) for box in row.label or []) or "-"
+        typer.echo(f"{row.id}  {row.state:<10} {row.pipeline} {row.release} p={row.confidence:.2f} {row.reason}  {label}")
+    typer.echo(f"{len(rows)} samples", err=True)
+
+
+@samples_app.command("counts")
+def samples_counts(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """How many samples are in which state."""
+    with _store(config) as store:
+        counts = store.counts()
+    typer.echo(json.dumps(counts) if as_json else _counts(counts))
+
+
+def _store(config: Path) -> Any:
+    from contextlib import closing
+
+    from edged.store import Store, StoreError
+
+    folder = _settings(config).device.state_dir
+    if not (folder / "edged.db").is_file():
+        raise _fail(f"{folder}: no edged.db here yet; the daemon makes it on its first run")
+    try:
+        return closing(Store(folder))
+    except StoreError as error:
+        raise _fail(str(error)) from None
+
+
+@models_app.command("list")
+def models_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """List the releases on this device's disk, verified against their hashes."""
+    from edged.releases import BadRelease, Releases, reference, verify
+
+    releases = Releases(_settings(config).device.state_dir / "releases")
+    rows: list[dict[str, Any]] = []
+    for folder in releases.candidates():
+        try:
+            ref = reference(folder)
+            manifest = verify(folder, ref)
+            size = sum(entry.bytes for entry in manifest.files.values())
+            rows.append({"release": ref.release, "sha256": ref.sha256, "kind": manifest.kind, "bytes": size, "error": ""})
+        except BadRelease as error:
+            rows.append({"release": folder.name, "sha256": "", "kind": "", "bytes": 0, "error": str(error)})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        typer.echo(row["error"] or f"{row['release']:<24} {row['kind']:<7} {row['bytes']:>12} bytes  {row['sha256'][:12]}")
+
+
+@models_app.command("verify")
+def models_verify(folder: Annotated[Path, typer.Argument(help="Release folder.")]) -> None:
+    """Verify a release folder and let it answer its golden set in a process of its own."""
+    from edged.engines.base import EngineOptions
+    from edged.prove import ProveFailed, prove
+    from edged.releases import BadRelease, reference, verify
+
+    try:
+        ref = reference(folder)
+        verify(folder, ref)
+        proof = prove(folder, EngineOptions(), 120)
+    except (BadRelease, ProveFailed) as error:
+        raise _fail(str(error)) from None
+    typer.echo(f"{ref.release}: every file matches its hash; {proof.golden} golden inputs answered as promised")
+
+
+@app.command()
+def schema(
+    topic: Annotated[str | None, typer.Argument(help="Only this topic, for example up/reported.")] = None,
+) -> None:
+    """Print the JSON Schema of every payload by topic, so that a client in any language can join."""
+    from edged.wire.messages import json_schema
+
+    schemas = json_schema()
+    if topic is not None:
+        schemas = {name: body for name, body in schemas.items() if topic in name}
+        if not schemas:
+            raise _fail(f"no topic contains {topic!r}; known: {', '.join(json_schema())}", 2)
+    typer.echo(json.dumps(schemas, indent=2))

@@ -1,0 +1,500 @@
+"""The control loop: everything that arrives from the broker and from the workers is handled here, in order, on one thread.
+
+It decides nothing about updates (the table does) or answers (the policy does); it moves messages and keeps the clocks.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import logging
+import queue
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edged.carrier import HttpCarrier
+from edged.clock import Clock
+from edged.config import Settings
+from edged.core.policy import Policy
+from edged.engines.base import GenerateRequest
+from edged.fetch import FetchError, WrongContent
+from edged.link import Connected, Disconnected, Inbound, Link, Published, TooLarge
+from edged.metrics import Window
+from edged.outgoing import Outgoing
+from edged.pipeline import Pipeline
+from edged.sources import Asked, Item
+from edged.store import OutboxFull, OutboxMessage, Sample, StorageFull, Store, StoreError
+from edged.updater import UpdateEvent, Updater
+from edged.wire import messages, topics
+from edged.wire.messages import InvalidPayload
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+BATCH_MAX = 64  # messages handled before the outbox gets its turn
+COMPLAINT_S = 60.0  # an invalid payload is logged once a topic and this long; every one is counted
+
+
+class Wake:
+    """Put into the inbox by a worker that has just filled the outbox."""
+
+
+WAKE = Wake()
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: str
+    reply: dict[str, Any]
+    answer_by: float
+    settle: Callable[[str], None]
+
+
+class Control:
+    """Owns the link's inbox. `run` returns when `stop` was called."""
+
+    def __init__(
+        self, settings: Settings, store: Store, link: Link, outgoing: Outgoing, clock: Clock, window: Window,
+        carrier: HttpCarrier, pipelines: dict[str, Pipeline], responders: dict[tuple[str, str], Pipeline],
+    ) -> None:  # fmt: skip
+        self._settings, self._store, self._link, self._outgoing = settings, store, link, outgoing
+        self._clock, self._window, self._carrier = clock, window, carrier
+        self._pipelines, self._responders = pipelines, responders
+        self.updater: Updater  # set by the composition root: each knows the other
+        self.host_url: str | None = None
+        self.link_state = "not connected yet"
+        self._waiting: dict[str, _Waiting] = {}  # sample -> who waits for its verdict
+        self._waiting_for: set[str] = set()  # requests being answered, so that a repetition is not answered twice
+        self._attempts: dict[str, int] = {}
+        self._report_due = False
+        self._rev = {"own": -1, "group": -1}
+        self._own_desired = False
+        self._complained: dict[str, float] = {}
+        self._stopping = False
+        self._ticked = self._window_closed = clock.monotonic()
+        self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
+        self._handlers: dict[topics.Route, Callable[[Inbound, dict[str, str], Any], None]] = {
+            topics.DESIRED: self._on_desired,
+            topics.GROUP_DESIRED: self._on_desired,
+            topics.VERDICT: self._on_verdict,
+            topics.INFER: self._on_infer,
+            topics.COMMAND: self._on_command,
+            topics.HOST: self._on_host,
+            topics.RESPONDER: self._on_responder,
+            topics.ESCALATION: self._on_escalation,
+        }
+
+    # For other threads.
+
+    def wake(self) -> None:
+        """There is something new in the outbox."""
+        self._link.inbox.put(WAKE)
+
+    def report(self) -> None:
+        """What this device runs has changed: publish it."""
+        self._report_due = True
+        self.wake()
+
+    def wait(
+        self, request: str, sample: str, reply: dict[str, Any], answer_by: float, settle: Callable[[str], None]
+    ) -> None:
+        """Answer `request` with the verdict on `sample`, or with the local `reply` from `answer_by` on."""
+        self._link.inbox.put((sample, _Waiting(request, reply, answer_by, settle)))
+
+    def stop(self) -> None:
+        """End `run`."""
+        self._stopping = True
+        self.wake()
+
+    def say(self, kind: str, text: str, **detail: Any) -> None:
+        """An event for people."""
+        self._enqueue(self._outgoing.event(kind, text, **detail))
+
+    # The loop.
+
+    def run(self) -> None:
+        """Handle what comes until `stop`."""
+        while not self._stopping:
+            self._drain(self._clock.real(TICK_S))
+            now = self._clock.monotonic()
+            if now - self._ticked >= TICK_S:
+                self._ticked = now
+                self._guarded("tick", self._tick)
+            self._guarded("outbox", self._pump)
+        self._uploads.shutdown(wait=False, cancel_futures=True)
+
+    def flush(self, seconds: float) -> None:
+        """Before the end: hand over what is in the outbox, as far as that goes in this time."""
+        deadline = self._clock.monotonic() + seconds
+        while self._clock.monotonic() < deadline and self._link.connected:
+            self._pump()
+            if not self._store.due(self._clock.now(), 1) and not self._attempts:
+                return
+            self._drain(0.05)
+
+    def _guarded(self, what: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except StoreError as error:
+            self._store.count("store_errors")
+            log.error("%s: %s", what, error)
+        except Exception:  # the loop outlives every bug in a handler; the fault is counted
+            self._store.count("control_faults")
+            log.exception("%s", what)
+
+    def _drain(self, timeout_s: float) -> None:
+        acked: list[str] = []
+        try:
+            event = self._link.inbox.get(timeout=timeout_s)
+            for _ in range(BATCH_MAX):
+                if isinstance(event, Published) and not event.error:
+                    acked.append(event.ref)
+                else:
+                    self._guarded("inbox", lambda event=event: self._on_event(event))  # type: ignore[misc]
+                event = self._link.inbox.get_nowait()
+        except queue.Empty:
+            pass
+        if acked:
+            self._guarded("outbox", lambda: self._on_acked(acked))
+
+    def _on_event(self, event: Any) -> None:
+        match event:
+            case Inbound():
+                self._on_message(event)
+            case UpdateEvent():
+                self.updater.handle(event)
+            case Connected():
+                self._on_connected(event)
+            case Disconnected():
+                if event.reason != self.link_state:
+                    log.warning("broker: %s", event.reason)
+                self.link_state = event.reason
+                self._store.count("broker_disconnects")
+            case Published():
+                log.warning("broker refused message %s: %s", event.ref, event.error)
+                self._store.count("broker_refusals")
+                attempts = self._attempts.pop(event.ref, 1)
+                self._store.refused(event.ref, event.error, self._clock.now() + self._retry_s(attempts))
+            case (str() as sample, _Waiting() as waiting):
+                self._waiting[sample] = waiting
+
+    def _on_acked(self, ids: list[str]) -> None:
+        now = self._clock.now()
+        for message_id in ids:
+            # An escalation's row stays until its verdict: how soon it is sent again grows with each attempt.
+            self._store.acked(message_id, now, now + self._retry_s(self._attempts.pop(message_id, 1)))
+
+    def _retry_s(self, attempts: int) -> float:
+        d = self._settings.delivery
+        return float(min(d.retry_s * 2 ** min(attempts - 1, 16), d.retry_s_max))
+
+    def _on_connected(self, event: Connected) -> None:
+        log.info("broker: connected%s", "" if event.session else " (new session)")
+        self.link_state = "connected"
+        self._store.count("broker_connects")
+        self._attempts.clear()  # what was under way is sent again when it is due: receivers know repetitions by their id
+        if not event.session:  # whatever the broker had queued or we had sent may be gone
+            self._store.resend_all(self._clock.now())
+        self._announce("online")
+        self._report_due = True
+
+    def _announce(self, state: str) -> None:
+        for address, payload in announcements(self._settings, self._outgoing, state, self.live()):
+            self._link.publish(address, payload)
+
+    def live(self) -> dict[str, str]:
+        """slot -> active release."""
+        return {name: r.active for name, r in self.updater.reports().items() if r.active}
+
+    def _tick(self) -> None:
+        now = self._clock.now()
+        self._link.ensure_alive()
+        for sample in [s for s, w in self._waiting.items() if w.answer_by <= now]:
+            self._answer_waiting(sample, {})
+        self._store.expire(now, self._outgoing.catalogue)
+        self._store.drop_expired(now)
+        self.updater.tick()
+        if self._clock.monotonic() - self._window_closed >= self._settings.delivery.window_s:
+            self.close_window()
+        self._store.flush_counters()
+        if self._report_due and self._link.connected:
+            address = topics.REPORTED(site=self._outgoing.site, dev=self._outgoing.device)
+            report = messages.Reported(
+                **self._outgoing.stamp(), desired_rev=max(self._rev.values(), default=0),
+                models=self.updater.reports(), health={"counters": self._store.counters()},
+            )  # fmt: skip
+            self._report_due = not self._link.publish(address, messages.encode(report))
+
+    def close_window(self) -> None:
+        """End the metrics window and send what it counted."""
+        self._window_closed = self._clock.monotonic()
+        for fields in self._window.close(self._clock.now()):
+            address = topics.METRICS(site=self._outgoing.site, dev=self._outgoing.device)
+            self._enqueue(self._outgoing.message(address, messages.Metrics(**self._outgoing.stamp(), **fields)))
+
+    def _enqueue(self, message: OutboxMessage) -> None:
+        """For what may be given up when the outbox is full: counted and said."""
+        try:
+            self._store.enqueue(message, self._clock.now())
+        except (OutboxFull, StorageFull) as error:
+            self._store.count("messages_dropped")
+            log.error("%s: %s", message.topic, error)
+
+    def _pump(self) -> None:
+        """Hand due rows to the link, never more than it may hold."""
+        room = self._link.room()
+        if not room:
+            return
+        now = self._clock.now()
+        for row in self._store.due(now, room):
+            m = row.message
+            if m.id in self._attempts:
+                continue  # the link still holds it
+            expiry = None if m.expires is None else max(1, int(m.expires - now))
+            address = topics.Address(m.topic, m.qos, m.retain, expiry)
+            try:
+                if not self._link.publish(address, m.payload, m.id, correlation=m.correlation):
+                    return
+            except TooLarge as error:
+                log.error("%s", error)
+                self._store.count("messages_too_large")
+                self._store.bury(m.id, str(error))
+                continue
+            self._attempts[m.id] = row.attempts + 1
+            self._store.sent(m.id, now, now + self._retry_s(row.attempts + 1))
+
+    # Messages.
+
+    def _on_message(self, message: Inbound) -> None:
+        if not message.payload:  # a retained message was deleted
+            self._link.acknowledge(message)
+            return
+        try:
+            route, fields, decoded = messages.decode(message.topic, message.payload)
+        except InvalidPayload as error:
+            self._store.count("payloads_invalid")
+            now = self._clock.monotonic()
+            if now - self._complained.get(message.topic, -COMPLAINT_S) >= COMPLAINT_S:
+                self._complained = {t: at for t, at in self._complained.items() if now - at < COMPLAINT_S}
+                self._complained[message.topic] = now
+                log.warning("dropped an invalid payload: %s", error)
+            self._answer_invalid(message.topic, str(error))
+            self._link.acknowledge(message)
+            return
+        handler = self._handlers.get(route)
+        if handler is None:
+            self._link.acknowledge(message)
+        else:
+            handler(message, fields, decoded)
+
+    def _answer_invalid(self, topic: str, reason: str) -> None:
+        """Somebody waits for an answer to a broken request: he gets the reason, under the pipeline's name."""
+        parsed = topics.parse(topic)
+        if parsed and parsed[0] is topics.INFER:
+            self._enqueue(self._outgoing.reply(parsed[1]["pipeline"], error=reason))
+
+    def _on_desired(self, message: Inbound, fields: dict[str, str], desired: messages.Desired) -> None:
+        kind = "own" if "dev" in fields else "group"
+        self._link.acknowledge(message)
+        if desired.rev < self._rev[kind]:
+            self._store.count("desired_outdated")
+            return
+        self._rev[kind] = desired.rev
+        self._own_desired |= kind == "own"
+        if kind == "group" and self._own_desired:
+            return  # the device's own wins
+        self.updater.desire(desired)
+        for name, keys in desired.policy.items():
+            pipeline = self._pipelines.get(name)
+            try:
+                if pipeline is not None:
+                    policy: Policy = replace(pipeline.config.policy, **keys)
+                    pipeline.policy = replace(policy, escalate=policy.escalate and bool(pipeline.config.escalate_to))
+            except (TypeError, ValueError) as error:
+                self._store.count("desired_invalid")
+                self.say("bad_policy", f"{name}: {error}")
+        self._report_due = True
+
+    def _on_verdict(self, message: Inbound, _fields: dict[str, str], verdict: messages.Verdict) -> None:
+        sample = self._store.label(
+            verdict.sample, verdict.status, [box.model_dump(mode="json") for box in verdict.label], verdict.confidence,
+            verdict.provenance.model_dump(mode="json"), verdict.reason, self._clock.now(), self._outgoing.catalogue,
+        )  # fmt: skip
+        # Acknowledge after commit: a crash before it means that the verdict comes again, never that it is lost.
+        self._link.acknowledge(message)
+        if sample is None:
+            self._store.count("verdicts_unknown")
+            return
+        self._store.count("verdicts" if sample.changed else "verdicts_repeated")
+        if verdict.status == "labelled":
+            decided = {"prediction": verdict.label, "confidence": verdict.confidence,
+                       "release": verdict.provenance.release, "decided_by": verdict.provenance.who}  # fmt: skip
+            self._answer_waiting(verdict.sample, decided)
+        else:
+            self._answer_waiting(verdict.sample, {})
+
+    def _answer_waiting(self, sample: str, decided: dict[str, Any]) -> None:
+        waiting = self._waiting.pop(sample, None)
+        if waiting is None:
+            return
+        self._enqueue(self._outgoing.reply(waiting.request, **{**waiting.reply, **decided}))
+        waiting.settle("")
+
+    def _on_infer(self, message: Inbound, fields: dict[str, str], request: messages.InferRequest) -> None:
+        if request.id in self._waiting_for:
+            return  # it came again while it is being answered: its first copy will acknowledge
+        item, error = self._request_item(message, fields["pipeline"], request)
+        if self._store.seen(request.id, self._clock.now(), record=False):
+            self._link.acknowledge(message)
+            return
+        if item is not None:
+            self._waiting_for.add(request.id)
+            if self._pipelines[fields["pipeline"]].offer(item):
+                return
+            self._waiting_for.discard(request.id)
+            self._store.count("requests_busy")
+            error = f"{fields['pipeline']}: its queue of {self._settings.pipelines[fields['pipeline']].queue_max} is full"
+        self._store.count("requests_refused")
+        self._enqueue(self._outgoing.reply(request.id, error=error, generation_prompt=request.generation_prompt))
+        self._link.acknowledge(message)
+
+    def _request_item(
+        self, message: Inbound, name: str, request: messages.InferRequest
+    ) -> tuple[Item | None, str]:
+        """The request as an item of its pipeline, or why it is none."""
+        config = self._settings.pipelines.get(name)
+        if config is None or config.source.type != "mqtt":
+            known = [n for n, p in self._settings.pipelines.items() if p.source.type == "mqtt"]
+            return None, f"pipeline {name!r} takes no requests here; those that do: {', '.join(known) or 'none'}"
+
+        def settle(_reason: str) -> None:
+            self._store.seen(request.id, self._clock.now())
+            self._waiting_for.discard(request.id)
+            self._link.acknowledge(message)
+            self.wake()
+
+        common = {"id": request.id, "name": request.id, "captured": self._clock.now(), "request": request.id}
+        if request.generation_prompt is not None:
+            prompt = GenerateRequest(request.generation_prompt, tokens_max=request.tokens_max)
+            return Item(**common, prompt=prompt, settle=settle), ""  # type: ignore[arg-type]
+        try:
+            image = base64.b64decode(request.image or "", validate=True)
+        except binascii.Error as error:
+            return None, f"image: not base64: {error}"
+        if not image:
+            return None, "the request has neither `image` (base64) nor `generation_prompt`"
+        return Item(**common, image=image, settle=settle), ""  # type: ignore[arg-type]
+
+    def _on_escalation(self, message: Inbound, fields: dict[str, str], escalation: messages.Escalation) -> None:
+        pipeline = self._responders.get((fields["tier"], fields["task"]))
+        if pipeline is None or fields["dev"] == self._outgoing.device:
+            self._link.acknowledge(message)
+            return
+        asked = Asked(fields["site"], fields["dev"], escalation)
+        try:
+            image = base64.b64decode(escalation.image or "", validate=True)
+        except binascii.Error:
+            image = b""
+        if hashlib.sha256(image).hexdigest() != escalation.sha256:
+            self._store.count("escalations_corrupt")
+            text = f"image of {len(image)} bytes does not have sha256 {escalation.sha256[:12]}"
+            self._enqueue(self._outgoing.verdict(asked, "rejected", [], 0.0, "", text))
+            self._link.acknowledge(message)
+            return
+
+        def settle(_reason: str) -> None:
+            self._link.acknowledge(message)
+            self.wake()
+
+        item = Item(escalation.sample, escalation.sample, self._clock.now(), image, asked=asked, settle=settle)
+        if not pipeline.offer(item):
+            # Its owner keeps the question until it is answered and will ask again.
+            self._store.count("escalations_busy")
+            self._link.acknowledge(message)
+
+    def _on_host(self, message: Inbound, _fields: dict[str, str], host: messages.HostState) -> None:
+        self._link.acknowledge(message)
+        if host.state == "online" and host.url:
+            self.host_url = host.url
+
+    def _on_responder(self, message: Inbound, _fields: dict[str, str], responder: messages.ResponderState) -> None:
+        self._link.acknowledge(message)
+        if responder.state == "online":
+            self._store.resend_all(self._clock.now())  # whoever waited for an answer asks at once
+
+    def _on_command(self, message: Inbound, fields: dict[str, str], command: messages.SamplesCommand) -> None:
+        self._link.acknowledge(message)  # the trainer repeats a command until it hears `done`
+        self._uploads.submit(self._samples_command, fields["id"], command)
+
+    # Commands run beside the loop: an upload of hundreds of images takes a while.
+
+    def _samples_command(self, command_id: str, command: messages.SamplesCommand) -> None:
+        try:
+            detail = self._move_samples(command)
+            self._command_state(command_id, "done", "", detail)
+        except (FetchError, WrongContent, StoreError, ValueError) as error:
+            self._store.count("commands_failed")
+            self._command_state(command_id, "failed", str(error), {})
+        except Exception as error:
+            log.exception("command %s", command_id)
+            self._store.count("control_faults")
+            self._command_state(command_id, "failed", f"{type(error).__name__}: {error}", {})
+
+    def _move_samples(self, command: messages.SamplesCommand) -> dict[str, Any]:
+        store = self._store
+        if command.action == "list":
+            listed = store.samples(limit=100_000)
+            for sample in listed:
+                self._enqueue(self._outgoing.catalogue(sample))
+            return {"listed": len(listed)}
+        if command.action == "claim":
+            moved = store.claim(command.samples, command.job)
+            for sample in moved.samples:
+                self._upload(sample, command.upload_url)
+        elif command.action == "used":
+            moved = store.used(command.samples, command.release)
+        elif command.action == "release":
+            moved = store.unclaim(command.samples, command.job)
+        else:
+            moved = store.archive(command.samples)
+        return {"moved": [s.id for s in moved.samples], "unknown": moved.unknown, "refused": moved.refused}
+
+    def _upload(self, sample: Sample, url: str) -> None:
+        host = self._settings.host.url or self.host_url
+        if not host or not url.startswith(host.rstrip("/") + "/"):
+            raise ValueError(f"upload_url {url!r} does not belong to the trainer at {host}: nothing was sent")
+        path = self._store.blob(sample.sha256)
+        if path is None:
+            raise FetchError(f"sample {sample.id}: its image is gone")
+        self._carrier.upload(url, path, sample.sha256)
+        self._store.count("samples_uploaded")
+
+    def _command_state(self, command_id: str, state: str, reason: str, detail: dict[str, Any]) -> None:
+        address = topics.COMMAND_STATE(
+            site=self._outgoing.site, dev=self._outgoing.device, type="samples", id=command_id
+        )
+        body = messages.CommandState(
+            **self._outgoing.stamp(), command=command_id, state=state, reason=reason, detail=detail  # type: ignore[arg-type]
+        )
+        self._enqueue(self._outgoing.message(address, body))
+        self.wake()
+
+
+def announcements(
+    settings: Settings, outgoing: Outgoing, state: str, models: dict[str, str]
+) -> list[tuple[topics.Address, bytes]]:
+    """Birth (or death) certificate of the device and of each responder in it."""
+    body = messages.State(
+        **outgoing.stamp(), state=state, device=outgoing.device, profile=settings.device.profile,  # type: ignore[arg-type]
+        tier=settings.device.tier, models=models, capabilities=sorted(settings.pipelines),
+    )  # fmt: skip
+    out = [(topics.STATE(site=outgoing.site, dev=outgoing.device), messages.encode(body))]
+    for name, responder in settings.responders.items():
+        address = topics.RESPONDER(tier=responder.tier, task=responder.task, responder=f"{outgoing.device}.{name}")
+        release = models.get(responder.slot, "")
+        presence = messages.ResponderState(**outgoing.stamp(), state=state, release=release)  # type: ignore[arg-type]
+        out.append((address, messages.encode(presence)))
+    return out

@@ -1,0 +1,184 @@
+"""One calibrated probability that an answer is right, from what the model itself gave away.
+
+A frame is RIGHT when its answer matches the truth one to one (`core.matching.frame_right`). The evidence is a handful of
+named features of the detections and the distance of the input from those that the calibration was fitted on. Laws:
+the probability is in 0..1; it never falls when every answered score rises; NaN anywhere in the evidence makes it 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edged.core.matching import iou_matrix
+from edged.engines.base import Detections, ImageStats
+from edged.wire.manifest import Calibration, Thresholds
+
+# Feature -> the sign that its weight may have (+1: more is better evidence, -1: worse, 0: the data decides). The signs
+# make the probability monotone in the answered scores and keep a fit on few items from learning nonsense.
+SIGNS: dict[str, int] = {
+    "min_logit": 1,  # logit of the lowest answered score; 0 without any
+    "mean_logit": 1,  # mean logit of the answered scores; 0 without any
+    "log_product": 1,  # sum of ln(score) of the answered boxes
+    "kept": 0,  # ln(1 + number of answered boxes)
+    "empty": 0,  # 1 when nothing was answered
+    "missed_logit": -1,  # logit of the strongest weak candidate where nothing was answered
+    "missed_count": -1,  # ln(1 + number of weak candidates where nothing was answered)
+    "rival_logit": -1,  # logit of the strongest weak candidate of another class on an answered box
+    "overlap": -1,  # largest IoU between two answered boxes
+    "novelty": -1,  # Mahalanobis distance of the input from the calibration's inputs
+}
+FEATURES = tuple(SIGNS)
+
+SAME_PLACE_IOU = 0.5  # a weak candidate that overlaps an answered box this much speaks about that box
+SCORE_MARGIN = 0.01  # scores are clipped to margin..1-margin before the logit
+NOVELTY_MAX = 1e6  # a distance is never infinite, so that it can be stored and sent
+_LOGIT_NONE = math.log(SCORE_MARGIN / (1 - SCORE_MARGIN))  # "no weak candidate at all" in logits
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """`p`: probability that the answer is right; `novelty`: distance of the input; `novel`: beyond what was calibrated;
+    `calibrated`: whether `p` was fitted on data or is only a heuristic."""
+
+    p: float
+    novelty: float
+    novel: bool
+    calibrated: bool
+
+
+def stats_vector(stats: ImageStats) -> NDArray[np.float64]:
+    """(3,): brightness, ln(contrast), ln(sharpness), the space in which novelty is measured."""
+    contrast, sharpness = (math.log(max(value, 0.0) + 1e-3) for value in (stats.contrast, stats.sharpness))
+    return np.array([stats.brightness, contrast, sharpness])
+
+
+def novelty(stats: ImageStats, calibration: Calibration) -> float:
+    """Mahalanobis distance of an input from the nearest centre of the calibration's reference.
+
+    0 without a reference, NOVELTY_MAX for NaN.
+    """
+    if calibration.novelty is None:
+        return 0.0
+    away = stats_vector(stats) - np.asarray(calibration.novelty.centres)
+    squared = float(((away @ np.asarray(calibration.novelty.inverse_covariance)) * away).sum(axis=1).min())
+    return min(math.sqrt(max(squared, 0.0)), NOVELTY_MAX) if math.isfinite(squared) else NOVELTY_MAX
+
+
+def features(
+    detections: Detections, thresholds: Thresholds, stats: ImageStats, calibration: Calibration
+) -> dict[str, float]:
+    """The evidence of one frame by name, in the order of FEATURES."""
+    answered = detections.scores >= thresholds.score
+    scores = np.clip(detections.scores[answered].astype(np.float64), SCORE_MARGIN, 1 - SCORE_MARGIN)
+    boxes, classes = detections.boxes[answered], detections.classes[answered]
+    weak_scores = detections.scores[~answered].astype(np.float64)
+    weak_classes = detections.classes[~answered]
+
+    there = iou_matrix(detections.boxes[~answered], boxes) >= SAME_PLACE_IOU
+    missed = weak_scores[~there.any(axis=1)]
+    rivals = weak_scores[(there & (weak_classes[:, None] != classes[None])).any(axis=1)]
+    pairs = iou_matrix(boxes, boxes)
+    np.fill_diagonal(pairs, 0.0)
+    logits = np.log(scores / (1 - scores))
+    return {
+        "min_logit": float(logits.min(initial=math.inf)) if len(scores) else 0.0,
+        "mean_logit": float(logits.mean()) if len(scores) else 0.0,
+        "log_product": float(np.log(scores).sum()),
+        "kept": math.log1p(len(scores)),
+        "empty": float(len(scores) == 0),
+        "missed_logit": _strongest_logit(missed),
+        "missed_count": math.log1p(len(missed)),
+        "rival_logit": _strongest_logit(rivals),
+        "overlap": float(pairs.max(initial=0.0)),
+        "novelty": novelty(stats, calibration),
+    }
+
+
+def _strongest_logit(scores: NDArray[np.float64]) -> float:
+    if not len(scores):
+        return _LOGIT_NONE
+    score = min(max(float(scores.max()), SCORE_MARGIN), 1 - SCORE_MARGIN)
+    return math.log(score / (1 - score))
+
+
+def probability(
+    detections: Detections, thresholds: Thresholds, stats: ImageStats, calibration: Calibration
+) -> Confidence:
+    """How probably the answer on this frame is right.
+
+    Where the input is farther from the calibration's inputs than its limit, the probability shrinks by limit/distance:
+    continuous at the limit, and no number of sure boxes buys it back.
+    """
+    calibrated = calibration.method != "uncalibrated"
+    numbers = (stats.brightness, stats.contrast, stats.sharpness, *detections.scores, *detections.boxes.ravel())
+    if not np.isfinite(numbers).all():
+        return Confidence(0.0, NOVELTY_MAX, True, calibrated)
+    evidence = features(detections, thresholds, stats, calibration)
+    p = _logistic(evidence, calibration) if calibrated else _heuristic(evidence)
+    distance = evidence["novelty"]
+    novel = calibration.novelty is not None and distance > calibration.novelty.limit
+    if novel and calibration.novelty is not None:
+        p *= calibration.novelty.limit / distance
+    return Confidence(p if math.isfinite(p) else 0.0, distance, novel, calibrated)
+
+
+def _logistic(evidence: dict[str, float], calibration: Calibration) -> float:
+    rows = zip(calibration.features, calibration.mean, calibration.scale, calibration.weights, strict=True)
+    return sigmoid(calibration.bias + sum(w * (evidence[name] - mean) / scale for name, mean, scale, w in rows))
+
+
+def _heuristic(evidence: dict[str, float]) -> float:
+    """Without a fit: the weakest answered score, times how surely the strongest missed candidate is nothing."""
+    answered = 1.0 if evidence["empty"] else sigmoid(evidence["min_logit"])
+    return answered * (1 - sigmoid(evidence["missed_logit"]))
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + exp(-value)) without overflow; 0 for NaN, because no evidence is no confidence."""
+    if math.isnan(value):
+        return 0.0
+    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+
+
+def answer_probability(mean_logprob: float) -> float:
+    """A generated answer's confidence, 0..1: the geometric mean of its tokens' probabilities; 0 for NaN."""
+    if math.isnan(mean_logprob):
+        return 0.0
+    return math.exp(min(mean_logprob, 0.0))
+
+
+def check_calibration(calibration: Calibration) -> None:
+    """Refuse a calibration that this device cannot apply; raises ValueError naming what does not fit."""
+    unknown = [name for name in calibration.features if name not in SIGNS]
+    if unknown:
+        raise ValueError(f"calibration uses unknown features {unknown}; this version knows {', '.join(FEATURES)}")
+    lengths = {len(calibration.features), len(calibration.mean), len(calibration.scale), len(calibration.weights)}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"calibration lists have different lengths {sorted(lengths)}; features, mean, scale and weights"
+        )
+    if calibration.method == "logistic" and not calibration.features:
+        raise ValueError("calibration is logistic without any feature; fit it again")
+    numbers = [*calibration.mean, *calibration.scale, *calibration.weights, calibration.bias]
+    reference = calibration.novelty
+    if reference is not None:
+        rows = [*reference.centres, *reference.inverse_covariance]
+        numbers += [*(value for row in rows for value in row), reference.limit]
+        if {len(row) for row in rows} != {3} or len(reference.inverse_covariance) != 3:
+            sizes = [len(row) for row in rows]
+            raise ValueError(f"calibration's novelty reference has rows of {sizes}; expected centres of 3 and a 3 x 3 matrix")
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("calibration holds NaN or infinity; fit it again")
+    if any(scale <= 0 for scale in calibration.scale):
+        raise ValueError(f"calibration's scale {calibration.scale} must be positive; fit it again")
+    wrong = [
+        name for name, weight in zip(calibration.features, calibration.weights, strict=True) if SIGNS[name] * weight < 0
+    ]
+    if wrong:
+        raise ValueError(
+            f"calibration's weights of {wrong} have the wrong sign: surer boxes would lower the probability"
+        )

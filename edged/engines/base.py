@@ -1,0 +1,165 @@
+"""What an engine is: two protocols, the values they exchange, and the registry that opens one for a release."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edged.wire.manifest import ReleaseManifest
+
+Image = NDArray[np.uint8]  # (height, width, 3), BGR, as OpenCV decodes it
+
+
+class EngineError(Exception):
+    """An engine could not load a release or answer an item; the message names what and why."""
+
+
+class PromptTooLong(EngineError):
+    """The prompt does not fit the model's context; the message names both numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageStats:
+    """Cheap statistics of the pixels the model sees, for novelty: all of the grey image scaled to 0..1."""
+
+    brightness: float  # mean
+    contrast: float  # standard deviation
+    sharpness: float  # standard deviation of the Laplacian
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One image ready for `Detector.infer`; `spec` says for which input it was prepared."""
+
+    image: Image  # the decoded original, kept so that another model can prepare it again after a swap
+    tensor: NDArray[Any]  # (channels, height, width), what the model takes
+    spec: tuple[int, int, str]  # (height, width, dtype name) of `tensor`
+    scale: float  # model pixels per image pixel
+    pad: tuple[float, float]  # (left, top) padding in model pixels
+    stats: ImageStats
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """Boxes of one image after non-maximum suppression, best first, down to the engine's weak floor.
+
+    `boxes` (n, 4) float32 x1 y1 x2 y2 in pixels of the original image; `scores` (n,) float32 in 0..1, not calibrated;
+    `classes` (n,) int64, indices into the release's labels. The answer is `above(thresholds.score)`; what lies below it
+    are weak candidates, which tell the confidence of what may have been missed.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    classes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, score: float) -> Detections:
+        """The boxes whose score is at least `score`."""
+        keep = self.scores >= score
+        return Detections(self.boxes[keep], self.scores[keep], self.classes[keep])
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """A prompt for a `Generator`. `tokens_max` 0 means: as many as the context leaves room for."""
+
+    prompt: str
+    tokens_max: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A piece of the answer as it is made; `logprob` is the natural logarithm of the token's probability."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of an answer: why it ended (`stop`, `length`, `cancelled`) and what it used."""
+
+    reason: str
+    prompt_tokens: int
+    answer_tokens: int
+    mean_logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the device decides, not the release: threads, execution providers in order, further engine keys."""
+
+    threads: int = 1
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A loaded release. `infer`/`generate` are called by one worker thread at a time; `close` frees everything."""
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Finds labelled boxes in images."""
+
+    labels: tuple[str, ...]
+
+    def prepare(self, image: Image) -> Prepared:
+        """Letterbox `image` for this model; safe to call from another thread than `infer`."""
+        ...
+
+    def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
+        """Detect in every image of `batch`; raises EngineError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Continues text."""
+
+    context: int  # tokens, prompt and answer together
+
+    def generate(self, request: GenerateRequest) -> Iterator[Token | Finished]:
+        """Yield tokens, then one Finished; raises PromptTooLong or EngineError before the first token."""
+        ...
+
+    def attach(self, adapter: Path | None, scale: float = 1.0) -> None:
+        """Use this LoRA adapter from the next request on (None: the bare base); raises EngineError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+# One row an engine; the module is imported when a release first asks for it, so that a vision device never pays for
+# llama.cpp and the command line never pays for either.
+ENGINES: dict[str, str] = {
+    "onnx_detect": "edged.engines.onnx_detect:OnnxDetector",
+    "llama": "edged.engines.llama:LlamaGenerator",
+}
+
+
+def open_engine(folder: Path, manifest: ReleaseManifest, options: EngineOptions) -> Detector | Generator:
+    """Load the release in `folder` with the engine that its manifest names; raises EngineError."""
+    try:
+        module, name = ENGINES[manifest.engine].split(":")
+    except KeyError:
+        raise EngineError(
+            f"release {manifest.release}: engine {manifest.engine!r} is unknown; known: {', '.join(sorted(ENGINES))}"
+        ) from None
+    opener: Callable[[Path, ReleaseManifest, EngineOptions], Detector | Generator] = getattr(import_module(module), name)
+    return opener(folder, manifest, options)

@@ -1,0 +1,91 @@
+"""The golden set: inputs that travel inside a release with the outputs they must give on the engine that runs them.
+
+`golden_inputs`: .npz, arrays `image_0`, `image_1`, ... (height, width, 3) uint8 BGR. `golden_outputs`: .json, a list with one
+`{boxes, scores, classes}` an image, what scores at least the release's threshold. `golden_prompts`: .json, a list of
+`{prompt, answer}` for generators, greedy.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from edged.core.matching import iou_matrix
+from edged.engines.base import Detections, Detector, EngineError, Finished, GenerateRequest, Generator, Token
+from edged.wire.manifest import ReleaseManifest
+
+IOU_MIN = 0.9  # another processor rounds int8 differently: boxes move by a fraction of a pixel
+SCORE_TOLERANCE = 0.08
+SCORE_EDGE = 0.1  # boxes this close to the threshold may come or go
+
+
+class GoldenMismatch(EngineError):
+    """The model does not answer as its release says it must."""
+
+
+def check(engine: Detector | Generator, folder: Path, manifest: ReleaseManifest) -> int:
+    """Run the golden set and compare; returns how many inputs were compared. Raises GoldenMismatch or EngineError."""
+    if isinstance(engine, Detector):
+        return _check_detector(engine, folder, manifest)
+    return _check_generator(engine, folder, manifest)
+
+
+def generate_all(engine: Generator, request: GenerateRequest) -> tuple[str, Finished]:
+    """The whole answer to a request, and how it ended."""
+    parts: list[str] = []
+    for event in engine.generate(request):
+        if isinstance(event, Token):
+            parts.append(event.text)
+        else:
+            return "".join(parts), event
+    raise EngineError("the generator ended without saying why")
+
+
+def _check_detector(engine: Detector, folder: Path, manifest: ReleaseManifest) -> int:
+    if not {"golden_inputs", "golden_outputs"} <= manifest.files.keys():
+        raise GoldenMismatch(f"release {manifest.release}: no golden set; nothing shows that this model works")
+    expected = json.loads((folder / manifest.files["golden_outputs"].path).read_text())
+    with np.load(folder / manifest.files["golden_inputs"].path, allow_pickle=False) as arrays:
+        images = [arrays[f"image_{n}"] for n in range(len(arrays.files))]
+    if not images or len(images) != len(expected):
+        raise GoldenMismatch(f"release {manifest.release}: {len(images)} golden inputs and {len(expected)} outputs")
+    for number, (image, row) in enumerate(zip(images, expected, strict=True)):
+        found = engine.infer([engine.prepare(image)])[0]
+        difference = _difference(found, row, manifest.thresholds.score)
+        if difference:
+            raise GoldenMismatch(f"release {manifest.release}: golden input {number}: {difference}")
+    return len(images)
+
+
+def _difference(found: Detections, row: dict[str, list[float]], threshold: float) -> str:
+    """Empty when every expected box is found again and nothing sure is new."""
+    boxes = np.asarray(row["boxes"], np.float32).reshape(-1, 4)
+    scores = np.asarray(row["scores"], np.float32)
+    classes = np.asarray(row["classes"], np.int64)
+    same = (iou_matrix(boxes, found.boxes) >= IOU_MIN) & (classes[:, None] == found.classes[None])
+    same &= np.abs(scores[:, None] - found.scores[None]) <= SCORE_TOLERANCE
+    for n in range(len(scores)):
+        if scores[n] >= threshold + SCORE_EDGE and not same[n].any():
+            return f"expected class {classes[n]} at {boxes[n].round().tolist()} with score {scores[n]:.2f}, not found"
+    for n in range(len(found)):
+        if found.scores[n] >= threshold + SCORE_EDGE and not same[:, n].any():
+            return f"found class {found.classes[n]} with score {found.scores[n]:.2f} where nothing is expected"
+    return ""
+
+
+def _check_generator(engine: Generator, folder: Path, manifest: ReleaseManifest) -> int:
+    if "golden_prompts" not in manifest.files:
+        raise GoldenMismatch(f"release {manifest.release}: no golden prompts; nothing shows that this model works")
+    rows = json.loads((folder / manifest.files["golden_prompts"].path).read_text())
+    for row in rows:
+        tokens = int(row.get("tokens_max", 32))
+        answer, _ = generate_all(engine, GenerateRequest(row["prompt"], tokens_max=tokens))
+        if answer.strip() != row["answer"].strip():
+            raise GoldenMismatch(
+                f"release {manifest.release}: prompt {row['prompt']!r}: expected {row['answer']!r}, got {answer[:80]!r}"
+            )
+    if not rows:
+        raise GoldenMismatch(f"release {manifest.release}: the list of golden prompts is empty")
+    return len(rows)

@@ -1,0 +1,32 @@
+"""Bytes of an image file to pixels, with limits."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from edged.engines.base import Image
+
+IMAGE_BYTES_MAX = 32 << 20
+PIXELS_MAX = 64_000_000
+
+
+class BadImage(ValueError):
+    """The bytes are no picture that can be used; the message says what is wrong with them."""
+
+
+def decode(data: bytes) -> Image:
+    """The (height, width, 3) uint8 BGR pixels of a JPEG, PNG, WebP, BMP or TIFF file; raises BadImage."""
+    if not data:
+        raise BadImage("the file is empty")
+    if len(data) > IMAGE_BYTES_MAX:
+        raise BadImage(f"{len(data)} bytes, more than the limit of {IMAGE_BYTES_MAX}")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise BadImage(f"it cannot be decoded: {error.err or error}") from None
+    if image is None:
+        raise BadImage(f"{len(data)} bytes that are no complete JPEG, PNG, WebP, BMP or TIFF")
+    if image.shape[0] * image.shape[1] > PIXELS_MAX:
+        raise BadImage(f"{image.shape[1]}x{image.shape[0]} pixels, more than the limit of {PIXELS_MAX}")
+    return image  # type: ignore[return-value]  # IMREAD_COLOR gives uint8

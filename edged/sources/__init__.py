@@ -1,0 +1,44 @@
+"""Where items come from. A source keeps its item until `settle` was called: a crash before that brings it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from edged.engines.base import GenerateRequest
+from edged.wire.messages import Escalation
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An escalation of another device that this one answers: it came from `site`/`device`."""
+
+    site: str
+    device: str
+    escalation: Escalation
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to answer. `id` becomes the sample's id, and is the same when the item comes again."""
+
+    id: str
+    name: str
+    captured: float  # seconds since the epoch
+    image: bytes = b""  # the file's bytes, undecoded
+    prompt: GenerateRequest | None = None
+    request: str | None = None  # somebody waits for the reply to this request
+    asked: Asked | None = None
+    # Called once, after everything about the item is committed; the argument is why it was rejected, or empty.
+    settle: Callable[[str], None] = field(default=lambda _reason: None)
+
+
+class Source(Protocol):
+    """Puts items into its pipeline's bounded queue from a thread of its own, waiting while the queue is full."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def alive(self) -> bool: ...

@@ -1,0 +1,138 @@
+"""The SQLite file: connections, transactions and what their errors mean. The only importer of sqlite3.
+
+Law of this file: `write()` is on the disk when it returns. `write(durable=False)` survives a crash of the process but
+may be undone, whole transactions from the end, by a power cut: only for what is then merely done again.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edged.store.records import BrokenStore, StorageFull, StoreError
+from edged.store.schema import migrate
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database as Tables
+
+BUSY_TIMEOUT_S = 10  # another process, such as the command line, may hold the write lock
+WAL_BYTES_MAX = 16 << 20  # what a checkpoint leaves of the log file
+
+Row = sqlite3.Row
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable; a renamed file is not there after a power cut before this."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Connection:
+    """One thread's connection. Python's own transaction control is off: every BEGIN and COMMIT is written here."""
+
+    __slots__ = ("durable", "owner", "tables")
+
+    def __init__(self, path: Path) -> None:
+        from sqlite_utils import Database as Tables  # late: a command that opens no store must not pay for it
+
+        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        self.tables: Tables = Tables(connection, execute_plugins=False)
+        self.owner = threading.current_thread()
+        self.durable = True
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES_MAX}")
+
+
+class Database:
+    """`edged.db`, checked and migrated when opened; one connection a thread, one writer at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        self._connections: list[_Connection] = []
+        self._lock = threading.Lock()  # guards the list
+        self._writing = threading.RLock()  # in this process writers queue here, not in SQLite's sleeping retry
+        with self._meaning():
+            rows = self._tables().execute("PRAGMA quick_check(1)").fetchall()
+            if [row[0] for row in rows] != ["ok"]:
+                raise self._broken("; ".join(str(row[0]) for row in rows))
+            with self.write() as tables:
+                migrate(tables)
+        fsync_folder(path.parent)
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        with self._writing, self._lock:
+            for connection in self._connections:
+                connection.tables.close()
+            self._connections.clear()
+            self._local = threading.local()
+
+    def _tables(self) -> Tables:
+        return self._connection().tables
+
+    def _connection(self) -> _Connection:
+        connection: _Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = _Connection(self.path)
+            with self._lock:
+                for dead in [c for c in self._connections if not c.owner.is_alive()]:
+                    dead.tables.close()
+                    self._connections.remove(dead)
+                self._connections.append(connection)
+            self._local.connection = connection
+        return connection
+
+    def read(self, sql: str, values: Any = ()) -> list[Row]:
+        """The rows of a query."""
+        with self._meaning():
+            rows: list[Row] = self._tables().execute(sql, values).fetchall()
+        return rows
+
+    @contextmanager
+    def write(self, durable: bool = True) -> Iterator[Tables]:
+        """One transaction: all of the block, or nothing when it raises."""
+        with self._meaning(), self._writing:
+            connection = self._connection()
+            if connection.durable is not durable:
+                connection.tables.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                connection.durable = durable
+            # IMMEDIATE: a transaction that reads first and writes later would fail when another process wrote between.
+            connection.tables.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection.tables
+                connection.tables.execute("COMMIT")
+            except BaseException:
+                if connection.tables.conn.in_transaction:
+                    connection.tables.execute("ROLLBACK")
+                raise
+
+    def _broken(self, what: str) -> BrokenStore:
+        return BrokenStore(
+            f"{self.path}: {what}; the database is damaged. Stop edged, move the file away together with its -wal and "
+            "-shm files, and start again: a new one is made, the models stay"
+        )
+
+    @contextmanager
+    def _meaning(self) -> Iterator[None]:
+        """SQLite's errors in our words, so that nobody else needs to import sqlite3."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_FULL:
+                raise StorageFull(f"{self.path}: the disk is full ({error}); free space or evict samples") from error
+            if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise self._broken(str(error)) from error
+            raise StoreError(f"{self.path}: {error}") from error

@@ -1,0 +1,148 @@
+"""The small durable facts: counters, update records, bad releases, seen message ids, language requests, values."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from dataclasses import astuple
+from typing import Any
+
+from edged.store.database import Database
+from edged.store.records import Json, LanguageRequest, StoreLimits
+
+
+class Ledger:
+    """Facts by key. Everything is durable when the call returns, except counters and seen ids (see there)."""
+
+    def __init__(self, db: Database, limits: StoreLimits) -> None:
+        self._db = db
+        self._limits = limits
+        self._counting = threading.Lock()
+        self._pending: Counter[str] = Counter()
+
+    def count(self, name: str, n: int = 1) -> None:
+        """Add to a counter in memory; `flush_counters` keeps it."""
+        if n:
+            with self._counting:
+                self._pending[name] += n
+
+    def flush_counters(self) -> None:
+        """Write what was counted since the last call; call it about once a second."""
+        with self._counting:
+            pending, self._pending = self._pending, Counter()
+        if not pending:
+            return
+        try:
+            with self._db.write(durable=False) as tables:
+                tables.conn.executemany(
+                    "INSERT INTO counter VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n",
+                    list(pending.items()),
+                )
+        except Exception:
+            with self._counting:
+                self._pending.update(pending)
+            raise
+
+    def counters(self) -> dict[str, int]:
+        """Every counter since this store was made, with what is not yet flushed."""
+        with self._counting:
+            pending = dict(self._pending)
+        totals = {row["name"]: row["n"] for row in self._db.read("SELECT name, n FROM counter ORDER BY name")}
+        for name, n in pending.items():
+            totals[name] = totals.get(name, 0) + n
+        return totals
+
+    def save_update(self, target: str, record: Json) -> None:
+        """Keep the state of the update of one slot; save it before acting on it."""
+        with self._db.write() as tables:
+            tables.execute(
+                "INSERT INTO model_update VALUES (?, ?) ON CONFLICT (target) DO UPDATE SET record = excluded.record",
+                (target, json.dumps(record)),
+            )
+
+    def updates(self) -> dict[str, Json]:
+        """target -> its last saved record."""
+        rows = self._db.read("SELECT target, record FROM model_update ORDER BY target")
+        return {row["target"]: json.loads(row["record"]) for row in rows}
+
+    def remember_bad(self, release: str, sha256: str, reason: str, now: float) -> None:
+        """Never install these bytes again."""
+        with self._db.write() as tables:
+            tables.execute(
+                'INSERT INTO bad_release (sha256, "release", reason, at) VALUES (?, ?, ?, ?)'
+                " ON CONFLICT (sha256) DO UPDATE SET reason = excluded.reason, at = excluded.at",
+                (sha256, release, reason, now),
+            )
+
+    def bad(self, sha256: str) -> str | None:
+        """Why the release with this SHA-256 must not run here; None when nothing is known against it."""
+        rows = self._db.read("SELECT reason FROM bad_release WHERE sha256 = ?", (sha256,))
+        return rows[0]["reason"] if rows else None
+
+    def forget_bad(self, sha256: str) -> bool:
+        """Allow the release again, on an operator's word; false when it was not remembered."""
+        with self._db.write() as tables:
+            return tables.execute("DELETE FROM bad_release WHERE sha256 = ?", (sha256,)).rowcount > 0
+
+    def seen(self, message_id: str, now: float, *, record: bool = True) -> bool:
+        """Whether this message was recorded before; records it unless told not to.
+
+        Where a message must not be lost, ask with `record=False`, act, then record: recorded first, a crash before the
+        act makes its repetition look like a duplicate. The newest `seen_max` ids are kept.
+        """
+        if self._db.read("SELECT 1 FROM seen WHERE id = ?", (message_id,)):
+            return True
+        if not record:
+            return False
+        # Not durable: forgotten by a power cut, it is merely handled again.
+        with self._db.write(durable=False) as tables:
+            sql = "INSERT INTO seen (id, at) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
+            added = tables.execute(sql, (message_id, now)).rowcount
+            tables.execute("DELETE FROM seen WHERE seq <= (SELECT max(seq) FROM seen) - ?", (self._limits.seen_max,))
+        return added == 0
+
+    def record_request(
+        self,
+        *,
+        id: str,
+        pipeline: str,
+        release: str,
+        prompt: str,
+        answer: str,
+        ts: float,
+        adapter: str = "",
+        confidence: float | None = None,
+        outcome: str = "ok",
+    ) -> None:
+        """Keep an answered prompt; the newest `requests_max` are kept. The same id again replaces its outcome."""
+        request = LanguageRequest(id, pipeline, release, adapter, prompt, answer, confidence, outcome, ts)
+        with self._db.write() as tables:
+            tables.execute(
+                'INSERT INTO request (id, pipeline, "release", adapter, prompt, answer, confidence, outcome, ts)'
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET outcome = excluded.outcome",
+                astuple(request),
+            )
+            keep = self._limits.requests_max
+            tables.execute("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", (keep,))
+
+    def requests(self, limit: int) -> list[LanguageRequest]:
+        """The newest answered prompts, newest first."""
+        sql = (
+            'SELECT id, pipeline, "release", adapter, prompt, answer, confidence, outcome, ts FROM request'
+            " ORDER BY seq DESC LIMIT ?"
+        )
+        return [LanguageRequest(**dict(row)) for row in self._db.read(sql, (limit,))]
+
+    def value(self, key: str) -> Any:
+        """The JSON value kept under `key`; None when there is none."""
+        rows = self._db.read("SELECT json FROM value WHERE key = ?", (key,))
+        return json.loads(rows[0]["json"]) if rows else None
+
+    def set_value(self, key: str, value: Any) -> None:
+        """Keep a JSON value under `key`."""
+        with self._db.write() as tables:
+            tables.execute(
+                "INSERT INTO value VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET json = excluded.json",
+                (key, json.dumps(value)),
+            )

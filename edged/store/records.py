@@ -1,0 +1,207 @@
+"""What the store takes and gives back, its limits, its errors, and the legal moves of a sample as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Json = dict[str, Any]
+Status = Literal["labelled", "unresolved", "rejected"]
+Keep = Literal["ack", "verdict"]
+
+# (state, verdict) -> state. A late verdict still labels; what is not listed changes nothing.
+VERDICTS: Mapping[tuple[str, str], str] = {
+    ("escalated", "labelled"): "labelled",
+    ("escalated", "unresolved"): "unresolved",
+    ("escalated", "rejected"): "rejected",
+    ("unresolved", "labelled"): "labelled",
+    ("unresolved", "rejected"): "rejected",
+}
+# The same for a person's verdict, who may also correct a label until a training has claimed it.
+CORRECTIONS: Mapping[tuple[str, str], str] = {
+    **VERDICTS,
+    ("labelled", "labelled"): "labelled",
+    ("labelled", "unresolved"): "unresolved",
+    ("labelled", "rejected"): "rejected",
+}
+# The trainer's moves: name -> (from, to).
+MOVES: Mapping[str, tuple[str, str]] = {
+    "claim": ("labelled", "claimed"),
+    "used": ("claimed", "used"),
+    "unclaim": ("claimed", "labelled"),
+    "archive": ("used", "archived"),
+}
+# What may be deleted to make room, in this order. Never escalated, labelled or claimed: the training that needs them is
+# still to come. `unresolved` is last: somebody may yet label it.
+EVICTABLE: tuple[str, ...] = ("used", "archived", "rejected", "captured", "unresolved")
+
+
+class StoreError(Exception):
+    """The store could not do what was asked; the message names the file and the reason. Nothing was half done."""
+
+
+class StorageFull(StoreError):
+    """No room for another blob or row: `evict`, then try again, or stop capturing and say so."""
+
+
+class OutboxFull(StoreError):
+    """The outbox is at its limit of rows or bytes; the caller decides what to give up."""
+
+
+class BrokenStore(StoreError):
+    """The database file is damaged; the message names the file and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Every table and folder ends somewhere. Bytes are bytes on disk without file system overhead."""
+
+    blob_bytes_max: int = 4 << 30
+    outbox_rows_max: int = 20_000
+    outbox_bytes_max: int = 1 << 30
+    seen_max: int = 20_000
+    requests_max: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class NewSample:
+    """An item worth keeping. Times are seconds since the epoch; `prediction` are boxes as in `wire.messages.Box`."""
+
+    id: str
+    pipeline: str
+    task: str
+    model: str  # the slot
+    release: str
+    state: Literal["captured", "escalated"]
+    reason: str
+    decision: str
+    confidence: float
+    inclusion_probability: float
+    sha256: str
+    bytes: int
+    prediction: list[Json]
+    item: str
+    captured: float
+    answer_by: float | None = None
+    label_by: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sample as it stands. `changed` tells whether the call that returned it moved it."""
+
+    id: str
+    pipeline: str
+    task: str
+    model: str
+    release: str
+    state: str
+    reason: str
+    decision: str
+    confidence: float
+    inclusion_probability: float
+    sha256: str
+    bytes: int
+    prediction: list[Json]
+    item: str
+    captured: float
+    answer_by: float | None
+    label_by: float | None
+    label: list[Json]
+    label_confidence: float
+    provenance: Json | None
+    label_reason: str
+    labelled: float | None  # when the verdict came
+    job: str  # the training that claimed it
+    used_by: str  # the release that it trained
+    changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The outcome of a move of many samples: those now in the wanted state, and why the others are not."""
+
+    samples: list[Sample]
+    unknown: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)  # id -> the state it is in
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxMessage:
+    """A message that must reach the broker.
+
+    `expires` is absolute (None: never). `keep` says what settles it: the broker's acknowledgement, or the verdict on
+    `sample` (until its deadline), because an acknowledged escalation can still die with the broker's queue.
+    """
+
+    id: str
+    topic: str
+    qos: int
+    retain: bool
+    expires: float | None
+    payload: bytes
+    keep: Keep = "ack"
+    sample: str | None = None
+    correlation: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """A stored message with its history; `attempts` counts how often it was handed to the link."""
+
+    message: OutboxMessage
+    seq: int
+    enqueued: float
+    due: float
+    attempts: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that can never be delivered, with the reason; long payloads are cut, `bytes` is the full size."""
+
+    id: str
+    topic: str
+    sample: str | None
+    payload: bytes
+    bytes: int
+    reason: str
+    enqueued: float
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageRequest:
+    """A prompt that this device answered, kept for fine-tuning; `outcome` is `ok`, `error` or a later judgement."""
+
+    id: str
+    pipeline: str
+    release: str
+    adapter: str
+    prompt: str
+    answer: str
+    confidence: float | None
+    outcome: str
+    ts: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """What `evict` deleted."""
+
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What a start found and repaired."""
+
+    temporary: int  # half-written files of a crash, removed
+    orphans: int  # blobs without a row, removed
+    missing: list[str]  # samples whose blob is gone, now rejected
+
+
+# A message to send about a sample that just moved, or how to make it from the moved sample.
+Announce = OutboxMessage | Callable[[Sample], OutboxMessage]

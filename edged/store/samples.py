@@ -1,0 +1,284 @@
+"""The samples of the store: captured, labelled, claimed, used; what is swept at start and evicted when full."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edged.store.blobs import Blobs
+from edged.store.database import Database, Row
+from edged.store.outbox import Outbox, insert_message
+from edged.store.records import (
+    CORRECTIONS,
+    EVICTABLE,
+    MOVES,
+    VERDICTS,
+    Announce,
+    Evicted,
+    Json,
+    Moved,
+    NewSample,
+    OutboxFull,
+    OutboxMessage,
+    Sample,
+    Status,
+    StorageFull,
+    StoreError,
+    StoreLimits,
+    SweepReport,
+)
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database as Tables
+
+log = logging.getLogger(__name__)
+
+_NEW = tuple(field.name for field in fields(NewSample))
+_INSERT = "INSERT INTO sample ({}) VALUES ({})".format(
+    ", ".join(f'"{name}"' for name in _NEW), ", ".join("?" for _ in _NEW)
+)
+
+
+def _sample(row: Row, changed: bool = False) -> Sample:
+    values = dict(row)
+    for name in ("prediction", "label", "provenance"):
+        values[name] = json.loads(values[name]) if values[name] is not None else None
+    return Sample(**values, changed=changed)
+
+
+def _find(tables: Tables, sample_id: str) -> Row | None:
+    row: Row | None = tables.execute("SELECT * FROM sample WHERE id = ?", (sample_id,)).fetchone()
+    return row
+
+
+class Samples(Outbox):
+    """Samples and their images. A state moves only along the tables in `records`."""
+
+    def __init__(self, db: Database, blobs: Blobs, limits: StoreLimits) -> None:
+        super().__init__(db, limits)
+        self._blobs = blobs
+
+    def capture(self, sample: NewSample, image: bytes, escalation: OutboxMessage | None = None) -> None:
+        """Keep a sample with its image and, in the same transaction, the message that escalates it.
+
+        When this returns, a power cut loses none of them. The same id again changes nothing. Raises StorageFull or
+        OutboxFull, and then nothing was kept; ValueError when `image` is not what `sha256` and `bytes` say.
+        """
+        if len(image) != sample.bytes or hashlib.sha256(image).hexdigest() != sample.sha256:
+            raise ValueError(f"sample {sample.id}: the image's {len(image)} bytes are not sha256 {sample.sha256}")
+        try:
+            with self._blobs.hold(sample.sha256):
+                if self._db.read("SELECT 1 FROM sample WHERE id = ?", (sample.id,)):
+                    return
+                # By the row, not by the file: a file without a row may not be on the disk yet.
+                if not self._has_blob(sample.sha256) or not self._blobs.path(sample.sha256).exists():
+                    self._check_room(self._db.read("SELECT bytes FROM total WHERE name = 'blob'")[0]["bytes"], sample)
+                    self._blobs.write(sample.sha256, image)
+                self._insert(sample, escalation)
+        except BaseException:
+            with suppress(StoreError):  # what stays is swept at the next start; the first error is the one to tell
+                self._blobs.remove(sample.sha256, self._has_blob)
+            raise
+
+    def _has_blob(self, sha256: str) -> bool:
+        return bool(self._db.read("SELECT 1 FROM blob WHERE sha256 = ?", (sha256,)))
+
+    def _check_room(self, bytes_used: int, sample: NewSample) -> None:
+        if bytes_used + sample.bytes > self._limits.blob_bytes_max:
+            raise StorageFull(
+                f"sample {sample.id}: {bytes_used} bytes of images are kept, {sample.bytes} more pass "
+                f"blob_bytes_max={self._limits.blob_bytes_max}; evict samples or raise the limit"
+            )
+
+    def _insert(self, sample: NewSample, escalation: OutboxMessage | None) -> None:
+        values = [getattr(sample, name) for name in _NEW]
+        values[_NEW.index("prediction")] = json.dumps(sample.prediction)
+        with self._db.write() as tables:
+            if _find(tables, sample.id) is not None:
+                return
+            tables.execute(_INSERT, values)
+            if not tables.execute("SELECT 1 FROM blob WHERE sha256 = ?", (sample.sha256,)).fetchone():
+                self._check_room(tables.execute("SELECT bytes FROM total WHERE name = 'blob'").fetchone()[0], sample)
+                tables.execute("INSERT INTO blob VALUES (?, ?)", (sample.sha256, sample.bytes))
+            if escalation is not None:
+                insert_message(tables, self._limits, escalation, sample.captured)
+
+    def label(
+        self,
+        sample_id: str,
+        status: Status,
+        label: list[Json],
+        confidence: float,
+        provenance: Json,
+        reason: str,
+        now: float,
+        announce: Announce | None = None,
+    ) -> Sample | None:
+        """Apply a verdict; None when the sample is unknown. A repeated or late one that moves nothing: `changed` False.
+
+        In one transaction the sample moves, its escalation leaves the outbox, and `announce` (made from the moved
+        sample) enters it. A full outbox costs the announcement, never the label.
+        """
+        with self._db.write() as tables:
+            row = _find(tables, sample_id)
+            if row is None:
+                return None
+            tables.execute("DELETE FROM outbox WHERE sample = ? AND keep = 'verdict'", (sample_id,))
+            by_person = provenance.get("kind") == "person"
+            state = (CORRECTIONS if by_person else VERDICTS).get((row["state"], status))
+            verdict = (json.dumps(label), json.dumps(provenance), confidence, reason)
+            known = (row["label"], row["provenance"], row["label_confidence"], row["label_reason"])
+            if state is None or (state == row["state"] and verdict == known):
+                return _sample(row)
+            tables.execute(
+                "UPDATE sample SET state = ?, label = ?, provenance = ?, label_confidence = ?, label_reason = ?,"
+                " labelled = ? WHERE id = ?",
+                (state, *verdict, now, sample_id),
+            )
+            return self._moved(tables, sample_id, announce, now)
+
+    def _moved(self, tables: Tables, sample_id: str, announce: Announce | None, now: float) -> Sample:
+        row = _find(tables, sample_id)
+        assert row is not None  # the caller has just updated it in this transaction
+        sample = _sample(row, changed=True)
+        if announce is not None:
+            try:
+                message = announce(sample) if callable(announce) else announce
+                insert_message(tables, self._limits, message, now)
+            except OutboxFull as error:
+                log.warning("sample %s: no catalogue entry: %s", sample_id, error)
+                self.count("catalogue_dropped")
+        return sample
+
+    def expire(self, now: float, announce: Callable[[Sample], OutboxMessage] | None = None) -> list[Sample]:
+        """Escalated samples past their `label_by` become unresolved and leave the outbox; those that did."""
+        sql = "SELECT id FROM sample WHERE state = 'escalated' AND label_by <= ?"
+        if not self._db.read(sql + " LIMIT 1", (now,)):
+            return []
+        with self._db.write() as tables:
+            ids = [row["id"] for row in tables.execute(sql, (now,)).fetchall()]
+            values = [(sample_id,) for sample_id in ids]
+            tables.conn.executemany("DELETE FROM outbox WHERE sample = ? AND keep = 'verdict'", values)
+            tables.conn.executemany(
+                "UPDATE sample SET state = 'unresolved', label_reason = 'no verdict in time' WHERE id = ?", values
+            )
+            return [self._moved(tables, sample_id, announce, now) for sample_id in ids]
+
+    def sample(self, sample_id: str) -> Sample | None:
+        """One sample; None when it is unknown."""
+        rows = self._db.read("SELECT * FROM sample WHERE id = ?", (sample_id,))
+        return _sample(rows[0]) if rows else None
+
+    def samples(self, state: str | None = None, limit: int = 100, offset: int = 0) -> list[Sample]:
+        """Samples in this state (None: in any), oldest first."""
+        where, values = ("WHERE state = ? ", [state]) if state is not None else ("", [])
+        sql = f"SELECT * FROM sample {where}ORDER BY captured, id LIMIT ? OFFSET ?"
+        return [_sample(row) for row in self._db.read(sql, [*values, limit, offset])]
+
+    def counts(self) -> dict[str, int]:
+        """state -> number of samples."""
+        return {row[0]: row[1] for row in self._db.read("SELECT state, count(*) FROM sample GROUP BY state")}
+
+    def claim(self, ids: Iterable[str], job: str) -> Moved:
+        """labelled -> claimed by this job; what it has already claimed counts as done."""
+        return self._move("claim", ids, "job", job, job)
+
+    def used(self, ids: Iterable[str], release: str) -> Moved:
+        """claimed -> used: they trained this release."""
+        return self._move("used", ids, "used_by", release, release)
+
+    def unclaim(self, ids: Iterable[str], job: str) -> Moved:
+        """claimed by this job -> labelled again: the training failed."""
+        return self._move("unclaim", ids, "job", job, "")
+
+    def archive(self, ids: Iterable[str]) -> Moved:
+        """used -> archived."""
+        return self._move("archive", ids, None, "", "")
+
+    def _move(self, name: str, ids: Iterable[str], column: str | None, owner: str, value: str) -> Moved:
+        """Move samples along one row of MOVES; `owner` must match `column` wherever the sample already has one."""
+        source, target = MOVES[name]
+        moved = Moved([])
+        with self._db.write() as tables:
+            for sample_id in dict.fromkeys(ids):
+                row = _find(tables, sample_id)
+                if row is None:
+                    moved.unknown.append(sample_id)
+                    continue
+                held = row[column] if column else ""
+                if row["state"] == target and held in (value, owner):
+                    moved.samples.append(_sample(row))
+                elif row["state"] == source and held in ("", owner):
+                    tables.execute("UPDATE sample SET state = ? WHERE id = ?", (target, sample_id))
+                    if column:
+                        tables.execute(f"UPDATE sample SET {column} = ? WHERE id = ?", (value, sample_id))
+                    moved.samples.append(self._moved(tables, sample_id, None, 0.0))
+                else:
+                    moved.refused[sample_id] = f"{row['state']} ({held})" if held else row["state"]
+        return moved
+
+    def blob(self, sha256: str) -> Path | None:
+        """The file of an image that a sample refers to; None when there is none."""
+        path = self._blobs.path(sha256)
+        return path if self._has_blob(sha256) and path.exists() else None
+
+    def blob_bytes(self) -> int:
+        """Bytes of images kept."""
+        used: int = self._db.read("SELECT bytes FROM total WHERE name = 'blob'")[0]["bytes"]
+        return used
+
+    def evict(self, bytes_wanted: int) -> Evicted:
+        """Delete samples, in the order of EVICTABLE and oldest first, until that many bytes are free."""
+        gone: list[str] = []
+        samples = freed = 0
+        with self._db.write() as tables:
+            for state in EVICTABLE:
+                rows = tables.execute(
+                    "SELECT id, sha256, bytes FROM sample WHERE state = ? ORDER BY captured, id", (state,)
+                )
+                for row in rows.fetchall() if freed < bytes_wanted else ():
+                    if freed >= bytes_wanted:
+                        break
+                    tables.execute("DELETE FROM sample WHERE id = ?", (row["id"],))
+                    samples += 1
+                    if not tables.execute("SELECT 1 FROM sample WHERE sha256 = ?", (row["sha256"],)).fetchone():
+                        tables.execute("DELETE FROM blob WHERE sha256 = ?", (row["sha256"],))
+                        gone.append(row["sha256"])
+                        freed += row["bytes"]
+        for sha256 in gone:  # after the commit: a crash in between leaves files that the next start sweeps
+            self._blobs.remove(sha256, self._has_blob)
+        self.count("samples_evicted", samples)
+        return Evicted(samples, freed)
+
+    def sweep(self) -> SweepReport:
+        """Repair what a crash left: call it at start, in the daemon only, before anything is captured."""
+        temporary = self._blobs.remove_temporary()
+        sizes = self._blobs.sizes()
+        known = {row["sha256"]: row["bytes"] for row in self._db.read("SELECT sha256, bytes FROM blob")}
+        orphans = sum(self._blobs.remove(sha256, self._has_blob) for sha256 in sizes.keys() - known.keys())
+        lost = [sha256 for sha256, size in known.items() if sizes.get(sha256) != size]
+        missing: list[str] = []
+        if lost:
+            with self._db.write() as tables:
+                for sha256 in lost:
+                    rows = tables.execute(
+                        "UPDATE sample SET state = 'rejected', label_reason = 'blob missing' WHERE sha256 = ?"
+                        " AND state NOT IN ('used', 'archived', 'rejected') RETURNING id",
+                        (sha256,),
+                    )
+                    missing += [row["id"] for row in rows.fetchall()]
+                    tables.execute("DELETE FROM blob WHERE sha256 = ?", (sha256,))
+                values = [(sample_id,) for sample_id in missing]
+                tables.conn.executemany("DELETE FROM outbox WHERE sample = ? AND keep = 'verdict'", values)
+        for sha256 in lost:  # cut short by a broken disk: of no use to anybody
+            self._blobs.remove(sha256, self._has_blob)
+        self.count("sweep_temporary", temporary)
+        self.count("sweep_orphans", orphans)
+        self.count("sweep_missing", len(missing))
+        return SweepReport(temporary, orphans, missing)

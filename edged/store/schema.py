@@ -1,0 +1,87 @@
+"""The tables, as migrations: each is applied in one transaction with the record that it was. Append, never edit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+# `total` is kept by triggers, so that the limits cost one look-up instead of a scan and cannot drift from the rows.
+_FIRST = """
+CREATE TABLE sample (
+    id TEXT PRIMARY KEY, pipeline TEXT NOT NULL, task TEXT NOT NULL, model TEXT NOT NULL, "release" TEXT NOT NULL,
+    state TEXT NOT NULL, reason TEXT NOT NULL, decision TEXT NOT NULL, confidence REAL NOT NULL,
+    inclusion_probability REAL NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, prediction TEXT NOT NULL,
+    item TEXT NOT NULL, captured REAL NOT NULL, answer_by REAL, label_by REAL,
+    label TEXT NOT NULL DEFAULT '[]', label_confidence REAL NOT NULL DEFAULT 0, provenance TEXT,
+    label_reason TEXT NOT NULL DEFAULT '', labelled REAL, job TEXT NOT NULL DEFAULT '', used_by TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX sample_state ON sample (state, captured, id);
+CREATE INDEX sample_captured ON sample (captured, id);
+CREATE INDEX sample_sha256 ON sample (sha256);
+CREATE INDEX sample_label_by ON sample (label_by) WHERE state = 'escalated';
+
+CREATE TABLE blob (sha256 TEXT PRIMARY KEY, bytes INTEGER NOT NULL) STRICT;
+
+CREATE TABLE outbox (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, topic TEXT NOT NULL, qos INTEGER NOT NULL,
+    retain INTEGER NOT NULL, expires REAL, payload BLOB NOT NULL, keep TEXT NOT NULL, sample TEXT,
+    correlation BLOB, bytes INTEGER NOT NULL, enqueued REAL NOT NULL, due REAL NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT ''
+) STRICT;
+CREATE INDEX outbox_due ON outbox (due, seq);
+CREATE INDEX outbox_sample ON outbox (sample) WHERE sample IS NOT NULL;
+CREATE INDEX outbox_expires ON outbox (expires) WHERE expires IS NOT NULL;
+
+CREATE TABLE dead_letter (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, topic TEXT NOT NULL, sample TEXT, payload BLOB NOT NULL,
+    bytes INTEGER NOT NULL, reason TEXT NOT NULL, enqueued REAL NOT NULL
+) STRICT;
+
+CREATE TABLE total (name TEXT PRIMARY KEY, n INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT;
+INSERT INTO total VALUES ('blob', 0, 0), ('outbox', 0, 0);
+CREATE TRIGGER blob_added AFTER INSERT ON blob BEGIN
+    UPDATE total SET n = n + 1, bytes = bytes + NEW.bytes WHERE name = 'blob';
+END;
+CREATE TRIGGER blob_removed AFTER DELETE ON blob BEGIN
+    UPDATE total SET n = n - 1, bytes = bytes - OLD.bytes WHERE name = 'blob';
+END;
+CREATE TRIGGER outbox_added AFTER INSERT ON outbox BEGIN
+    UPDATE total SET n = n + 1, bytes = bytes + NEW.bytes WHERE name = 'outbox';
+END;
+CREATE TRIGGER outbox_removed AFTER DELETE ON outbox BEGIN
+    UPDATE total SET n = n - 1, bytes = bytes - OLD.bytes WHERE name = 'outbox';
+END;
+
+CREATE TABLE counter (name TEXT PRIMARY KEY, n INTEGER NOT NULL) STRICT;
+CREATE TABLE model_update (target TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
+CREATE TABLE bad_release (
+    sha256 TEXT PRIMARY KEY, "release" TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL
+) STRICT;
+CREATE TABLE seen (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, at REAL NOT NULL) STRICT;
+CREATE TABLE request (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, pipeline TEXT NOT NULL, "release" TEXT NOT NULL,
+    adapter TEXT NOT NULL, prompt TEXT NOT NULL, answer TEXT NOT NULL, confidence REAL, outcome TEXT NOT NULL,
+    ts REAL NOT NULL
+) STRICT;
+CREATE TABLE value (key TEXT PRIMARY KEY, json TEXT NOT NULL) STRICT;
+"""
+
+
+def m001_first_tables(db: Database) -> None:
+    """Samples, blobs, outbox, dead letters, counters, updates, seen ids, language requests, values."""
+    db.executescript(_FIRST)
+
+
+MIGRATIONS = (m001_first_tables,)
+
+
+def migrate(db: Database) -> None:
+    """Apply what is missing, in the transaction that the caller opened."""
+    from sqlite_utils import Migrations
+
+    migrations = Migrations("edged")
+    for migration in MIGRATIONS:
+        migrations()(migration)
+    migrations.apply(db)

@@ -1,0 +1,164 @@
+"""What a release is: its identity, its files by hash, and everything needed to run and judge it.
+
+Also the training manifest: exactly which samples a job trains on.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import total_ordering
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+_RELEASE = re.compile(r"^(?P<name>[a-z0-9][a-z0-9_-]{0,62})@(?P<version>\d{1,9}(\.\d{1,9}){0,3})$")
+
+
+@total_ordering
+class ReleaseId:
+    """`name@1.10`: versions compare as numbers, so 1.10 is newer than 1.9. Raises ValueError on anything else."""
+
+    __slots__ = ("name", "version")
+
+    def __init__(self, text: str) -> None:
+        match = _RELEASE.match(text)
+        if match is None:
+            raise ValueError(f"release {text!r}: expected name@MAJOR.MINOR, for example digits@1.4")
+        self.name = match["name"]
+        self.version = tuple(int(part) for part in match["version"].split("."))
+
+    def __str__(self) -> str:
+        return f"{self.name}@{'.'.join(map(str, self.version))}"
+
+    def __repr__(self) -> str:
+        return f"ReleaseId({str(self)!r})"
+
+    def _key(self) -> tuple[str, tuple[int, ...]]:
+        return self.name, self.version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ReleaseId) and self._key() == other._key()
+
+    def __lt__(self, other: ReleaseId) -> bool:
+        return self._key() < other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def next(self) -> ReleaseId:
+        """The release after this one: the last number of the version plus one."""
+        return ReleaseId(f"{self.name}@{'.'.join(map(str, (*self.version[:-1], self.version[-1] + 1)))}")
+
+
+def _canonical(text: str) -> str:
+    return str(ReleaseId(text))
+
+
+Release = Annotated[str, AfterValidator(_canonical)]
+
+
+class Strict(BaseModel):
+    """Base of everything inside a release: what is not known is refused, because a release is signed as a whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReleaseRef(Strict):
+    """Points at one release and pins its manifest's bytes."""
+
+    release: Release
+    sha256: SHA256
+
+
+class FileEntry(Strict):
+    """One file of a release; `path` is a plain file name inside the release's folder."""
+
+    path: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    sha256: SHA256
+    bytes: Annotated[int, Field(ge=0, le=64 * 2**30)]
+
+
+class Thresholds(Strict):
+    """Detection thresholds: answers score at least `score`; boxes of one class overlapping more than `iou` are one."""
+
+    score: Annotated[float, Field(ge=0, le=1)] = 0.25
+    iou: Annotated[float, Field(ge=0, le=1)] = 0.7
+
+
+class Novelty(Strict):
+    """Reference of the inputs that this release was calibrated on: a Mahalanobis distance to the nearest of `centres`
+    (points of ImageStats, as `core.confidence` orders them) beyond `limit` means that the calibration cannot be trusted."""
+
+    centres: Annotated[list[list[float]], Field(min_length=1)]
+    inverse_covariance: list[list[float]]
+    limit: Annotated[float, Field(gt=0)]
+
+
+class Calibration(Strict):
+    """How evidence becomes the probability of being right; fitted by the trainer, on data used for nothing else.
+
+    `logistic`: p = 1 / (1 + exp(-(bias + sum(weights * (x - mean) / scale)))) over the named features.
+    `uncalibrated`: too little data; the policy then escalates within its budget.
+    """
+
+    method: Literal["logistic", "uncalibrated"] = "uncalibrated"
+    features: list[str] = []
+    mean: list[float] = []
+    scale: list[float] = []
+    weights: list[float] = []
+    bias: float = 0.0
+    items: int = 0  # how many it was fitted on
+    novelty: Novelty | None = None
+
+
+class ReleaseManifest(Strict):
+    """Everything a device needs to run a release, verify it and prove it. Stored as `release.json` beside the files.
+
+    `files` maps a role to a file: `model` (or `adapter`), `golden_input_N`, `golden_output` and so on, by engine.
+    """
+
+    schema_version: Literal[1] = 1
+    release: Release
+    kind: Literal["detect", "llm", "lora"]
+    engine: str
+    files: dict[str, FileEntry]
+    base: ReleaseRef | None = None  # a LoRA adapter's base
+    labels: list[str] = []
+    input_size: tuple[int, int] | None = None  # (height, width) of the model's input in pixels
+    thresholds: Thresholds = Thresholds()
+    calibration: Calibration = Calibration()
+    evaluation: dict[str, Any] = {}
+    lineage: dict[str, Any] = {}
+    created: str  # ISO 8601, UTC
+
+    @field_validator("files")
+    @classmethod
+    def _paths_differ(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        paths = [entry.path for entry in files.values()]
+        if len(set(paths)) != len(paths) or "release.json" in paths:
+            raise ValueError("two files of a release share a path, or one is called release.json")
+        return files
+
+
+class TrainingSample(Strict):
+    """One sample of a training manifest: which device holds it, its pixels by hash, its label and who gave it."""
+
+    id: str
+    device: str
+    sha256: SHA256
+    label: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+class TrainingManifest(Strict):
+    """Exactly what a training job may train on (L7): nothing else is pulled, nothing else is used."""
+
+    job: str
+    model: str
+    source: Release  # the release being improved
+    target: Release
+    created: str
+    config: dict[str, Any]
+    samples: list[TrainingSample]

@@ -1,0 +1,287 @@
+"""Every payload of the system. Unknown fields are kept, so that old and new devices can talk to each other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edged.wire import topics
+from edged.wire.manifest import SHA256, ReleaseRef
+
+INLINE_IMAGE_BYTES_MAX = 256 * 1024
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class InvalidPayload(ValueError):
+    """A payload that is not what its topic promises; the message names the topic, the field and the value."""
+
+
+class Part(BaseModel):
+    """Base of everything inside a message."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Message(Part):
+    """The envelope: protocol version, unique id (uuid7), time of sending (seconds since the epoch), the sender's boot
+    and its sequence number within that boot. Receivers drop duplicates by `id`."""
+
+    v: Literal[1] = 1
+    id: str
+    ts: Finite
+    boot: str
+    seq: int
+
+
+class Box(Part):
+    """One labelled box: `box` is x1 y1 x2 y2 in pixels of the image."""
+
+    label: str
+    box: tuple[Finite, Finite, Finite, Finite]
+    score: Probability = 1.0
+
+
+class State(Message):
+    """Birth of a device, or its Will. An `offline` whose boot is not the last birth's is ignored."""
+
+    state: Literal["online", "offline"]
+    device: str
+    profile: str = ""
+    tier: str = ""
+    models: dict[str, str] = {}
+    capabilities: list[str] = []
+
+
+class ModelReport(Part):
+    """What one slot runs and how its update stands."""
+
+    active: str | None = None
+    previous: str | None = None
+    staged: str | None = None
+    adapter: str | None = None
+    update: str = "idle"
+    reason: str = ""
+    swap_ms: float | None = None  # how long the flip and the drain of the last swap took
+    since: Finite = 0.0
+
+
+class Reported(Message):
+    """What the device runs now; retained."""
+
+    desired_rev: int = 0
+    models: dict[str, ModelReport] = {}
+    health: dict[str, Any] = {}
+
+
+class Desired(Message):
+    """What a device shall run: a state, never a sequence of commands; retained. The higher `rev` wins."""
+
+    rev: Annotated[int, Field(ge=0)]
+    models: dict[str, ReleaseRef] = {}
+    adapters: dict[str, ReleaseRef] = {}  # slot -> LoRA release; a slot without one runs its bare base
+    policy: dict[str, dict[str, Any]] = {}  # pipeline -> keys of core.policy.Policy
+
+
+class Escalation(Message):
+    """A prediction that the device is unsure of, for the next tier."""
+
+    sample: str
+    pipeline: str
+    task: str
+    release: str
+    reason: str
+    confidence: Probability
+    image: str | None = None  # base64 of the file's bytes, up to INLINE_IMAGE_BYTES_MAX before encoding
+    sha256: SHA256
+    prediction: list[Box] = []
+    label_by: Finite
+    origin: str  # the device that saw the item
+    hops: Annotated[int, Field(ge=0, le=3)] = 0
+
+
+class Provenance(Part):
+    """Who says so: a model (with its release) or a person."""
+
+    kind: Literal["model", "person"]
+    who: str
+    release: str = ""
+
+
+class Verdict(Message):
+    """The answer to an escalation, or a person's later correction."""
+
+    sample: str
+    status: Literal["labelled", "unresolved", "rejected"]
+    label: list[Box] = []
+    confidence: Probability = 0.0
+    provenance: Provenance
+    reason: str = ""
+
+
+class SampleEntry(Message):
+    """Catalogue entry: a sample that a device keeps; its pixels stay there until a manifest names it."""
+
+    sample: str
+    pipeline: str
+    task: str
+    model: str
+    release: str
+    state: str
+    sha256: SHA256
+    bytes: int
+    label: list[Box] = []
+    label_confidence: Probability = 0.0
+    provenance: Provenance | None = None
+    captured: Finite
+    reason: str = ""
+
+
+class Result(Message):
+    """One answered item of a pipeline."""
+
+    pipeline: str
+    item: str  # the source's name of the item: a file name, a request id
+    release: str
+    prediction: list[Box] = []
+    confidence: Probability
+    decision: Literal["accept", "audit", "escalate"]
+    reason: str = ""
+    sample: str | None = None
+    error: str | None = None
+    latency_ms: Finite = 0.0
+
+
+class Metrics(Message):
+    """Counters of one closed window, per pipeline and release: never sums since the start."""
+
+    start: Finite
+    end: Finite
+    pipeline: str
+    release: str
+    items: int = 0
+    accepted: int = 0
+    audited: int = 0
+    escalated: int = 0  # wanted by the policy, before any budget
+    errors: int = 0
+    reasons: dict[str, int] = {}
+    confidence_histogram: list[int] = []  # ten bins over 0..1
+    latency_ms_p50: Finite = 0.0
+    latency_ms_p95: Finite = 0.0
+    counters: dict[str, int] = {}
+
+
+class Event(Message):
+    """Something that a person should see."""
+
+    kind: str
+    text: str
+    detail: dict[str, Any] = {}
+
+
+class InferRequest(Message):
+    """A request to a pipeline: an image (base64) or a prompt."""
+
+    image: str | None = None
+    generation_prompt: str | None = None
+    tokens_max: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+
+
+class InferReply(Message):
+    """The answer to an InferRequest: detections, or the prompt with what follows, or an error that names the fix."""
+
+    request: str
+    generation_prompt: str | None = None
+    generated_response: str | None = None
+    prediction: list[Box] | None = None
+    confidence: Probability | None = None
+    release: str = ""
+    adapter: str | None = None
+    decided_by: str = ""  # the device, or the responder whose verdict came before `answer_by`
+    error: str | None = None
+
+
+class SamplesCommand(Message):
+    """`down/cmd/samples`: move samples between states; `claim` also hands their pixels over by
+    PUT `upload_url`/{sha256}."""
+
+    action: Literal["claim", "used", "release", "archive", "list"]
+    job: str = ""
+    samples: list[str] = []
+    upload_url: str = ""
+    release: str = ""  # `used`: the release that they trained
+
+
+class CommandState(Message):
+    """`up/cmd/{type}/{id}`: how far a command is. `failed` says why; repeated commands end in the same state."""
+
+    command: str
+    state: Literal["accepted", "done", "failed"]
+    reason: str = ""
+    detail: dict[str, Any] = {}
+
+
+class HostState(Message):
+    """A trainer is here, with the address that devices fetch from and upload to; retained, Will `offline`."""
+
+    state: Literal["online", "offline"]
+    url: str = ""
+
+
+class ResponderState(Message):
+    """A responder is here; retained, Will `offline`."""
+
+    state: Literal["online", "offline"]
+    release: str = ""
+
+
+PAYLOADS: dict[topics.Route, type[Message]] = {
+    topics.STATE: State,
+    topics.REPORTED: Reported,
+    topics.ESCALATION: Escalation,
+    topics.SAMPLE: SampleEntry,
+    topics.RESULT: Result,
+    topics.METRICS: Metrics,
+    topics.EVENT: Event,
+    topics.REPLY: InferReply,
+    topics.COMMAND_STATE: CommandState,
+    topics.DESIRED: Desired,
+    topics.GROUP_DESIRED: Desired,
+    topics.VERDICT: Verdict,
+    topics.INFER: InferRequest,
+    topics.HOST: HostState,
+    topics.RESPONDER: ResponderState,
+}
+# `down/cmd/{type}`: one payload a type.
+COMMANDS: dict[str, type[Message]] = {"samples": SamplesCommand}
+
+
+def decode(topic: str, payload: bytes) -> tuple[topics.Route, dict[str, str], Message]:
+    """The message on `topic`; raises InvalidPayload when the topic is not ours or the payload does not validate."""
+    parsed = topics.parse(topic)
+    if parsed is None:
+        raise InvalidPayload(f"{topic}: no topic of this protocol")
+    route, fields = parsed
+    model = COMMANDS.get(fields["type"]) if route is topics.COMMAND else PAYLOADS.get(route)
+    if model is None:
+        raise InvalidPayload(f"{topic}: unknown command; known: {', '.join(sorted(COMMANDS))}")
+    try:
+        return route, fields, model.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "payload"
+        raise InvalidPayload(f"{topic}: {where}: {first['msg']} (got {str(first.get('input'))[:80]!r})") from None
+
+
+def encode(message: Message) -> bytes:
+    """The JSON bytes of a message; what is None is left out."""
+    return message.model_dump_json(exclude_none=True).encode()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of every payload by topic template, so that a client in any language can join."""
+    schemas = {route.template: model.model_json_schema() for route, model in PAYLOADS.items()}
+    for kind, model in COMMANDS.items():
+        schemas[topics.COMMAND.template.replace("{type}", kind)] = model.model_json_schema()
+    return schemas

@@ -1,0 +1,172 @@
+"""Fits a release's calibration: how evidence becomes the probability of being right, on data used for nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.vq import kmeans2
+from scipy.optimize import minimize
+
+from edged.core.confidence import FEATURES, SIGNS, features, novelty, stats_vector
+from edged.engines.base import Detections, ImageStats
+from edged.wire.manifest import Calibration, Novelty, Thresholds
+
+ITEMS_MIN = 100  # fewer items cannot tell 90 % from 97 %
+PENALTIES = (1.0, 3.0, 10.0, 30.0)  # L2, chosen by cross-validation
+FOLDS = 5
+LIMIT_QUANTILE, LIMIT_MARGIN = 0.995, 1.1  # of the distances seen; the margin because the sample's tail is thin
+ITEMS_PER_CENTRE, CENTRES_MAX = 100, 8  # scenes come in kinds: one centre for all would call the space between them known
+# The weights are pulled towards these, not towards 0: with few wrong answers to learn from, a weak score is doubted.
+PRIOR = {"min_logit": 0.5, "missed_logit": -0.5, "rival_logit": -0.25, "overlap": -0.25, "novelty": -0.25}
+# A feature that hardly varied in the fit must not become infinitely telling in the field.
+SCALE_MIN = 0.25
+DEVIATION_MIN = np.array([0.02, 0.05, 0.05])  # of brightness, ln(contrast), ln(sharpness)
+
+Item = tuple[Detections, ImageStats, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """How well the probabilities hold on items left out of the fit, by cross-validation.
+
+    `ece`: expected calibration error over 10 equally filled bins (Guo et al. 2017); `brier`: mean squared error of p.
+    """
+
+    items: int
+    right: int
+    ece: float
+    brier: float
+    mean_p: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able values."""
+        return asdict(self)
+
+
+def fit(items: Sequence[Item], thresholds: Thresholds) -> Calibration:
+    """L2-regularised logistic regression with signed weights, and the novelty reference, from (answer, input, right).
+
+    Fewer than ITEMS_MIN items give an `uncalibrated` calibration. Items that are all right (or all wrong) are fine: the
+    targets are smoothed (Platt 1999), so that no number of right answers makes a probability of 1.
+    """
+    if len(items) < ITEMS_MIN:
+        return Calibration(items=len(items))
+    reference = _reference([stats for _, stats, _ in items])
+    bare = Calibration(novelty=reference)
+    evidence = _evidence(items, thresholds, bare)
+    right = np.array([item[2] for item in items], dtype=bool)
+    penalty = min(PENALTIES, key=lambda each: _cross_validated_loss(evidence, right, each))
+    model = _fit_logistic(evidence, right, penalty)
+    return Calibration(
+        method="logistic",
+        features=list(FEATURES),
+        mean=model.mean.tolist(),
+        scale=model.scale.tolist(),
+        weights=model.weights.tolist(),
+        bias=model.bias,
+        items=len(items),
+        novelty=reference,
+    )
+
+
+def cross_validate(items: Sequence[Item], thresholds: Thresholds) -> CalibrationReport:
+    """What `fit` on four fifths of the items says about the other fifth, for every fifth; needs ITEMS_MIN items.
+
+    Raises ValueError with fewer.
+    """
+    if len(items) < ITEMS_MIN:
+        raise ValueError(f"{len(items)} items cannot be cross-validated; at least {ITEMS_MIN} are needed")
+    evidence = _evidence(items, thresholds, Calibration(novelty=_reference([stats for _, stats, _ in items])))
+    right = np.array([item[2] for item in items], dtype=bool)
+    p = np.empty(len(items))
+    for held in _folds(len(items)):
+        train, truth = evidence[~held], right[~held]
+        penalty = min(PENALTIES, key=lambda each: _cross_validated_loss(train, truth, each))
+        p[held] = _fit_logistic(train, truth, penalty).p(evidence[held])
+    brier = float(((p - right) ** 2).mean())
+    return CalibrationReport(len(items), int(right.sum()), expected_calibration_error(p, right), brier, float(p.mean()))
+
+
+def expected_calibration_error(p: NDArray[np.float64], right: NDArray[np.bool_], bins: int = 10) -> float:
+    """Mean |share right - mean p| over `bins` bins of equal count, weighted by count; 0 for no items."""
+    order = np.argsort(p, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    return float(sum(len(part) * abs(right[part].mean() - p[part].mean()) for part in parts) / max(len(p), 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Logistic:
+    mean: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    bias: float
+
+    def p(self, evidence: NDArray[np.float64]) -> NDArray[np.float64]:
+        z = (evidence - self.mean) / self.scale @ self.weights + self.bias
+        return np.asarray(1 / (1 + np.exp(-np.clip(z, -700, 700))))
+
+
+def _evidence(items: Sequence[Item], thresholds: Thresholds, calibration: Calibration) -> NDArray[np.float64]:
+    rows = [list(features(detections, thresholds, stats, calibration).values()) for detections, stats, _ in items]
+    evidence = np.array(rows, dtype=np.float64)
+    if not np.isfinite(evidence).all():
+        bad = int(np.flatnonzero(~np.isfinite(evidence).all(axis=1))[0])
+        raise ValueError(f"item {bad} has evidence that is not finite: {dict(zip(FEATURES, rows[bad], strict=True))}")
+    return evidence
+
+
+def _fit_logistic(evidence: NDArray[np.float64], right: NDArray[np.bool_], penalty: float) -> _Logistic:
+    mean, scale = evidence.mean(axis=0), np.maximum(evidence.std(axis=0), SCALE_MIN)
+    x = (evidence - mean) / scale
+    good = int(right.sum())
+    target = np.where(right, (good + 1) / (good + 2), 1 / (len(right) - good + 2))
+    prior = np.array([PRIOR.get(name, 0.0) for name in FEATURES])
+
+    def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        z = x @ theta[:-1] + theta[-1]
+        away = theta[:-1] - prior
+        value = float((np.logaddexp(0, z) - target * z).sum() + penalty * (away @ away) / 2)
+        error = 1 / (1 + np.exp(-np.clip(z, -700, 700))) - target
+        return value, np.append(x.T @ error + penalty * away, error.sum())
+
+    bounds = [{1: (0.0, None), -1: (None, 0.0), 0: (None, None)}[SIGNS[name]] for name in FEATURES]
+    start = np.append(prior, np.log(target.mean() / (1 - target.mean())))
+    result = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[*bounds, (None, None)])
+    if not np.isfinite(result.x).all():
+        raise ValueError(f"the calibration did not converge: {result.message}")
+    return _Logistic(mean, scale, result.x[:-1], float(result.x[-1]))
+
+
+def _cross_validated_loss(evidence: NDArray[np.float64], right: NDArray[np.bool_], penalty: float) -> float:
+    loss = 0.0
+    for held in _folds(len(right)):
+        p = np.clip(_fit_logistic(evidence[~held], right[~held], penalty).p(evidence[held]), 1e-6, 1 - 1e-6)
+        loss -= float(np.where(right[held], np.log(p), np.log(1 - p)).sum())
+    return loss
+
+
+def _folds(count: int) -> list[NDArray[np.bool_]]:
+    """Every FOLDS-th item each: items that come sorted by kind (clean, then shifted) spread over all folds."""
+    return [np.arange(count) % FOLDS == fold for fold in range(FOLDS)]
+
+
+def _reference(stats: Sequence[ImageStats]) -> Novelty:
+    """Centres of the inputs (k-means), the inverse covariance around them, and the distance beyond which an input is new."""
+    vectors = np.array([stats_vector(each) for each in stats])
+    deviation = np.maximum(vectors.std(axis=0), DEVIATION_MIN)
+    kinds = min(len(vectors) // ITEMS_PER_CENTRE, CENTRES_MAX, len(np.unique(vectors, axis=0)))
+    # The seed is fixed so that the same items always give the same release; empty clusters are dropped.
+    _, nearest = kmeans2(vectors / deviation, max(kinds, 1), minit="++", rng=np.random.default_rng(0))
+    used, nearest = np.unique(nearest, return_inverse=True)
+    centres = np.array([vectors[nearest == index].mean(axis=0) for index in range(len(used))])
+    covariance = np.cov(vectors - centres[nearest], rowvar=False) + np.diag(DEVIATION_MIN**2)
+    inverse = np.linalg.inv(covariance)
+    reference = Novelty(centres=centres.tolist(), inverse_covariance=inverse.tolist(), limit=1.0)
+    distances = [novelty(each, Calibration(novelty=reference)) for each in stats]
+    limit = float(np.quantile(distances, LIMIT_QUANTILE)) * LIMIT_MARGIN
+    # A distance of 3 in 3 dimensions holds 97 % of a normal distribution: less is never called new.
+    return reference.model_copy(update={"limit": max(limit, 3.0)})

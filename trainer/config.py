@@ -1,0 +1,287 @@
+"""The trainer's configuration: a TOML file, overridden by the environment (`TRAINER_BROKER__HOST=...`)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from trainer.core.gate import Rules as GateRules
+from trainer.core.rollout import RolloutRules
+from trainer.core.triggers import TriggerRules
+from trainer.tuners.settings import LoraSettings, SettingsError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key, the value and the fix, a line each."""
+
+
+class Section(BaseModel):
+    """Base of every table: an unknown key is a typing mistake and is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tls(Section):
+    """Our certificate and key, and the authority that the other side's certificate must come from."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Tls:
+        given = {"ca": self.ca, "certificate": self.certificate, "key": self.key}
+        missing = [name for name, path in given.items() if path is None]
+        if missing and len(missing) < len(given):
+            raise ValueError(f"{', '.join(missing)} missing: set all of ca, certificate and key, or none of them")
+        return self
+
+
+class Broker(Tls):
+    """Where the MQTT broker is. Without `ca` the connection is plain TCP, which is refused off loopback."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8883
+    keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
+    session_expiry_s: Annotated[int, Field(ge=0, le=30 * 86400)] = 86400
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> Broker:
+        if self.ca is None and self.host not in _LOOPBACK:
+            raise ValueError(f"host {self.host!r} without `ca`: traffic off this machine is encrypted; set ca, certificate, key")
+        return self
+
+
+class Http(Tls):
+    """The address that devices fetch releases from and upload samples to. `url` is what they are told: by default
+    https (http without certificates) with `host` and the port that was bound."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8443  # 0: any free port
+    url: str = ""
+    sample_bytes_max: Annotated[int, Field(gt=0)] = 64 << 20
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> Http:
+        if self.ca is None and self.host not in _LOOPBACK:
+            raise ValueError(f"host {self.host!r} without `ca`: only this machine may connect unencrypted; set ca, certificate, key")
+        return self
+
+
+class Model(Section):
+    """One model that the fleet improves; its name is the slot's name on the devices and the releases' name.
+
+    The folders hold labelled images (`trainer.datasets`). `holdout` is the work as it is now, `holdout_clean` the
+    beginnings that must not be forgotten, `calibration` what confidence is fitted on; no image may be in two of them.
+    """
+
+    kind: Literal["detect"] = "detect"
+    checkpoint: Path  # .pt of the first release; later ones are kept beside the registry
+    labels: Annotated[list[str], Field(min_length=1)]
+    imgsz: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 640
+    replay: Path | None = None
+    holdout: Path
+    holdout_clean: Path
+    calibration: Path
+    tier: str = ""  # only devices of this tier are the model's fleet; empty: all that run it
+    lora: LoraSettings = LoraSettings()
+    epochs: Annotated[int, Field(ge=1, le=10000)] = 10
+    batch: Annotated[int, Field(ge=1, le=4096)] = 32
+    lr: Annotated[float, Field(gt=0, lt=1)] = 0.002
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: all cores
+    seed: int = 0
+    replay_ratio: Annotated[float, Field(ge=0, le=100)] = 1.0  # replayed images for each new one
+    calibration_share: Share = 0.15  # of the new samples: they calibrate and do not train
+    score: Share = 0.25  # answers score at least this
+    iou: Share = 0.7
+    target_risk: Share = 0.05  # accepted answers that may be wrong; devices' policies aim at it
+    threshold: Annotated[int, Field(ge=0)] = 100  # train when there are MORE new labelled samples
+    minimum_interval_s: Annotated[float, Field(ge=0)] = 3600.0
+    label_confidence_min: Share = 0.5
+    samples_max: Annotated[int, Field(ge=1)] = 5000  # of one job
+    claim_s_max: Seconds = 3600.0  # how long devices may take to hand samples over
+    training_s_estimate: Seconds = 900.0  # until a job has shown how long it takes
+    gate: dict[str, float] = {}
+    # For proving that the gate works, never for use: `train` ships the old weights again, `labels` shuffles the labels.
+    ablate: Literal["", "train", "labels"] = ""
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            try:
+                return LoraSettings.parse(value)
+            except SettingsError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("gate")
+    @classmethod
+    def _gate(cls, value: dict[str, float]) -> dict[str, float]:
+        known = [field.name for field in fields(GateRules)]
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise ValueError(f"unknown rule {', '.join(unknown)}; known: {', '.join(known)}")
+        return value
+
+    def trigger_rules(self) -> TriggerRules:
+        """What `core.triggers` needs."""
+        return TriggerRules(self.threshold, self.minimum_interval_s)
+
+    def gate_rules(self) -> GateRules:
+        """What `core.gate` needs: its own defaults where the configuration says nothing."""
+        defaults = GateRules()
+        # Counts come as floats out of a table of numbers.
+        values = {name: type(getattr(defaults, name))(value) for name, value in self.gate.items()}
+        return GateRules(**values)
+
+
+class Rollout(Section):
+    """How a release reaches the fleet; the same words as `core.rollout.RolloutRules`."""
+
+    canary_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    watch_s: Seconds = 3600.0
+    items_min: Annotated[int, Field(ge=1)] = 100
+    extend_max: Annotated[int, Field(ge=0)] = 3
+    escalation_margin: Share = 0.02
+    error_margin: Share = 0.01
+    failed_fraction_max: Share = 0.1
+    install_s_max: Seconds = 3600.0
+    failed_grace_s: Annotated[float, Field(ge=0)] = 30.0  # a failed (not a reverted) update counts when it lasts this long
+
+    def rules(self) -> RolloutRules:
+        """What `core.rollout` needs."""
+        return RolloutRules(**self.model_dump(exclude={"failed_grace_s"}))
+
+
+class TrainerConfig(BaseSettings):
+    """Everything a trainer needs. `name` is its MQTT client id and the common name of its certificate."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TRAINER_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+    )
+
+    name: Name = "trainer"
+    site: Name = "default"
+    data_dir: Path = Path("/var/lib/edged-trainer")
+    broker: Broker = Broker()
+    http: Http = Http()
+    models: dict[Name, Model] = {}
+    rollout: Rollout = Rollout()
+    command_resend_s: Seconds = 30.0
+    catalogue_refresh_s: Seconds = 3600.0  # ask every device for its whole catalogue this often
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file with everything that must outlive the process."""
+        return self.data_dir / "trainer.sqlite"
+
+    @property
+    def releases(self) -> Path:
+        """The registry's folder."""
+        return self.data_dir / "releases"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of uploaded pixels, each file named by its SHA-256."""
+        return self.data_dir / "samples"
+
+    @property
+    def runs(self) -> Path:
+        """The folder of training runs, one folder each."""
+        return self.data_dir / "runs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the releases' trainable weights, `name@version.pt`."""
+        return self.data_dir / "checkpoints"
+
+    def model(self, name: str) -> Model:
+        """The settings of a model; raises ConfigError naming those that are there."""
+        try:
+            return self.models[name]
+        except KeyError:
+            known = ", ".join(sorted(self.models)) or "none"
+            raise ConfigError(f"models.{name}: no such model; configured: {known}") from None
+
+    def checkpoint(self, release: str, model: str) -> Path:
+        """The trainable weights of a release: its own where a job made it, else the configured first ones."""
+        own = self.checkpoints / f"{release}.pt"
+        return own if own.is_file() else self.model(model).checkpoint
+
+
+_FIXES = {
+    "extra_forbidden": "remove it, or correct its spelling",
+    "greater_than_equal": "use a larger number",
+    "greater_than": "use a larger number",
+    "less_than_equal": "use a smaller number",
+    "less_than": "use a smaller number",
+    "int_parsing": "use a whole number",
+    "float_parsing": "use a number",
+    "literal_error": "use one of the values named",
+    "path_type": "use a path in quotes",
+    "string_type": "put it in quotes",
+    "string_pattern_mismatch": "use letters, digits, '_', '.' and '-'",
+}
+
+
+def load_config(path: Path) -> TrainerConfig:
+    """The configuration in the TOML file `path` with the environment on top; relative paths start at the file's folder.
+
+    Raises ConfigError.
+    """
+    if not path.is_file():
+        raise ConfigError(f"configuration {path} does not exist; give the path of a TOML file with --config")
+
+    class FromFile(TrainerConfig):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return env_settings, TomlConfigSettingsSource(settings_cls, path)
+
+    try:
+        config = FromFile()
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(item)}" for item in error.errors(include_url=False))) from None
+    except ValueError as error:  # TOML's and pydantic-settings' own
+        raise ConfigError(f"{path}: {error}") from None
+    resolved: TrainerConfig = _resolve(config, path.resolve().parent)
+    return resolved
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] == "missing":
+        return f"{key} is missing: add it"
+    value = item.get("input")
+    shown = "" if isinstance(value, dict | BaseModel) else f" = {str(value)[:80]!r}"
+    fix = _FIXES.get(item["type"])
+    return f"{key}{shown}: {item['msg'].removeprefix('Value error, ')}" + (f"; fix: {fix}" if fix else "")
+
+
+def _resolve(value: Any, folder: Path) -> Any:
+    """The same settings with every path absolute."""
+    if isinstance(value, Path):
+        return folder / value.expanduser()
+    if isinstance(value, BaseModel):
+        changes = {name: _resolve(getattr(value, name), folder) for name in type(value).model_fields}
+        return value.model_copy(update=changes)
+    if isinstance(value, dict):
+        return {name: _resolve(each, folder) for name, each in value.items()}
+    return value

@@ -1,0 +1,239 @@
+"""The trainer's database: what must outlive the process, in SQLite with a write-ahead log.
+
+One process writes (`trainer serve`); command lines add rows to `requests` and read the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    insert,
+    update,
+)
+
+SCHEMA_VERSION = 1
+BUSY_MS_MAX = 10_000
+
+metadata = MetaData()
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("device", String, primary_key=True),
+    Column("online", Boolean, nullable=False, default=False),
+    Column("boot", String, nullable=False, default=""),
+    Column("tier", String, nullable=False, default=""),
+    Column("profile", String, nullable=False, default=""),
+    Column("capabilities", JSON, nullable=False, default=list),
+    Column("desired_rev", Integer, nullable=False, default=0),  # the highest that the device says it has seen
+    Column("models", JSON, nullable=False, default=dict),  # slot -> ModelReport
+    Column("health", JSON, nullable=False, default=dict),
+    Column("seen_at", Float, nullable=False, default=0.0),
+    Column("listed_at", Float, nullable=False, default=0.0),  # when its whole catalogue was last asked for
+)
+
+desired = Table(
+    "desired",
+    metadata,
+    Column("device", String, primary_key=True),
+    Column("rev", Integer, nullable=False),
+    Column("models", JSON, nullable=False, default=dict),  # slot -> ReleaseRef
+    Column("adapters", JSON, nullable=False, default=dict),
+    Column("policy", JSON, nullable=False, default=dict),
+)
+
+samples = Table(
+    "samples",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("device", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("pipeline", String, nullable=False),
+    Column("release", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("sha256", String, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("label", JSON, nullable=False, default=list),
+    Column("label_confidence", Float, nullable=False, default=0.0),
+    Column("provenance", JSON),
+    Column("captured", Float, nullable=False),
+    Column("entry_ts", Float, nullable=False),  # of the catalogue entry: an older one changes nothing
+    Column("job", String),  # the open job that claims it
+    Column("tried", Integer, nullable=False, default=0),  # jobs that gave it back: it no longer calls for training
+    Column("used_by", String, nullable=False, default=""),  # the release that it trained
+    Index("samples_by_state", "model", "state"),
+    Index("samples_by_hash", "sha256"),
+    Index("samples_by_job", "job"),
+)
+
+windows = Table(
+    "windows",
+    metadata,
+    Column("id", String, primary_key=True),  # of the message
+    Column("device", String, nullable=False),
+    Column("pipeline", String, nullable=False),
+    Column("release", String, nullable=False),
+    Column("start", Float, nullable=False),
+    Column("end", Float, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("accepted", Integer, nullable=False),
+    Column("audited", Integer, nullable=False),
+    Column("escalated", Integer, nullable=False),
+    Column("errors", Integer, nullable=False),
+    Column("body", JSON, nullable=False),
+    Index("windows_by_release", "release", "start"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("model", String, nullable=False),
+    Column("source", String, nullable=False),
+    Column("target", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("detail", String, nullable=False, default=""),  # why it ended as it did
+    Column("created", Float, nullable=False),
+    Column("claim_until", Float, nullable=False),
+    Column("started", Float),  # of the training
+    Column("finished", Float),
+    Column("starts", Integer, nullable=False, default=0),  # of the training child: stops an endless restart
+    Column("manifest", JSON, nullable=False),
+    Column("result", JSON, nullable=False, default=dict),  # the run's metadata.json, shortened
+    Column("rollout", String),
+    Index("jobs_by_model", "model", "created"),
+)
+
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("model", String, nullable=False),
+    Column("release", String, nullable=False),
+    Column("sha256", String, nullable=False),
+    Column("phase", String, nullable=False),
+    Column("state", JSON, nullable=False),  # core.rollout.Rollout
+    Column("previous", JSON, nullable=False),  # device -> ReleaseRef it ran before, or null
+    Column("created", Float, nullable=False),
+    Column("updated", Float, nullable=False),
+)
+
+commands = Table(
+    "commands",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("device", String, nullable=False),
+    Column("type", String, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("state", String, nullable=False),  # open | accepted | failed (these are sent again) | done | expired
+    Column("reason", String, nullable=False, default=""),
+    Column("detail", JSON, nullable=False, default=dict),
+    Column("created", Float, nullable=False),
+    Column("job", String, nullable=False, default=""),
+    Index("commands_by_state", "state"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("ts", Float, nullable=False),
+    Column("source", String, nullable=False),  # a device, or the trainer's name
+    Column("kind", String, nullable=False),
+    Column("text", String, nullable=False),
+    Column("detail", JSON, nullable=False, default=dict),
+    Column("published", Boolean, nullable=False, default=True),
+    Index("events_by_ts", "ts"),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("answer", JSON),  # null: not done yet
+)
+
+seen = Table(
+    "seen",
+    metadata,
+    Column("id", String, primary_key=True),  # of a message that was taken in
+    Column("ts", Float, nullable=False),
+    Index("seen_by_ts", "ts"),
+)
+
+
+class DatabaseError(RuntimeError):
+    """The database file cannot be used; the message names it and the fix."""
+
+
+class Database:
+    """Opens the SQLite file at `path`, making it when needed; threads may share one object. Raises DatabaseError."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.engine: Engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_MS_MAX / 1000})
+        event.listen(self.engine, "connect", _configure)
+        event.listen(self.engine, "begin", _begin)
+        with self.write() as connection:
+            found = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+            if found > SCHEMA_VERSION:
+                raise DatabaseError(f"{path} has schema {found}, this program knows {SCHEMA_VERSION}: use the newer trainer")
+            metadata.create_all(connection)
+            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that may write: all of it or nothing."""
+        with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state of everything and writes nothing."""
+        with self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+
+def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Set `values` in the row with this key, or add it; only inside `Database.write`, where nobody else writes."""
+    where = [table.c[name] == value for name, value in key.items()]
+    if connection.execute(update(table).where(*where).values(**values)).rowcount == 0:
+        connection.execute(insert(table).values(**key, **values))
+
+
+def _configure(connection: Any, _record: Any) -> None:
+    # The driver's own transaction control begins too late: `_begin` decides instead.
+    connection.isolation_level = None
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {BUSY_MS_MAX}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    # A transaction that reads first and writes later fails when another wrote in between; IMMEDIATE waits instead.
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,251 @@
+"""Writes Hugging Face checkpoints as GGUF, the format of llama.cpp, and quantises such files.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Which keys and tensors an architecture needs is what
+llama.cpp reads for it; `ARCHITECTURES` has one row for each that is supported here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from trainer.export.gguf_vocab import write_vocabulary
+
+Config = dict[str, Any]
+OutType = Literal["f16", "f32"]
+
+
+class ExportError(Exception):
+    """A checkpoint cannot be written as GGUF; the message names the file or key, its value and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How one Hugging Face architecture is called and described in GGUF.
+
+    `describe` writes the keys beyond the common ones; `extra` gives tensors that the checkpoint keeps in its config.
+    No supported architecture needs its rows permuted: llama.cpp rotates the halves of Phi's heads as transformers does,
+    and takes the fused projections in the same order (queries, keys, values; gate, up).
+    """
+
+    arch: gguf.MODEL_ARCH
+    describe: Callable[[gguf.GGUFWriter, Config], None]
+    extra: Callable[[Config], dict[str, NDArray[np.float32]]]
+
+
+def _describe_phi3(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_dimension_count(_rotary_dimensions(config))
+    writer.add_sliding_window(config.get("sliding_window") or 0)
+    if config.get("rope_scaling"):
+        trained, stretched = config["original_max_position_embeddings"], config["max_position_embeddings"]
+        # LongRoPE, Ding et al. 2024 (https://arxiv.org/abs/2402.13753), section 3: attention grows with the stretch.
+        factor = stretched / trained
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+        writer.add_rope_scaling_orig_ctx_len(trained)
+        writer.add_rope_scaling_attn_factors(attention)
+
+
+def _rope_factors_phi3(config: Config) -> dict[str, NDArray[np.float32]]:
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in ("longrope", "su"):
+        raise ExportError(f"rope_scaling.type = {kind!r}: only 'longrope' exists for Phi-3; correct the checkpoint's config")
+    return {
+        f"rope_factors_{name}.weight": np.asarray(scaling[f"{name}_factor"], np.float32) for name in ("long", "short")
+    }
+
+
+def _describe_phi2(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_dimension_count(_rotary_dimensions(config))
+
+
+def _rotary_dimensions(config: Config) -> int:
+    return int(config["hidden_size"] // config["num_attention_heads"] * config.get("partial_rotary_factor", 1.0))
+
+
+# Adding one: its name in config.json ("architectures"), its GGUF architecture, its keys. Tensor names come from gguf.
+ARCHITECTURES: dict[str, Architecture] = {
+    "Phi3ForCausalLM": Architecture(gguf.MODEL_ARCH.PHI3, _describe_phi3, _rope_factors_phi3),
+    "PhiForCausalLM": Architecture(gguf.MODEL_ARCH.PHI2, _describe_phi2, lambda config: {}),
+}
+
+
+def export_gguf(checkpoint: Path, out: Path, outtype: OutType = "f16") -> Path:
+    """Write the Hugging Face checkpoint in folder `checkpoint` (config.json, *.safetensors, tokenizer.json) to `out`.
+
+    Matrices are stored as `outtype`, vectors as float32. Tensors are streamed: no more than one is in memory. `out`
+    appears whole or not at all. Raises ExportError.
+    """
+    config = read_json(checkpoint / "config.json")
+    architecture = architecture_of(checkpoint, config)
+    names = gguf.get_tensor_name_map(architecture.arch, config["num_hidden_layers"])
+    with safetensors_of(checkpoint) as tensors, written_beside(out) as beside:
+        writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[architecture.arch])
+        try:
+            _write_keys(writer, checkpoint, config, architecture, outtype)
+            plan = [(_gguf_name(names, name), tensor) for name, tensor in tensors.items() if _is_weight(name)]
+            extra = architecture.extra(config)
+            for name, tensor in plan:
+                dtype = _stored_as(name, tensor.shape, outtype)
+                writer.add_tensor_info(name, tensor.shape, np.dtype(dtype), math.prod(tensor.shape) * dtype().nbytes)
+            for name, array in extra.items():
+                writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, tensor in plan:
+                writer.write_tensor_data(_cast(name, tensor.read(), _stored_as(name, tensor.shape, outtype)))
+            for array in extra.values():
+                writer.write_tensor_data(array)
+        finally:
+            writer.close()
+    return out
+
+
+def quantize_gguf(source: Path, out: Path, kind: str = "Q8_0") -> Path:
+    """Quantise the f16 or f32 GGUF `source` with llama.cpp, `kind` as it calls it (Q8_0, Q4_K_M, ...), into `out`.
+
+    Raises ExportError.
+    """
+    import llama_cpp  # only here: the trainer can export without it
+
+    ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}", None)
+    if ftype is None:
+        prefix = "LLAMA_FTYPE_MOSTLY_"
+        known = ", ".join(sorted(name.removeprefix(prefix) for name in dir(llama_cpp) if name.startswith(prefix)))
+        raise ExportError(f"quantisation {kind!r} is unknown to llama.cpp; it knows: {known}")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = ftype
+    with written_beside(out) as beside:
+        code = llama_cpp.llama_model_quantize(str(source).encode(), str(beside).encode(), params)
+        if code != 0:
+            raise ExportError(f"{source}: llama.cpp cannot quantise it to {kind} (code {code}); is it an f16 or f32 GGUF?")
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint, still on disk; `read` gives it in its own type."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+@contextmanager
+def safetensors_of(folder: Path) -> Iterator[dict[str, StoredTensor]]:
+    """All tensors of the *.safetensors files in `folder` by name, read when asked for; raises ExportError."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ExportError(f"{folder}: no *.safetensors in it; save the checkpoint with save_pretrained()")
+    tensors: dict[str, StoredTensor] = {}
+    for path in files:
+        try:
+            file = safe_open(path, framework="pt")
+        except Exception as error:  # safetensors raises its own SafetensorError, which has no public import path
+            raise ExportError(f"{path}: not a whole safetensors file ({error}); save the checkpoint again") from error
+        for name in file.keys():  # noqa: SIM118  # not a dict
+            shape = tuple(file.get_slice(name).get_shape())
+            tensors[name] = StoredTensor(shape, lambda file=file, name=name: file.get_tensor(name))
+    yield tensors
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """A path beside `out` to write to; it becomes `out`, on disk, when the block ends well, and goes away when not."""
+    beside = out.with_name(f".{out.name}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Config:
+    """The object in a JSON file of a checkpoint; raises ExportError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be read as JSON ({error}); is {path.parent} a whole checkpoint?") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path}: holds {type(value).__name__} instead of an object; is {path.parent} a checkpoint?")
+    return value
+
+
+def architecture_of(checkpoint: Path, config: Config) -> Architecture:
+    """The row of ARCHITECTURES for a checkpoint's config; raises ExportError naming what is supported."""
+    names = config.get("architectures") or ["none named"]
+    if names[0] not in ARCHITECTURES:
+        raise ExportError(
+            f"{checkpoint}: architecture {names[0]} is not supported; supported: {', '.join(ARCHITECTURES)}. "
+            "Add a row to ARCHITECTURES for another one"
+        )
+    return ARCHITECTURES[names[0]]
+
+
+def _write_keys(
+    writer: gguf.GGUFWriter, checkpoint: Path, config: Config, architecture: Architecture, outtype: OutType
+) -> None:
+    heads = config["num_attention_heads"]
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(checkpoint.name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if outtype == "f16" else gguf.LlamaFileType.ALL_F32)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    architecture.describe(writer, config)
+    try:
+        write_vocabulary(writer, checkpoint, config["vocab_size"])
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{checkpoint}: its tokenizer cannot be written as GGUF: {error}") from error
+
+
+def _is_weight(name: str) -> bool:
+    # Old checkpoints carry tables that are computed from the config.
+    return not name.endswith((".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias"))
+
+
+def _gguf_name(names: gguf.TensorNameMap, name: str) -> str:
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise ExportError(f"tensor {name} has no place in this architecture; export the merged model, without adapters")
+    return found
+
+
+def _stored_as(name: str, shape: tuple[int, ...], outtype: OutType) -> type[np.float16] | type[np.float32]:
+    # llama.cpp adds and multiplies with vectors in float32 only.
+    return np.float16 if outtype == "f16" and len(shape) > 1 else np.float32
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: type[np.float16] | type[np.float32]) -> NDArray[Any]:
+    array = tensor.to(torch.float32).numpy()
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if not np.isfinite(cast).all():
+        fix = "train again" if not np.isfinite(array).all() else 'use outtype "f32"'
+        raise ExportError(f"tensor {name}: values are not finite as {np.dtype(dtype).name}; {fix}")
+    return cast

@@ -1,0 +1,98 @@
+"""Static int8 quantisation of a detector's ONNX file (QDQ, per channel), its metadata kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CALIBRATION_MIN = 8  # images; fewer leave the activations' ranges to chance
+
+
+def quantize_static_int8(
+    source: Path, out: Path, images: Iterable[NDArray[np.float32]], *, exclude: Iterable[str] | None = None
+) -> Path:
+    """Quantise the fp32 `source` to `out` with the activations that `images` cause; returns `out`.
+
+    `images`: prepared inputs, each (1, 3, height, width) float32 in 0..1, from data that neither trained nor judges the
+    model. `exclude`: names of nodes that stay in float; by default the decoder behind the head's convolutions, because
+    boxes in pixels and scores in 0..1 share its last tensor and cannot share 256 steps. The metadata of `source` is
+    kept. Raises ValueError for too few images.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = list(images)
+    if len(prepared) < CALIBRATION_MIN:
+        raise ValueError(
+            f"quantising {source.name}: {len(prepared)} calibration images, need {CALIBRATION_MIN} or more"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=out.parent) as scratch:
+        clean, quantised = Path(scratch) / "clean.onnx", Path(scratch) / "int8.onnx"
+        quant_pre_process(str(source), str(clean))
+        graph = onnx.load(str(clean)).graph
+        quantize_static(
+            str(clean),
+            str(quantised),
+            _Reader(graph.input[0].name, prepared),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            nodes_to_exclude=decoder_nodes(graph) if exclude is None else list(exclude),
+        )
+        _copy_metadata(source, quantised)
+        quantised.replace(out)
+    return out
+
+
+def decoder_nodes(graph: Any) -> list[str]:
+    """Names of the nodes behind the last convolutions: what turns the head's maps into boxes and scores."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    found: dict[str, None] = {}
+    waiting = [value.name for value in graph.output]
+    while waiting:
+        node = made_by.get(waiting.pop())
+        # The box decoder's expectation over 16 bins is a convolution too, but of constants behind a softmax.
+        if node is None or node.name in found or (node.op_type == "Conv" and not _follows_softmax(node, made_by)):
+            continue
+        found[node.name] = None
+        waiting.extend(node.input)
+    return list(found)
+
+
+def _follows_softmax(node: Any, made_by: dict[str, Any]) -> bool:
+    source = made_by.get(node.input[0])
+    while source is not None and source.op_type in ("Transpose", "Reshape"):
+        source = made_by.get(source.input[0])
+    return source is not None and source.op_type == "Softmax"
+
+
+class _Reader:
+    """Feeds the calibration images one by one, as ONNX Runtime's CalibrationDataReader does."""
+
+    def __init__(self, name: str, images: list[NDArray[np.float32]]) -> None:
+        self._name = name
+        self._left: Iterator[NDArray[np.float32]] = iter(images)
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        image = next(self._left, None)
+        return None if image is None else {self._name: image}
+
+
+def _copy_metadata(source: Path, target: Path) -> None:
+    import onnx
+
+    model = onnx.load(str(target))
+    known = {entry.key: entry.value for entry in model.metadata_props}
+    for entry in onnx.load(str(source), load_external_data=False).metadata_props:
+        known[entry.key] = entry.value
+    onnx.helper.set_model_props(model, known)
+    onnx.save(model, str(target))

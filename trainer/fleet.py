@@ -1,0 +1,253 @@
+"""What the trainer knows of its devices: taken in from their messages, asked by jobs, rollouts and people.
+
+Every function works inside the caller's transaction, so that a message is acknowledged only after all it says is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State
+from trainer.core.rollout import Outcome, Window
+from trainer.database import commands, desired, devices, events, put, samples, seen, windows
+
+SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
+EVENTS_MAX = 10_000
+WINDOWS_S_MAX = 90 * 86400.0
+COMMAND_S_MAX = 7 * 86400.0
+ENDED = ("done", "expired")  # command states
+SETTLED = frozenset({"idle", "committed"})  # update states in which what is active is meant to stay
+FAILED = frozenset({"failed", "reverted"})
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A device as a rollout sees it: what its slot runs, how its update stands, and the last desired state it saw."""
+
+    device: str
+    online: bool
+    active: str | None
+    adapter: str | None
+    update: str
+    reason: str
+    desired_rev: int
+
+
+def is_new(connection: Connection, message: Message) -> bool:
+    """Note the message's id; false when it was taken in before."""
+    if connection.execute(select(seen.c.id).where(seen.c.id == message.id)).first() is not None:
+        return False
+    connection.execute(insert(seen).values(id=message.id, ts=message.ts))
+    return True
+
+
+def take_state(connection: Connection, device: str, state: State, now: float) -> bool:
+    """A birth or a Will. True for a birth of a boot that was not known: the device has just started."""
+    row = connection.execute(select(devices.c.boot).where(devices.c.device == device)).first()
+    if state.state == "offline":
+        if row is not None and row.boot == state.boot:  # else it is older than the last birth
+            put(connection, devices, {"device": device}, {"online": False, "seen_at": now})
+        return False
+    values = {
+        "online": True,
+        "boot": state.boot,
+        "tier": state.tier,
+        "profile": state.profile,
+        "capabilities": state.capabilities,
+        "seen_at": now,
+    }
+    put(connection, devices, {"device": device}, values)
+    return row is None or row.boot != state.boot
+
+
+def take_reported(connection: Connection, device: str, reported: Reported, now: float) -> None:
+    """What a device runs now."""
+    models = {slot: report.model_dump(mode="json") for slot, report in reported.models.items()}
+    values = {"desired_rev": reported.desired_rev, "models": models, "health": reported.health, "seen_at": now}
+    put(connection, devices, {"device": device}, values)
+
+
+def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None:
+    """A catalogue entry; one that is older than what is known, or another device's sample, changes nothing."""
+    row = connection.execute(
+        select(samples.c.entry_ts, samples.c.state, samples.c.device).where(samples.c.id == entry.sample)
+    ).first()
+    if row is not None and (row.device != device or row.entry_ts > entry.ts):
+        return
+    values = {
+        "device": device,
+        "model": entry.model,
+        "pipeline": entry.pipeline,
+        "release": entry.release,
+        # The confirmation of a training is ours to say: an entry sent before the device heard of it does not undo it.
+        "state": "used" if row is not None and row.state == "used" and entry.state in ("labelled", "claimed") else entry.state,
+        "sha256": entry.sha256,
+        "bytes": entry.bytes,
+        "label": [box.model_dump(mode="json") for box in entry.label],
+        "label_confidence": entry.label_confidence,
+        "provenance": entry.provenance.model_dump(mode="json") if entry.provenance else None,
+        "captured": entry.captured,
+        "entry_ts": entry.ts,
+    }
+    put(connection, samples, {"id": entry.sample}, values)
+
+
+def take_metrics(connection: Connection, device: str, metrics: Metrics) -> None:
+    """One closed window of a pipeline."""
+    values = {
+        "device": device,
+        "body": metrics.model_dump(mode="json"),
+        **metrics.model_dump(
+            include={"pipeline", "release", "start", "end", "items", "accepted", "audited", "escalated", "errors"}
+        ),
+    }
+    put(connection, windows, {"id": metrics.id}, values)
+
+
+def take_event(connection: Connection, device: str, event: Event) -> None:
+    """Something that a person should see."""
+    values = {"ts": event.ts, "source": device, "kind": event.kind, "text": event.text, "detail": event.detail}
+    put(connection, events, {"id": event.id}, values)
+
+
+def take_command_state(connection: Connection, command: str, state: CommandState) -> None:
+    """How far a command is; what is done stays done. One that failed is sent again: the reason may pass."""
+    connection.execute(
+        update(commands)
+        .where(commands.c.id == command, commands.c.state.notin_(ENDED))
+        .values(state=state.state, reason=state.reason, detail=state.detail)
+    )
+
+
+def prune(connection: Connection, now: float) -> None:
+    """Forget what nobody needs any more, so that nothing grows for ever."""
+    connection.execute(delete(seen).where(seen.c.ts < now - SEEN_S_MAX))
+    connection.execute(delete(windows).where(windows.c.end < now - WINDOWS_S_MAX))
+    connection.execute(delete(commands).where(commands.c.state.in_(ENDED), commands.c.created < now - COMMAND_S_MAX))
+    connection.execute(
+        update(commands)
+        .where(commands.c.state.notin_(ENDED), commands.c.created < now - COMMAND_S_MAX)
+        .values(state="expired")
+    )
+    newest = select(events.c.id).order_by(events.c.ts.desc()).limit(EVENTS_MAX)
+    connection.execute(delete(events).where(events.c.id.notin_(newest)))
+
+
+def members(connection: Connection, slot: str, tier: str = "") -> list[Member]:
+    """The fleet of a model: the devices that report this slot (of `tier` only, when one is given), by name."""
+    found = []
+    for row in connection.execute(select(devices).order_by(devices.c.device)):
+        report = row.models.get(slot)
+        if report is not None and (not tier or row.tier == tier):
+            member = Member(
+                row.device, row.online, report.get("active"), report.get("adapter"), report.get("update", "idle"),
+                report.get("reason", ""), row.desired_rev,
+            )  # fmt: skip
+            found.append(member)
+    return found
+
+
+def outcome(member: Member, release: str | None, rev: int) -> Outcome:
+    """How far a device is with running `release`, which desired state `rev` told it to."""
+    if member.active == release and member.update not in FAILED and member.update in SETTLED:
+        return Outcome.RUNNING
+    if member.update in FAILED and member.desired_rev >= rev:
+        # Back on the release it was told to go back to: reverted is then as good as running.
+        return Outcome.RUNNING if member.active == release else Outcome.FAILED
+    return Outcome.ON_THE_WAY if member.online else Outcome.OFFLINE
+
+
+def current_release(fleet: Sequence[Member]) -> str | None:
+    """The release that most devices run; None when none runs any."""
+    running = [member.active for member in fleet if member.active]
+    return max(sorted(set(running)), key=running.count) if running else None
+
+
+def window(
+    connection: Connection,
+    names: Iterable[str],
+    start: float,
+    *,
+    model: str,
+    release: str | None = None,
+    until: float | None = None,
+) -> Window:
+    """Sums over these devices' closed windows of a model (of one `release`) that began at `start` or later and ended by
+    `until`."""
+    query = select(func.sum(windows.c["items"]), func.sum(windows.c.escalated), func.sum(windows.c.errors)).where(
+        windows.c.device.in_(list(names)), windows.c.start >= start, windows.c.release.startswith(f"{model}@", autoescape=True)
+    )
+    if release is not None:
+        query = query.where(windows.c.release == release)
+    if until is not None:
+        query = query.where(windows.c.end <= until)
+    items, escalated, errors = connection.execute(query).one()
+    return Window(items or 0, escalated or 0, errors or 0)
+
+
+def sample_counts(connection: Connection) -> list[dict[str, Any]]:
+    """How many samples there are of each model, device and state, with the mean confidence of their labels."""
+    count, quality = func.count().label("count"), func.avg(samples.c.label_confidence).label("label_confidence_mean")
+    query = select(samples.c.model, samples.c.device, samples.c.state, count, quality).group_by(
+        samples.c.model, samples.c.device, samples.c.state
+    )
+    return [dict(row._mapping) for row in connection.execute(query)]
+
+
+def training_counts(connection: Connection, model: str, confidence_min: float) -> tuple[int, int]:
+    """(new, usable) labelled samples of a model that are sure enough to train, as `core.triggers.decide` takes them."""
+    usable = trainable(model, confidence_min)
+    new = connection.execute(select(func.count()).select_from(samples).where(*usable, samples.c.tried == 0)).scalar_one()
+    both = connection.execute(select(func.count()).select_from(samples).where(*usable)).scalar_one()
+    return int(new), int(both)
+
+
+def trainable(model: str, confidence_min: float) -> list[Any]:
+    """The condition on a sample row: labelled, sure enough, in no job."""
+    return [
+        samples.c.model == model,
+        samples.c.state == "labelled",
+        samples.c.job.is_(None),
+        samples.c.label_confidence >= confidence_min,
+    ]
+
+
+def desired_of(connection: Connection, device: str) -> dict[str, Any] | None:
+    """The desired state of a device as a dictionary of its row; None when it was never told anything."""
+    row = connection.execute(select(desired).where(desired.c.device == device)).first()
+    return dict(row._mapping) if row is not None else None
+
+
+def desire(
+    connection: Connection,
+    device: str,
+    *,
+    models: dict[str, dict[str, str] | None] | None = None,
+    adapters: dict[str, dict[str, str] | None] | None = None,
+    start_from: dict[str, Any] | None = None,
+) -> int:
+    """Change a device's desired state (None removes a slot's entry) and return its `rev`; without a difference the old.
+
+    `start_from` (`models`, `adapters`) is what a device that was never told anything runs, so that the first word to
+    it does not take anything away.
+    """
+    row = desired_of(connection, device)
+    base = row or {"rev": 0, "models": {}, "adapters": {}, **(start_from or {})}
+    after: dict[str, Any] = {"models": dict(base["models"]), "adapters": dict(base["adapters"])}
+    for name, changes in (("models", models or {}), ("adapters", adapters or {})):
+        for slot, ref in changes.items():
+            if ref is None:
+                after[name].pop(slot, None)
+            else:
+                after[name][slot] = ref
+    if row is not None and all(after[name] == row[name] for name in after):
+        return int(row["rev"])
+    reported = connection.execute(select(devices.c.desired_rev).where(devices.c.device == device)).scalar()
+    # Above what the device has seen, too: a trainer that lost its database must still be heard.
+    rev = max(int(base["rev"]), int(reported or 0)) + 1
+    put(connection, desired, {"device": device}, {"rev": rev, **after, "policy": (row or {}).get("policy", {})})
+    return rev

@@ -1,0 +1,346 @@
+"""The life of a training job: claim samples, wait for their pixels, train in a child process, release or give back.
+
+    claiming -> training -> deploying -> completed | rolled_back
+             -> failed   -> refused | failed
+
+Each step is one transaction, and what it asks of devices (claim, used, release) are rows in it. A job that was training
+when the trainer stopped starts its child again, or takes the result that the child left.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from edged.wire.manifest import TrainingManifest, TrainingSample
+from trainer.child import Child, Outcome, read_outcome
+from trainer.core.rollout import Phase, Rollout
+from trainer.core.triggers import Fire, Wait, decide
+from trainer.database import commands, jobs, rollouts, samples
+from trainer.files import write_whole
+from trainer.fleet import current_release, members, trainable, training_counts
+from trainer.host import Host, new_id
+from trainer.releases import ReleaseError
+from trainer.rollouts import start_rollout
+
+log = logging.getLogger(__name__)
+
+OPEN = ("claiming", "training", "deploying")
+STARTS_MAX = 3  # of a training child, when it was killed or the trainer was
+_IDS_A_QUERY = 500  # SQLite limits the variables of a statement
+
+
+class Jobs:
+    """Drives every job; `tick` is called about once a second by the coordinator's thread."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._child: Child | None = None
+        self._waits: dict[str, str] = {}  # model -> why it does not train; said once
+
+    def tick(self) -> None:
+        """Start what a trigger asks for, and move every open job on by what has happened."""
+        for model in self._host.config.models:
+            self._trigger(model)
+        with self._host.database.read() as connection:
+            rows = [dict(row._mapping) for row in connection.execute(select(jobs).where(jobs.c.status.in_(OPEN)))]
+        for row in sorted(rows, key=lambda row: row["created"]):
+            if row["status"] == "claiming":
+                self._claiming(row)
+            elif row["status"] == "training":
+                self._training(row)
+            else:
+                self._deploying(row)
+
+    def stop(self) -> None:
+        """End the training child; its job starts again with the next `trainer serve`."""
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+
+    def train_now(self, model: str) -> dict[str, Any]:
+        """Train at an operator's wish; the answer to show (L16), or an `error`."""
+        decided = self._decide(model, operator=True)
+        if isinstance(decided, Wait):
+            return {"error": f"{model} is not trained: {decided.reason}"}
+        return self._open_job(model, decided.reason)
+
+    def _trigger(self, model: str) -> None:
+        decided = self._decide(model, operator=False)
+        if isinstance(decided, Fire):
+            answer = self._open_job(model, decided.reason)
+            reason = answer.get("error", "")
+        else:
+            reason = ""
+        if reason and reason != self._waits.get(model):
+            log.warning("model %s is due for training, but: %s", model, reason)
+        self._waits[model] = reason
+
+    def _decide(self, model: str, *, operator: bool) -> Fire | Wait:
+        settings = self._host.config.model(model)
+        with self._host.database.read() as connection:
+            new, usable = training_counts(connection, model, settings.label_confidence_min)
+            rows = connection.execute(select(jobs.c.created, jobs.c.status).where(jobs.c.model == model)).all()
+            # A rollout by hand counts too: while two releases are about, there is no one to improve.
+            rolling = connection.execute(
+                select(rollouts.c.id).where(
+                    rollouts.c.model == model, rollouts.c.phase.notin_((Phase.DONE.value, Phase.ABORTED.value))
+                )
+            ).first()
+        return decide(
+            new,
+            usable,
+            settings.trigger_rules(),
+            last_started=max((row.created for row in rows), default=None),
+            job_open=rolling is not None or any(row.status in OPEN for row in rows),
+            operator=operator,
+            now=self._host.now(),
+        )
+
+    def _open_job(self, model: str, reason: str) -> dict[str, Any]:
+        """Write the manifest, claim its samples, and return the answer to a trigger (L16), or an `error`."""
+        host, settings, now = self._host, self._host.config.model(model), self._host.now()
+        with host.database.write() as connection:
+            source = current_release(members(connection, model, settings.tier))
+            if source is None:
+                return {"error": f"no device reports an active release in a slot {model!r}"}
+            try:
+                host.registry.get(source)
+                target = str(host.registry.next_version(model))
+            except ReleaseError as error:
+                return {"error": f"the fleet runs a release that cannot be improved: {error}"}
+            query = select(samples).where(*trainable(model, settings.label_confidence_min))
+            rows = connection.execute(query.order_by(samples.c.captured.desc()).limit(settings.samples_max)).all()
+            job = f"{model}-{new_id()}"
+            manifest = TrainingManifest(
+                job=job,
+                model=model,
+                source=source,
+                target=target,
+                created=_iso(now),
+                config=settings.model_dump(mode="json"),
+                samples=[_training_sample(row) for row in rows],
+            )
+            for part in _parts([row.id for row in rows]):
+                connection.execute(update(samples).where(samples.c.id.in_(part)).values(job=job))
+            for device, ids in _by_device(manifest.samples):
+                host.command_samples(connection, device, "claim", ids, job=job)
+            connection.execute(
+                insert(jobs).values(
+                    id=job, model=model, source=source, target=target, reason=reason, status="claiming", created=now,
+                    claim_until=now + settings.claim_s_max, manifest=manifest.model_dump(mode="json"),
+                )  # fmt: skip
+            )
+            ready = now + _training_s(connection, model, settings.training_s_estimate)
+            answer = {
+                "action": "training_triggered",
+                "reason": reason,
+                "samples_collected": len(rows),
+                "training_job_id": job,
+                "target_model": target,
+                "estimated_completion": _iso(ready),
+            }
+            host.announce(connection, "training_triggered", f"{target} from {len(rows)} samples: {reason}", **answer)
+        return answer
+
+    def _claiming(self, row: dict[str, Any]) -> None:
+        host, now = self._host, self._host.now()
+        manifest = TrainingManifest.model_validate(row["manifest"])
+        missing = {each.id for each in manifest.samples if not (host.config.samples / each.sha256).is_file()}
+        if missing:
+            with host.database.read() as connection:
+                lost = missing if now >= row["claim_until"] else missing & _refused(connection, row["id"])
+            if lost:
+                self._drop(row, manifest, lost)
+            return
+        with host.database.write() as connection:
+            _set(connection, row["id"], status="training")
+            host.announce(
+                connection, "training_samples_ready", f"{row['id']}: {len(manifest.samples)} samples are here", job=row["id"]
+            )
+
+    def _drop(self, row: dict[str, Any], manifest: TrainingManifest, lost: set[str]) -> None:
+        """Go on without samples that their devices do not hand over, or fail when too few are left."""
+        host = self._host
+        kept = [each for each in manifest.samples if each.id not in lost]
+        needed = 0 if row["reason"] == "operator" else host.config.model(row["model"]).threshold
+        with host.database.write() as connection:
+            text = f"{row['id']}: {len(lost)} of {len(manifest.samples)} samples did not come"
+            if len(kept) <= needed:
+                self._end(connection, row, "failed", f"{text}; {len(kept)} are left, more than {needed} are needed")
+                return
+            self._give_back(connection, row["id"], [each for each in manifest.samples if each.id in lost])
+            reduced = manifest.model_copy(update={"samples": kept})
+            _set(connection, row["id"], manifest=reduced.model_dump(mode="json"))
+            host.announce(connection, "training_samples_missing", text, job=row["id"])
+
+    def _training(self, row: dict[str, Any]) -> None:
+        run = self._host.config.runs / row["id"]
+        outcome = read_outcome(run)
+        if self._child is not None and self._child.job == row["id"]:
+            code = self._child.poll()
+            if code is None:
+                return
+            self._child = None
+            if outcome is None:
+                self._child_ended(row, run, code)
+                return
+        if outcome is not None:
+            self._finish(row, run, outcome)
+        elif self._child is None:
+            self._start(row, run)
+
+    def _start(self, row: dict[str, Any], run: Path) -> None:
+        host = self._host
+        if row["starts"] >= STARTS_MAX:
+            with host.database.write() as connection:
+                self._end(connection, row, "failed", f"the training was started {STARTS_MAX} times and never ended; see {run}")
+            return
+        write_whole(run / "manifest.json", TrainingManifest.model_validate(row["manifest"]).model_dump_json().encode())
+        with host.database.write() as connection:
+            _set(connection, row["id"], starts=row["starts"] + 1, started=host.now())
+            host.announce(connection, "training_started", f"{row['id']} -> {row['target']}", job=row["id"])
+        self._child = Child(row["id"], row["model"], host.config_path, host.config.samples, run)
+
+    def _child_ended(self, row: dict[str, Any], run: Path, code: int) -> None:
+        if code < 0:  # killed, by hand or for memory: it may go better another time
+            log.warning("training %s was ended by signal %d; starting it again", row["id"], -code)
+            return
+        last = self._log_end(run)
+        with self._host.database.write() as connection:
+            self._end(connection, row, "failed", f"the training ended with {code} and left no result: {last}")
+
+    def _finish(self, row: dict[str, Any], run: Path, outcome: Outcome) -> None:
+        host = self._host
+        if outcome.status != "passed":
+            with host.database.write() as connection:
+                self._end(connection, row, outcome.status, outcome.reason, outcome.summary)
+            return
+        try:
+            # Both are idempotent: after a crash before the commit they are done again.
+            ref = host.registry.add_folder(run / "candidate")
+            host.config.checkpoints.mkdir(parents=True, exist_ok=True)
+            beside = host.config.checkpoints / f".{row['target']}.pt"
+            shutil.copyfile(run / "model.pt", beside)
+            beside.replace(host.config.checkpoints / f"{row['target']}.pt")
+        except (ReleaseError, OSError) as error:
+            with host.database.write() as connection:
+                self._end(connection, row, "failed", f"the release could not be registered: {error}", outcome.summary)
+            return
+        with host.database.write() as connection:
+            started = start_rollout(host, connection, ref)
+            if isinstance(started, str):
+                self._end(connection, row, "failed", f"{ref.release} is registered, but not rolled out: {started}", outcome.summary)
+                return
+            changes = {"status": "deploying", "rollout": started.id, "finished": host.now(), "result": outcome.summary}
+            _set(connection, row["id"], **changes)
+            host.announce(connection, "training_passed", f"{ref.release} passed the gate", job=row["id"], **outcome.summary)
+
+    def _deploying(self, row: dict[str, Any]) -> None:
+        host = self._host
+        with host.database.write() as connection:
+            state = connection.execute(select(rollouts.c.state).where(rollouts.c.id == row["rollout"])).scalar_one()
+            rollout = Rollout.from_dict(state)
+            if rollout.phase is Phase.DONE:
+                self._confirm(connection, row)
+            elif rollout.phase is Phase.ABORTED:
+                self._end(connection, row, "rolled_back", rollout.reason)
+
+    def _confirm(self, connection: Connection, row: dict[str, Any]) -> None:
+        """The fleet runs the release: its samples are used up."""
+        manifest = TrainingManifest.model_validate(row["manifest"])
+        used = {"state": "used", "used_by": row["target"], "job": None}
+        for part in _parts([each.id for each in manifest.samples]):
+            connection.execute(update(samples).where(samples.c.id.in_(part)).values(**used))
+        for device, ids in _by_device(manifest.samples):
+            self._host.command_samples(connection, device, "used", ids, job=row["id"], release=row["target"])
+        _set(connection, row["id"], status="completed", detail=f"the fleet runs {row['target']}")
+        self._host.announce(connection, "training_completed", f"the fleet runs {row['target']}", job=row["id"])
+        self._forget_pixels(connection, manifest)
+
+    def _end(
+        self, connection: Connection, row: dict[str, Any], status: str, reason: str, summary: dict[str, Any] | None = None
+    ) -> None:
+        """A job that changes nothing in the fleet: its samples may train again."""
+        manifest = TrainingManifest.model_validate(row["manifest"])
+        self._give_back(connection, row["id"], manifest.samples)
+        changes: dict[str, Any] = {"status": status, "detail": reason, "finished": row["finished"] or self._host.now()}
+        if summary is not None:
+            changes["result"] = summary
+        _set(connection, row["id"], **changes)
+        self._host.announce(connection, f"training_{status}", f"{row['target']}: {reason}", job=row["id"])
+        self._forget_pixels(connection, manifest)
+
+    def _give_back(self, connection: Connection, job: str, given: Sequence[TrainingSample]) -> None:
+        for part in _parts([each.id for each in given]):
+            changes = {"job": None, "state": "labelled", "tried": samples.c.tried + 1}
+            # Not what a device has moved on by itself meanwhile, such as a label that a person rejected.
+            where = (samples.c.id.in_(part), samples.c.job == job)
+            connection.execute(update(samples).where(*where, samples.c.state.in_(("labelled", "claimed"))).values(**changes))
+            connection.execute(update(samples).where(*where).values(job=None))
+        for device, ids in _by_device(given):
+            self._host.command_samples(connection, device, "release", ids, job=job)
+
+    def _forget_pixels(self, connection: Connection, manifest: TrainingManifest) -> None:
+        """Remove pixels that no open job needs; the devices still have them."""
+        for part in _parts([each.sha256 for each in manifest.samples]):
+            query = select(samples.c.sha256).where(samples.c.sha256.in_(part), samples.c.job.is_not(None))
+            needed = set(connection.execute(query).scalars())
+            for digest in set(part) - needed:
+                (self._host.config.samples / digest).unlink(missing_ok=True)
+
+    @staticmethod
+    def _log_end(run: Path) -> str:
+        try:
+            lines = (run / "log.txt").read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1][:500] if lines else "it wrote nothing"
+
+
+def _training_sample(row: Any) -> TrainingSample:
+    label = {"boxes": row.label, "confidence": row.label_confidence}
+    provenance = {**(row.provenance or {}), "release": (row.provenance or {}).get("release", ""), "asked_by": row.release}
+    return TrainingSample(id=row.id, device=row.device, sha256=row.sha256, label=label, provenance=provenance)
+
+
+def _by_device(given: Sequence[TrainingSample]) -> list[tuple[str, list[str]]]:
+    found: dict[str, list[str]] = {}
+    for each in given:
+        found.setdefault(each.device, []).append(each.id)
+    return sorted(found.items())
+
+
+def _parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(values), _IDS_A_QUERY):
+        yield values[start : start + _IDS_A_QUERY]
+
+
+def _refused(connection: Connection, job: str) -> set[str]:
+    """Samples that their device says it does not have, or not to give."""
+    found: set[str] = set()
+    for row in connection.execute(select(commands.c.detail, commands.c.body).where(commands.c.job == job)):
+        if row.body["action"] == "claim":
+            found.update(row.detail.get("unknown", ()), row.detail.get("refused", ()))
+    return found
+
+
+def _set(connection: Connection, job: str, **values: Any) -> None:
+    connection.execute(update(jobs).where(jobs.c.id == job).values(**values))
+
+
+def _training_s(connection: Connection, model: str, otherwise: float) -> float:
+    """How long the last jobs of this model took, in seconds."""
+    query = select(jobs.c.created, jobs.c.finished).where(jobs.c.model == model, jobs.c.finished.is_not(None))
+    took = [row.finished - row.created for row in connection.execute(query.order_by(jobs.c.created.desc()).limit(5))]
+    return sum(took) / len(took) if took else otherwise
+
+
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
