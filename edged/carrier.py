@@ -35,7 +35,9 @@ class HttpCarrier:
             found = sha256_of(beside)
             if found != ref.sha256:
                 beside.unlink()
-                raise WrongContent(f"{ref.release}: manifest has sha256 {found[:12]}, desired state pins {ref.sha256[:12]}")
+                raise WrongContent(
+                    f"{ref.release}: manifest has sha256 {found[:12]}, desired state pins {ref.sha256[:12]}"
+                )
             beside.replace(manifest_path)
         for entry in read_manifest(folder).files.values():
             target = folder / entry.path

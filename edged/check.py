@@ -37,10 +37,14 @@ def _state(settings: Settings) -> Iterator[Finding]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        yield Finding("state_dir", False, f"{folder}: {error.strerror}; create it and give it to the user that runs edged")
+        yield Finding(
+            "state_dir", False, f"{folder}: {error.strerror}; create it and give it to the user that runs edged"
+        )
         return
     writable = os.access(folder, os.W_OK | os.X_OK)
-    yield Finding("state_dir", writable, f"{folder} is {'writable' if writable else 'not writable: chown it to this user'}")
+    yield Finding(
+        "state_dir", writable, f"{folder} is {'writable' if writable else 'not writable: chown it to this user'}"
+    )
     free = shutil.disk_usage(folder).free
     enough = free >= FREE_BYTES_MIN
     fix = "" if enough else f"; at least {FREE_BYTES_MIN // MIB} MiB are needed: free some or move state_dir"
@@ -56,7 +60,9 @@ def _broker(settings: Settings) -> Iterator[Finding]:
             if broker.certificate is not None:
                 context.load_cert_chain(str(broker.certificate), str(broker.key) if broker.key else None)
         except (OSError, ssl.SSLError) as error:
-            yield Finding("certificates", False, f"ca={broker.ca} certificate={broker.certificate} key={broker.key}: {error}")
+            yield Finding(
+                "certificates", False, f"ca={broker.ca} certificate={broker.certificate} key={broker.key}: {error}"
+            )
             return
         yield Finding("certificates", True, f"{broker.ca} and {broker.certificate} load")
     where = f"{broker.host}:{broker.port}"

@@ -124,7 +124,9 @@ def infer(
     slot: Annotated[str, typer.Argument(help="Slot whose model answers.")],
     image: Annotated[Path | None, typer.Option("--image", help="Picture to look at.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
-    release: Annotated[Path | None, typer.Option("--release", help="Release folder, instead of the active one.")] = None,
+    release: Annotated[
+        Path | None, typer.Option("--release", help="Release folder, instead of the active one.")
+    ] = None,
     config: Config = DEFAULT_CONFIG,
 ) -> None:
     """Answer one image or prompt with a slot's model, without the daemon; prints JSON."""
@@ -155,7 +157,9 @@ def samples_list(
         return
     for row in rows:
         label = " ".join(str(box.get("label")) for box in row.label or []) or "-"
-        typer.echo(f"{row.id}  {row.state:<10} {row.pipeline} {row.release} p={row.confidence:.2f} {row.reason}  {label}")
+        typer.echo(
+            f"{row.id}  {row.state:<10} {row.pipeline} {row.release} p={row.confidence:.2f} {row.reason}  {label}"
+        )
     typer.echo(f"{len(rows)} samples", err=True)
 
 
@@ -193,14 +197,18 @@ def models_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
             ref = reference(folder)
             manifest = verify(folder, ref)
             size = sum(entry.bytes for entry in manifest.files.values())
-            rows.append({"release": ref.release, "sha256": ref.sha256, "kind": manifest.kind, "bytes": size, "error": ""})
+            rows.append(
+                {"release": ref.release, "sha256": ref.sha256, "kind": manifest.kind, "bytes": size, "error": ""}
+            )
         except BadRelease as error:
             rows.append({"release": folder.name, "sha256": "", "kind": "", "bytes": 0, "error": str(error)})
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
     for row in rows:
-        typer.echo(row["error"] or f"{row['release']:<24} {row['kind']:<7} {row['bytes']:>12} bytes  {row['sha256'][:12]}")
+        typer.echo(
+            row["error"] or f"{row['release']:<24} {row['kind']:<7} {row['bytes']:>12} bytes  {row['sha256'][:12]}"
+        )
 
 
 @models_app.command("verify")

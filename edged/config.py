@@ -50,7 +50,9 @@ class Broker(Section):
     @model_validator(mode="after")
     def _encrypted(self) -> Broker:
         if self.ca is None and self.host not in {"127.0.0.1", "localhost", "::1"}:
-            raise ValueError(f"host {self.host!r} without `ca`: traffic off this machine is encrypted; set ca, certificate, key")
+            raise ValueError(
+                f"host {self.host!r} without `ca`: traffic off this machine is encrypted; set ca, certificate, key"
+            )
         return self
 
 
@@ -155,7 +157,9 @@ class Settings(BaseSettings):
             for name, entry in table.items():
                 if entry.slot not in self.slots:
                     known = ", ".join(sorted(self.slots)) or "none"
-                    raise ValueError(f"{kind}.{name}.slot={entry.slot!r}: no such slot; add [slots.{entry.slot}] (known: {known})")
+                    raise ValueError(
+                        f"{kind}.{name}.slot={entry.slot!r}: no such slot; add [slots.{entry.slot}] (known: {known})"
+                    )
         return self
 
     @classmethod

@@ -223,7 +223,7 @@ class Control:
         if self._report_due and self._link.connected:
             address = topics.REPORTED(site=self._outgoing.site, dev=self._outgoing.device)
             report = messages.Reported(
-                **self._outgoing.stamp(), desired_rev=max(self._rev.values(), default=0),
+                **self._outgoing.stamp(), desired_rev=max(0, *self._rev.values()),
                 models=self.updater.reports(), health={"counters": self._store.counters()},
             )  # fmt: skip
             self._report_due = not self._link.publish(address, messages.encode(report))
@@ -356,14 +356,14 @@ class Control:
                 return
             self._waiting_for.discard(request.id)
             self._store.count("requests_busy")
-            error = f"{fields['pipeline']}: its queue of {self._settings.pipelines[fields['pipeline']].queue_max} is full"
+            error = (
+                f"{fields['pipeline']}: its queue of {self._settings.pipelines[fields['pipeline']].queue_max} is full"
+            )
         self._store.count("requests_refused")
         self._enqueue(self._outgoing.reply(request.id, error=error, generation_prompt=request.generation_prompt))
         self._link.acknowledge(message)
 
-    def _request_item(
-        self, message: Inbound, name: str, request: messages.InferRequest
-    ) -> tuple[Item | None, str]:
+    def _request_item(self, message: Inbound, name: str, request: messages.InferRequest) -> tuple[Item | None, str]:
         """The request as an item of its pipeline, or why it is none."""
         config = self._settings.pipelines.get(name)
         if config is None or config.source.type != "mqtt":
@@ -477,7 +477,11 @@ class Control:
             site=self._outgoing.site, dev=self._outgoing.device, type="samples", id=command_id
         )
         body = messages.CommandState(
-            **self._outgoing.stamp(), command=command_id, state=state, reason=reason, detail=detail  # type: ignore[arg-type]
+            **self._outgoing.stamp(),
+            command=command_id,
+            state=state,  # type: ignore[arg-type]  # validated by the model
+            reason=reason,
+            detail=detail,
         )
         self._enqueue(self._outgoing.message(address, body))
         self.wake()

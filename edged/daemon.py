@@ -112,7 +112,9 @@ class Daemon:
             self.link.start()
             for source in self._sources:
                 source.start()
-            log.info("edged %s runs: %d slots, %d pipelines", self.settings.device.id, len(self.slots), len(self.pipelines))
+            log.info(
+                "edged %s runs: %d slots, %d pipelines", self.settings.device.id, len(self.slots), len(self.pipelines)
+            )
             self.control.run()
         finally:
             self._shut_down()
@@ -192,9 +194,7 @@ def _link(settings: Settings, outgoing: Outgoing, inbox: queue.Queue[Any]) -> Li
     for tier in {p.escalate_to for p in settings.pipelines.values() if p.escalate_to}:
         subscriptions.append(topics.RESPONDER.filter(tier=tier))
     for r in settings.responders.values():
-        subscriptions.append(
-            topics.ESCALATION.shared(f"{r.tier}-{r.task}", site=device.site, tier=r.tier, task=r.task)
-        )
+        subscriptions.append(topics.ESCALATION.shared(f"{r.tier}-{r.task}", site=device.site, tier=r.tier, task=r.task))
     will = messages.State(**outgoing.stamp(), state="offline", device=device.id)
     return Link(
         LinkOptions(

@@ -1,20 +1,21 @@
 """The MQTT connection: the only file of the project that imports paho.
 
-Law of this file: a callback only puts into the inbox. It decides nothing, blocks on nothing and raises nothing, because an
-exception in a paho callback kills the network thread while the client still claims to be connected, and a callback that
-takes longer than 1.5 keepalives gets the same message again for ever. What was received is acknowledged by its owner after
-he has committed it: a crash before that means that it comes again, never that it is lost.
+Law of this file: a callback only puts into the inbox. It decides nothing, blocks on nothing and raises nothing, because
+an exception in a paho callback kills the network thread while the client still claims to be connected, and a callback
+that takes longer than 1.5 keepalives gets the same message again for ever. What was received is acknowledged by its
+owner after he has committed it: a crash before that means that it comes again, never that it is lost.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import random
 import socket
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ class Published:
     error: str
 
 
+def _counted(callback: Callable[..., None]) -> Callable[..., None]:
+    """A callback whose exception is logged and counted as a fault instead of reaching paho."""
+
+    @functools.wraps(callback)
+    def run(self: Link, *values: Any) -> None:
+        try:
+            callback(self, *values)
+        except Exception:
+            self.faults += 1
+            log.exception("%s failed", callback.__name__)
+
+    return run
+
+
 LinkEvent = Inbound | Connected | Disconnected | Published
 
 
@@ -116,6 +131,7 @@ class Link:
         self.connected = False
         self.dropped = 0  # QoS 0 messages that found the inbox full
         self.faults = 0  # exceptions in callbacks: ours to fix
+        self.refused: set[str] = set()  # subscriptions that the broker did not grant
         self._subscriptions = list(subscriptions)
         # Never held while paho is called: paho calls back with its own locks held.
         self._lock = threading.Lock()
@@ -123,18 +139,16 @@ class Link:
         self._early: dict[int, str] = {}  # answers that came before publish() returned their id
         self._window = IN_FLIGHT_MAX
         self._packet_max = 0
-        self._connection = 0
+        self._connection = 0  # changes with every connect and disconnect
+        self._started = False
         self._client = self._make_client(will, will_delay_s)
 
     def _make_client(self, will: tuple[Address, bytes] | None, will_delay_s: int) -> mqtt.Client:
         o = self.options
-        client = mqtt.Client(
-            CallbackAPIVersion.VERSION2, client_id=o.client_id, protocol=mqtt.MQTTv5, manual_ack=True
-        )
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=o.client_id, protocol=mqtt.MQTTv5, manual_ack=True)
         client.max_inflight_messages_set(IN_FLIGHT_MAX)
         # Random first delay: a thousand devices that lost one broker must not come back in the same second.
-        client.reconnect_delay_set(min_delay=random.randint(1, 3), max_delay=o.reconnect_s_max)
-        client.suppress_exceptions = True  # and each callback counts its own below
+        client.reconnect_delay_set(min_delay=min(random.randint(1, 3), o.reconnect_s_max), max_delay=o.reconnect_s_max)
         if o.ca is not None:
             try:
                 client.tls_set(
@@ -158,10 +172,12 @@ class Link:
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
         return client
 
     def start(self) -> None:
         """Connect in the background and keep trying; returns at once."""
+        self._started = True
         properties = _properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = self.options.session_expiry_s
         properties.ReceiveMaximum = RECEIVE_MAX
@@ -176,17 +192,19 @@ class Link:
 
     def stop(self) -> None:
         """Disconnect and end the network thread. The Will is not sent: publish `offline` before."""
+        self._started = False
         self._client.disconnect()
         self._client.loop_stop()
         self.connected = False
 
     def ensure_alive(self) -> bool:
-        """Restart the network thread if it died; true when it was alive. Call it regularly."""
+        """Restart the network thread if it died; true when there was nothing to do. Call it regularly."""
         thread = self._client._thread  # paho offers no public way to see that its thread is gone
-        if thread is not None and thread.is_alive():
+        if not self._started or (thread is not None and thread.is_alive()):
             return True
         log.error("the MQTT network thread is gone: starting it again")
         self._client.loop_stop()
+        self._lost("the network thread died")
         self.start()
         return False
 
@@ -196,9 +214,7 @@ class Link:
             flying = sum(qos for qos, _ in self._flying.values())
             return max(0, self._window - flying) if self.connected else 0
 
-    def publish(
-        self, address: Address, payload: bytes, ref: Any = None, *, correlation: bytes | None = None
-    ) -> bool:
+    def publish(self, address: Address, payload: bytes, ref: Any = None, *, correlation: bytes | None = None) -> bool:
         """Hand a message over; false when there is no room (nothing was done: keep it and try later).
 
         A QoS 1 message is answered by a `Published` with this `ref`. Raises TooLarge.
@@ -233,10 +249,12 @@ class Link:
 
     # Callbacks, all on paho's thread.
 
+    @_counted
     def _on_socket_open(self, _client: mqtt.Client, _userdata: Any, sock: Any) -> None:
         # Without TCP_NODELAY a 1 KB round trip takes 40 ms longer on each side.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    @_counted
     def _on_connect(
         self,
         client: mqtt.Client,
@@ -258,30 +276,44 @@ class Link:
             client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in self._subscriptions])
         self.inbox.put(Connected(session=flags.session_present))
 
+    @_counted
     def _on_connect_fail(self, _client: mqtt.Client, _userdata: Any) -> None:
         self.inbox.put(Disconnected(f"no connection to {self.options.host}:{self.options.port}"))
 
+    @_counted
     def _on_disconnect(
         self, _client: mqtt.Client, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Properties | None
     ) -> None:
+        self._lost(str(reason))
+
+    def _lost(self, reason: str) -> None:
         with self._lock:
             self.connected = False
-            # paho sends QoS 1 again after the next connect; what was QoS 0 is gone.
+            # What the old connection brought must not be acknowledged on the next one: it has its own message ids.
+            self._connection += 1
+            # paho sends QoS 1 again after the next connect; what was QoS 0 is gone. `_early` stays: publish() is about
+            # to ask for it, and a message id that it did not find there would fill the window for ever.
             self._flying = {mid: entry for mid, entry in self._flying.items() if entry[0]}
-            self._early.clear()
-        self.inbox.put(Disconnected(str(reason)))
+        self.inbox.put(Disconnected(reason))
 
+    @_counted
+    def _on_subscribe(
+        self, _client: mqtt.Client, _userdata: Any, _mid: int, reasons: list[ReasonCode], _properties: Properties | None
+    ) -> None:
+        # One request names all subscriptions, and the answers come in its order.
+        self.refused = {topic for topic, reason in zip(self._subscriptions, reasons, strict=True) if reason.is_failure}
+        if self.refused:
+            log.error("the broker refuses to send %s to this client: check its rights", ", ".join(sorted(self.refused)))
+
+    @_counted
     def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
-        try:
-            if message.qos == 0 and self.inbox.qsize() >= INBOX_MAX:
-                self.dropped += 1
-                return
-            token = (message.mid, message.qos, self._connection)
-            self.inbox.put(Inbound(message.topic, bytes(message.payload), message.retain, token))
-        except Exception:
-            self.faults += 1
-            log.exception("a received message could not be queued")
+        if message.qos == 0 and self.inbox.qsize() >= INBOX_MAX:
+            self.dropped += 1
+            return
+        token = (message.mid, message.qos, self._connection)
+        self.inbox.put(Inbound(message.topic, bytes(message.payload), message.retain, token))
 
+    @_counted
     def _on_publish(
         self, _client: mqtt.Client, _userdata: Any, mid: int, reason: ReasonCode, _properties: Properties | None
     ) -> None:

@@ -21,7 +21,9 @@ class CannotAnswer(Exception):
     """Why not, and what to do about it."""
 
 
-def answer(settings: Settings, slot: str, image: Path | None, prompt: str | None, folder: Path | None) -> dict[str, Any]:
+def answer(
+    settings: Settings, slot: str, image: Path | None, prompt: str | None, folder: Path | None
+) -> dict[str, Any]:
     """The answer of a slot's model (or of the release in `folder`) to one image or prompt; raises CannotAnswer."""
     config = settings.slots.get(slot)
     if config is None:

@@ -104,7 +104,9 @@ class Outgoing:
             keep="verdict", sample=sample.id, correlation=sample.id.encode(),
         )  # fmt: skip
 
-    def verdict(self, asked: Asked, status: str, label: list[Box], p: float, release: str, reason: str) -> OutboxMessage:
+    def verdict(
+        self, asked: Asked, status: str, label: list[Box], p: float, release: str, reason: str
+    ) -> OutboxMessage:
         """Our answer to another device's escalation. The address follows from the question's topic, never from what the
         question says about itself."""
         message = messages.Verdict(

@@ -252,10 +252,10 @@ class Pipeline:
         assert asked is not None
         manifest = answer.loaded.manifest
         label = boxes(answer.found, manifest.labels)
-        self._enqueue(
-            self._s.outgoing.verdict(asked, "labelled", label, answer.confidence.p, manifest.release, "")
+        self._enqueue(self._s.outgoing.verdict(asked, "labelled", label, answer.confidence.p, manifest.release, ""))
+        self._s.window.answer(
+            self.name, manifest.release, "accept", "confident", answer.confidence.p, answer.latency_ms
         )
-        self._s.window.answer(self.name, manifest.release, "accept", "confident", answer.confidence.p, answer.latency_ms)
         answer.item.settle("")
 
     def _handle_prompt(self, item: Item) -> None:
@@ -297,7 +297,12 @@ class Pipeline:
         elif self.config.results == "durable":
             self._enqueue(
                 s.outgoing.result(
-                    self.name, item=item.name, release=release or "none", confidence=0.0, decision="accept", error=reason
+                    self.name,
+                    item=item.name,
+                    release=release or "none",
+                    confidence=0.0,
+                    decision="accept",
+                    error=reason,
                 )
             )
         item.settle(reason)

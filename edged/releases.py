@@ -25,7 +25,9 @@ def read_manifest(folder: Path) -> ReleaseManifest:
     try:
         return ReleaseManifest.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise BadRelease(f"{path}: {error.strerror}; a release folder holds {MANIFEST} and the files it names") from None
+        raise BadRelease(
+            f"{path}: {error.strerror}; a release folder holds {MANIFEST} and the files it names"
+        ) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise BadRelease(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -48,7 +50,9 @@ def verify(folder: Path, ref: ReleaseRef) -> ReleaseManifest:
     manifest = read_manifest(folder)
     found = sha256_of(folder / MANIFEST)
     if manifest.release != ref.release or found != ref.sha256:
-        raise BadRelease(f"{folder / MANIFEST}: expected {ref.release} {ref.sha256[:12]}, found {manifest.release} {found[:12]}")
+        raise BadRelease(
+            f"{folder / MANIFEST}: expected {ref.release} {ref.sha256[:12]}, found {manifest.release} {found[:12]}"
+        )
     for entry in manifest.files.values():
         path = folder / entry.path
         size = path.stat().st_size if path.is_file() else -1

@@ -267,7 +267,9 @@ class Updater:
             self._store.remember_bad(record.candidate.release, record.candidate.sha256, reason, self._clock.now())
         elif effect in {Effect.COMMIT, Effect.DISCARD}:
             keep = [ref for r in self._records.values() for ref in (r.active, r.previous) if ref is not None]
-            keep += [r.candidate for r in self._records.values() if r.candidate and (r.state in UNDER_WAY or r.retry_at)]
+            keep += [
+                r.candidate for r in self._records.values() if r.candidate and (r.state in UNDER_WAY or r.retry_at)
+            ]
             gone = self._releases.keep_only(keep)
             if gone:
                 log.info("removed releases: %s", ", ".join(gone))
@@ -448,4 +450,3 @@ class Updater:
     def _take_off(self, record: Record) -> None:
         self._slots[record.slot].attach(None, None)
         self._report()
-

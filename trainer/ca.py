@@ -16,7 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS, CERTIFICATE_DAYS = 3650, 825
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.~-]{0,63}$")  # also a topic level; `~` separates a device's second identity
+_NAME = re.compile(
+    r"^[A-Za-z0-9][A-Za-z0-9_.~-]{0,63}$"
+)  # also a topic level; `~` separates a device's second identity
 
 
 class CaError(ValueError):

@@ -19,7 +19,10 @@ ITEMS_MIN = 100  # fewer items cannot tell 90 % from 97 %
 PENALTIES = (1.0, 3.0, 10.0, 30.0)  # L2, chosen by cross-validation
 FOLDS = 5
 LIMIT_QUANTILE, LIMIT_MARGIN = 0.995, 1.1  # of the distances seen; the margin because the sample's tail is thin
-ITEMS_PER_CENTRE, CENTRES_MAX = 100, 8  # scenes come in kinds: one centre for all would call the space between them known
+ITEMS_PER_CENTRE, CENTRES_MAX = (
+    100,
+    8,
+)  # scenes come in kinds: one centre for all would call the space between them known
 # The weights are pulled towards these, not towards 0: with few wrong answers to learn from, a weak score is doubted.
 PRIOR = {"min_logit": 0.5, "missed_logit": -0.5, "rival_logit": -0.25, "overlap": -0.25, "novelty": -0.25}
 # A feature that hardly varied in the fit must not become infinitely telling in the field.
@@ -155,7 +158,7 @@ def _folds(count: int) -> list[NDArray[np.bool_]]:
 
 
 def _reference(stats: Sequence[ImageStats]) -> Novelty:
-    """Centres of the inputs (k-means), the inverse covariance around them, and the distance beyond which an input is new."""
+    """Centres of the inputs (k-means), the inverse covariance around them, and how far away an input is new."""
     vectors = np.array([stats_vector(each) for each in stats])
     deviation = np.maximum(vectors.std(axis=0), DEVIATION_MIN)
     kinds = min(len(vectors) // ITEMS_PER_CENTRE, CENTRES_MAX, len(np.unique(vectors, axis=0)))

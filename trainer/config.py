@@ -57,7 +57,9 @@ class Broker(Tls):
     @model_validator(mode="after")
     def _encrypted(self) -> Broker:
         if self.ca is None and self.host not in _LOOPBACK:
-            raise ValueError(f"host {self.host!r} without `ca`: traffic off this machine is encrypted; set ca, certificate, key")
+            raise ValueError(
+                f"host {self.host!r} without `ca`: traffic off this machine is encrypted; set ca, certificate, key"
+            )
         return self
 
 
@@ -73,7 +75,9 @@ class Http(Tls):
     @model_validator(mode="after")
     def _encrypted(self) -> Http:
         if self.ca is None and self.host not in _LOOPBACK:
-            raise ValueError(f"host {self.host!r} without `ca`: only this machine may connect unencrypted; set ca, certificate, key")
+            raise ValueError(
+                f"host {self.host!r} without `ca`: only this machine may connect unencrypted; set ca, certificate, key"
+            )
         return self
 
 
@@ -97,7 +101,6 @@ class Model(Section):
     epochs: Annotated[int, Field(ge=1, le=10000)] = 10
     batch: Annotated[int, Field(ge=1, le=4096)] = 32
     lr: Annotated[float, Field(gt=0, lt=1)] = 0.002
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: all cores
     seed: int = 0
     replay_ratio: Annotated[float, Field(ge=0, le=100)] = 1.0  # replayed images for each new one
@@ -157,7 +160,9 @@ class Rollout(Section):
     error_margin: Share = 0.01
     failed_fraction_max: Share = 0.1
     install_s_max: Seconds = 3600.0
-    failed_grace_s: Annotated[float, Field(ge=0)] = 30.0  # a failed (not a reverted) update counts when it lasts this long
+    failed_grace_s: Annotated[float, Field(ge=0)] = (
+        30.0  # a failed (not a reverted) update counts when it lasts this long
+    )
 
     def rules(self) -> RolloutRules:
         """What `core.rollout` needs."""
@@ -168,7 +173,11 @@ class TrainerConfig(BaseSettings):
     """Everything a trainer needs. `name` is its MQTT client id and the common name of its certificate."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TRAINER_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
+        env_prefix="TRAINER_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
     )
 
     name: Name = "trainer"
@@ -248,10 +257,10 @@ def load_config(path: Path) -> TrainerConfig:
         def settings_customise_sources(
             cls,
             settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
+            init_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (pydantic-settings calls by name)
             env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return env_settings, TomlConfigSettingsSource(settings_cls, path)
 

@@ -195,12 +195,14 @@ class Database:
         self.engine: Engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_MS_MAX / 1000})
         event.listen(self.engine, "connect", _configure)
         event.listen(self.engine, "begin", _begin)
-        with self.write() as connection:
+        with self.read() as connection:
             found = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-            if found > SCHEMA_VERSION:
-                raise DatabaseError(f"{path} has schema {found}, this program knows {SCHEMA_VERSION}: use the newer trainer")
-            metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if found > SCHEMA_VERSION:
+            raise DatabaseError(f"{path} has schema {found}, this program knows {SCHEMA_VERSION}: use the newer trainer")
+        if found < SCHEMA_VERSION:
+            with self.write() as connection:
+                metadata.create_all(connection)
+                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

@@ -56,7 +56,7 @@ def observe(
 def calibration_items(
     observed: Sequence[Observed], items: Sequence[Labelled], thresholds: Thresholds
 ) -> list[tuple[Detections, ImageStats, bool]]:
-    """What `trainer.calibrate.fit` takes: each answer, its input's statistics, and whether the whole frame was right."""
+    """What `trainer.calibrate.fit` takes: each answer, its input's statistics, and whether the frame was right."""
     rows = []
     for seen, (_, boxes, classes) in zip(observed, items, strict=True):
         answer = seen.detections.above(thresholds.score)
@@ -157,7 +157,7 @@ def _average_precision(
 
 
 def _class_ap50(metric: Any, answers: list[Any], truths: list[Any], n_classes: int) -> list[float]:
-    """AP at IoU 0.5 of each class, NaN for a class without truth: the library only gives classes over all IoUs at once."""
+    """AP at IoU 0.5 of each class, NaN for a class without truth: the library gives classes only over all IoUs."""
     metric.reset()
     metric.iou_thresholds = [0.5]
     metric.update(answers, truths)

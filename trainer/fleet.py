@@ -84,7 +84,9 @@ def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None
         "pipeline": entry.pipeline,
         "release": entry.release,
         # The confirmation of a training is ours to say: an entry sent before the device heard of it does not undo it.
-        "state": "used" if row is not None and row.state == "used" and entry.state in ("labelled", "claimed") else entry.state,
+        "state": "used"
+        if row is not None and row.state == "used" and entry.state in ("labelled", "claimed")
+        else entry.state,
         "sha256": entry.sha256,
         "bytes": entry.bytes,
         "label": [box.model_dump(mode="json") for box in entry.label],
@@ -179,7 +181,9 @@ def window(
     """Sums over these devices' closed windows of a model (of one `release`) that began at `start` or later and ended by
     `until`."""
     query = select(func.sum(windows.c["items"]), func.sum(windows.c.escalated), func.sum(windows.c.errors)).where(
-        windows.c.device.in_(list(names)), windows.c.start >= start, windows.c.release.startswith(f"{model}@", autoescape=True)
+        windows.c.device.in_(list(names)),
+        windows.c.start >= start,
+        windows.c.release.startswith(f"{model}@", autoescape=True),
     )
     if release is not None:
         query = query.where(windows.c.release == release)
@@ -201,7 +205,9 @@ def sample_counts(connection: Connection) -> list[dict[str, Any]]:
 def training_counts(connection: Connection, model: str, confidence_min: float) -> tuple[int, int]:
     """(new, usable) labelled samples of a model that are sure enough to train, as `core.triggers.decide` takes them."""
     usable = trainable(model, confidence_min)
-    new = connection.execute(select(func.count()).select_from(samples).where(*usable, samples.c.tried == 0)).scalar_one()
+    new = connection.execute(
+        select(func.count()).select_from(samples).where(*usable, samples.c.tried == 0)
+    ).scalar_one()
     both = connection.execute(select(func.count()).select_from(samples).where(*usable)).scalar_one()
     return int(new), int(both)
 

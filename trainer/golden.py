@@ -1,9 +1,9 @@
 """Golden sets: inputs with the answers a release must give, which a device checks before it trusts the release.
 
 Detection: role `golden_inputs`, an .npz with arrays `image_0`, `image_1`, ... of uint8 (height, width, 3) BGR; role
-`golden_outputs`, a JSON list with one `{"boxes": [[x1, y1, x2, y2], ...], "scores": [...], "classes": [...]}` an image, in
-the order of the images: the boxes in pixels whose score reaches the release's threshold, as the shipped file answers on
-the device's engine. Text: role `golden_prompts`, a JSON list of `{"prompt": ..., "answer": ...}`.
+`golden_outputs`, a JSON list with one `{"boxes": [[x1, y1, x2, y2], ...], "scores": [...], "classes": [...]}` an image,
+in the order of the images: the boxes in pixels whose score reaches the release's threshold, as the shipped file answers
+on the device's engine. Text: role `golden_prompts`, a JSON list of `{"prompt": ..., "answer": ...}`.
 """
 
 from __future__ import annotations

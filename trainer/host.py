@@ -53,7 +53,14 @@ class Host:
     def announce(self, connection: Connection, kind: str, text: str, **detail: Any) -> None:
         """Tell people: in the log, in the database, and over MQTT as soon as there is a connection."""
         log.info("%s: %s", kind, text)
-        row = {"id": new_id(), "ts": self.now(), "source": self.config.name, "kind": kind, "text": text, "detail": detail}
+        row = {
+            "id": new_id(),
+            "ts": self.now(),
+            "source": self.config.name,
+            "kind": kind,
+            "text": text,
+            "detail": detail,
+        }
         connection.execute(insert(events).values(**row, published=False))
 
     def command_samples(
@@ -69,6 +76,11 @@ class Host:
         """Have a device move these samples; it is told again until it says that it did."""
         ids = list(samples)
         for start in range(0, max(len(ids), 1), SAMPLES_A_COMMAND_MAX):
-            body = {"action": action, "job": job, "samples": ids[start : start + SAMPLES_A_COMMAND_MAX], "release": release}
+            body = {
+                "action": action,
+                "job": job,
+                "samples": ids[start : start + SAMPLES_A_COMMAND_MAX],
+                "release": release,
+            }
             row = {"id": new_id(), "device": device, "type": "samples", "body": body, "state": "open", "job": job}
             connection.execute(insert(commands).values(**row, created=self.now()))

@@ -133,9 +133,16 @@ class Jobs:
                 host.command_samples(connection, device, "claim", ids, job=job)
             connection.execute(
                 insert(jobs).values(
-                    id=job, model=model, source=source, target=target, reason=reason, status="claiming", created=now,
-                    claim_until=now + settings.claim_s_max, manifest=manifest.model_dump(mode="json"),
-                )  # fmt: skip
+                    id=job,
+                    model=model,
+                    source=source,
+                    target=target,
+                    reason=reason,
+                    status="claiming",
+                    created=now,
+                    claim_until=now + settings.claim_s_max,
+                    manifest=manifest.model_dump(mode="json"),
+                )
             )
             ready = now + _training_s(connection, model, settings.training_s_estimate)
             answer = {
@@ -162,7 +169,10 @@ class Jobs:
         with host.database.write() as connection:
             _set(connection, row["id"], status="training")
             host.announce(
-                connection, "training_samples_ready", f"{row['id']}: {len(manifest.samples)} samples are here", job=row["id"]
+                connection,
+                "training_samples_ready",
+                f"{row['id']}: {len(manifest.samples)} samples are here",
+                job=row["id"],
             )
 
     def _drop(self, row: dict[str, Any], manifest: TrainingManifest, lost: set[str]) -> None:
@@ -200,7 +210,9 @@ class Jobs:
         host = self._host
         if row["starts"] >= STARTS_MAX:
             with host.database.write() as connection:
-                self._end(connection, row, "failed", f"the training was started {STARTS_MAX} times and never ended; see {run}")
+                self._end(
+                    connection, row, "failed", f"the training was started {STARTS_MAX} times and never ended; see {run}"
+                )
             return
         write_whole(run / "manifest.json", TrainingManifest.model_validate(row["manifest"]).model_dump_json().encode())
         with host.database.write() as connection:
@@ -236,11 +248,19 @@ class Jobs:
         with host.database.write() as connection:
             started = start_rollout(host, connection, ref)
             if isinstance(started, str):
-                self._end(connection, row, "failed", f"{ref.release} is registered, but not rolled out: {started}", outcome.summary)
+                self._end(
+                    connection,
+                    row,
+                    "failed",
+                    f"{ref.release} is registered, but not rolled out: {started}",
+                    outcome.summary,
+                )
                 return
             changes = {"status": "deploying", "rollout": started.id, "finished": host.now(), "result": outcome.summary}
             _set(connection, row["id"], **changes)
-            host.announce(connection, "training_passed", f"{ref.release} passed the gate", job=row["id"], **outcome.summary)
+            host.announce(
+                connection, "training_passed", f"{ref.release} passed the gate", job=row["id"], **outcome.summary
+            )
 
     def _deploying(self, row: dict[str, Any]) -> None:
         host = self._host
@@ -265,7 +285,12 @@ class Jobs:
         self._forget_pixels(connection, manifest)
 
     def _end(
-        self, connection: Connection, row: dict[str, Any], status: str, reason: str, summary: dict[str, Any] | None = None
+        self,
+        connection: Connection,
+        row: dict[str, Any],
+        status: str,
+        reason: str,
+        summary: dict[str, Any] | None = None,
     ) -> None:
         """A job that changes nothing in the fleet: its samples may train again."""
         manifest = TrainingManifest.model_validate(row["manifest"])
@@ -282,7 +307,9 @@ class Jobs:
             changes = {"job": None, "state": "labelled", "tried": samples.c.tried + 1}
             # Not what a device has moved on by itself meanwhile, such as a label that a person rejected.
             where = (samples.c.id.in_(part), samples.c.job == job)
-            connection.execute(update(samples).where(*where, samples.c.state.in_(("labelled", "claimed"))).values(**changes))
+            connection.execute(
+                update(samples).where(*where, samples.c.state.in_(("labelled", "claimed"))).values(**changes)
+            )
             connection.execute(update(samples).where(*where).values(job=None))
         for device, ids in _by_device(given):
             self._host.command_samples(connection, device, "release", ids, job=job)
@@ -306,7 +333,11 @@ class Jobs:
 
 def _training_sample(row: Any) -> TrainingSample:
     label = {"boxes": row.label, "confidence": row.label_confidence}
-    provenance = {**(row.provenance or {}), "release": (row.provenance or {}).get("release", ""), "asked_by": row.release}
+    provenance = {
+        **(row.provenance or {}),
+        "release": (row.provenance or {}).get("release", ""),
+        "asked_by": row.release,
+    }
     return TrainingSample(id=row.id, device=row.device, sha256=row.sha256, label=label, provenance=provenance)
 
 

@@ -1,7 +1,7 @@
 """The registry of releases: `releases/name@1.2/` with the files and `release.json`, found by name or by hash.
 
-Law of this file: a registered release never changes. Registering the same bytes again changes nothing; other bytes under
-a version that exists are refused. What is handed out was hashed when it was taken in.
+Law of this file: a registered release never changes. Registering the same bytes again changes nothing; other bytes
+under a version that exists are refused. What is handed out was hashed when it was taken in.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def build_manifest(
 ) -> ReleaseManifest:
     """The manifest of the files in `folder`, hashed; `roles` maps a role (`model`, `golden_inputs`) to a file name.
 
-    `created` is ISO 8601 in UTC, now by default. Raises ReleaseError for a file that is missing or fields that are wrong.
+    `created` is ISO 8601 in UTC, now by default. Raises ReleaseError for a missing file or wrong fields.
     """
     for role, name in roles.items():
         if not (folder / name).is_file():

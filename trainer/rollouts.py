@@ -26,7 +26,6 @@ from trainer.host import Host, new_id
 from trainer.releases import ReleaseError
 
 ENDED = (Phase.DONE.value, Phase.ABORTED.value)
-PROGRESS_TOLD = frozenset({Phase.CANARY, Phase.WATCHING, Phase.ROLLING})
 
 
 def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollout | str:
@@ -34,7 +33,7 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
     stored = host.registry.get(ref.release)
     model = ReleaseId(ref.release).name
     if stored.manifest.kind == "lora":
-        return f"{ref.release} is an adapter: give it to a device with `trainer fleet set DEVICE --adapter SLOT={ref.release}`"
+        return f"{ref.release} is an adapter: use `trainer fleet set DEVICE --adapter SLOT={ref.release}`"
     running = connection.execute(
         select(rollouts.c.id, rollouts.c.release, rollouts.c.phase).where(
             rollouts.c.model == model, rollouts.c.phase.notin_(ENDED)
@@ -98,9 +97,9 @@ class Rollouts:
         ref = {"release": row.release, "sha256": row.sha256}
         for effect in effects:
             if effect is Effect.DESIRE_CANARY:
-                self._desire(connection, row, {device: ref for device in after.canary})
+                self._desire(connection, row, dict.fromkeys(after.canary, ref))
             elif effect is Effect.DESIRE_ALL:
-                self._desire(connection, row, {device: ref for device in after.devices})
+                self._desire(connection, row, dict.fromkeys(after.devices, ref))
             elif effect is Effect.RESTORE:
                 given = [device for device in before.devices if device in before.given]
                 self._desire(connection, row, {device: row.previous.get(device) for device in given})
@@ -160,7 +159,9 @@ def progress(connection: Connection, row: Any) -> dict[str, Any]:
     rollout = Rollout.from_dict(row.state)
     fleet = {member.device: member for member in members(connection, row.model)}
     running = [
-        device for device in rollout.devices if (member := fleet.get(device)) is not None and member.active == row.release
+        device
+        for device in rollout.devices
+        if (member := fleet.get(device)) is not None and member.active == row.release
     ]
     passed = rollout.phase in (Phase.ROLLING, Phase.DONE)
     pending = rollout.phase in (Phase.PENDING, Phase.CANARY, Phase.WATCHING)
@@ -179,7 +180,8 @@ def progress(connection: Connection, row: Any) -> dict[str, Any]:
 
 def runs_now(host: Host, member: Member, slot: str) -> dict[str, Any]:
     """What a device runs in a slot, as the start of its first desired state."""
-    models, adapters = {}, {}
+    models: dict[str, Any] = {}
+    adapters: dict[str, Any] = {}
     for into, release in ((models, member.active), (adapters, member.adapter)):
         if release is not None:
             try:
@@ -190,7 +192,7 @@ def runs_now(host: Host, member: Member, slot: str) -> dict[str, Any]:
 
 
 def _reference(host: Host, connection: Connection, member: Member, slot: str) -> dict[str, str] | None:
-    """The release to go back to: what the device runs, else what it was last told to run; None when neither is known."""
+    """The release to go back to: what the device runs, else what it was last told; None when both are unknown."""
     now: dict[str, str] | None = runs_now(host, replace(member, adapter=None), slot)["models"].get(slot)
     if now is not None:
         return now

@@ -173,7 +173,9 @@ class Server:
             return _problem(400, f"sample {digest}: the connection ended before the body")
         if found != digest:
             log.warning("upload of sample %s refused: its bytes have SHA-256 %s", digest, found)
-            return _problem(422, f"expected SHA-256 {digest}, got {found}: the bytes are not that sample's; send them again")
+            return _problem(
+                422, f"expected SHA-256 {digest}, got {found}: the bytes are not that sample's; send them again"
+            )
         self._arrived(digest)
         return JSONResponse({"sha256": digest, "stored": "now"}, status_code=201)
 

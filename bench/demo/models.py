@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.demo import scenes
-from bench.demo.scenes import LABELS, SHIFTS, SIZE, Scene, encode_png, make_scenes
+from bench.demo.scenes import LABELS, SHIFTS, SIZE, Scene, decode_png, encode_png, make_scenes
 from trainer.tuners.yolo import TrainSettings, train_full, write_yolo_dataset
 
 NETWORK = "yolo11n.yaml"
@@ -39,7 +38,7 @@ class Recipe:
 
 
 BASE = Recipe(clean=1200, shifted=0, epochs=12, lr=0.002, batch=32, hsv_v=0.3, warmup_epochs=0.5)
-TEACHER = Recipe(clean=300, shifted=900, epochs=9, lr=0.001, batch=32, hsv_v=0.3, warmup_epochs=0.2)
+TEACHER = Recipe(clean=300, shifted=900, epochs=8, lr=0.001, batch=32, hsv_v=0.3, warmup_epochs=0.2)
 
 # The teacher's scenes come from their own seed, so that they are not the base's scenes again.
 _TEACHER_SEED = 1_000_003
@@ -74,10 +73,11 @@ def as_items(given: Iterable[Scene], prefix: str) -> Iterator[Item]:
 
 def _make(name: str, start: str, build: Path, seed: int, recipe: Recipe, say: Say) -> Path:
     out = build / f"{name}-{_key(start, seed, recipe)}.pt"
+    folder = build / f".{out.stem}"
     if out.is_file():
         say(f"{name}: made before, {out}")
         return out
-    build.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     say(f"{name}: drawing {recipe.clean} clean and {recipe.shifted} shifted scenes")
     settings = TrainSettings(
         epochs=recipe.epochs,
@@ -88,8 +88,8 @@ def _make(name: str, start: str, build: Path, seed: int, recipe: Recipe, say: Sa
         seed=seed,
         augment={"hsv_v": recipe.hsv_v},
     )
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=build) as folder:
-        data = write_yolo_dataset(Path(folder), _training_items(recipe, seed), LABELS)
+    try:
+        data = write_yolo_dataset(folder, _training_items(recipe, seed), LABELS)
         train_full(
             data,
             start,
@@ -97,6 +97,8 @@ def _make(name: str, start: str, build: Path, seed: int, recipe: Recipe, say: Sa
             settings,
             lambda epoch, epochs, losses: say(f"{name}: epoch {epoch}/{epochs}, loss {losses['loss']:.3f}"),
         )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return out
 
 
@@ -109,7 +111,10 @@ def _training_items(recipe: Recipe, seed: int) -> Iterator[Item]:
 
 
 def _key(start: str, seed: int, recipe: Recipe) -> str:
-    """Names a model by all that shapes it: where it starts, its recipe, its seed and how scenes are drawn."""
-    drawn = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()
-    told = json.dumps([Path(start).name, asdict(recipe), seed, drawn], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """Names a model by all that shapes it: where it starts, its recipe, its seed, and pixels as they are drawn now."""
+    told = hashlib.sha256(json.dumps([Path(start).name, asdict(recipe), seed], sort_keys=True).encode())
+    for _, png, boxes, _ in _training_items(
+        replace(recipe, clean=min(recipe.clean, 8), shifted=min(recipe.shifted, 24)), seed
+    ):
+        told.update(decode_png(png).tobytes() + boxes.tobytes())
+    return told.hexdigest()[:16]

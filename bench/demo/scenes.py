@@ -52,7 +52,7 @@ def digit_indices(split: str) -> list[int]:
 
 
 def photo_band(split: str, width: int) -> tuple[int, int]:
-    """First and one-past-last column of `split` in a photo `width` pixels wide; raises ValueError for an unknown split."""
+    """First and one-past-last column of `split` in a photo `width` pixels wide; ValueError for an unknown split."""
     low, high = _BANDS[_known_split(split)]
     return round(low * width), round(high * width)
 
@@ -196,17 +196,17 @@ def _paint(canvas: Floats, ink: Floats, box: Floats, rng: np.random.Generator) -
 def _dark(image: Image, rng: np.random.Generator) -> Image:
     """Little light: dim, with the sensor's noise."""
     dim = image.astype(np.float32) * float(rng.uniform(0.3, 0.4))
-    return np.clip(np.rint(dim + rng.normal(0, 9, image.shape)), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(dim + rng.normal(0, 8, image.shape)), 0, 255).astype(np.uint8)
 
 
 def _blur(image: Image, rng: np.random.Generator) -> Image:
     """A lens out of focus."""
-    return np.asarray(cv2.GaussianBlur(image, (0, 0), float(rng.uniform(2.4, 3.2))), np.uint8)
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), float(rng.uniform(3.1, 3.7))), np.uint8)
 
 
 def _invert(image: Image, rng: np.random.Generator) -> Image:
-    """Dark print on light parts where it was light on dark, with slightly less contrast."""
-    return np.asarray(np.rint(255 - image.astype(np.float32) * float(rng.uniform(0.85, 1.0))), np.uint8)
+    """Faded dark print on light parts where it was light print on dark ones."""
+    return np.asarray(np.rint(255 - image.astype(np.float32) * float(rng.uniform(0.36, 0.5))), np.uint8)
 
 
 def _mix(image: Image, rng: np.random.Generator) -> Image:

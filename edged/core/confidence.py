@@ -1,8 +1,8 @@
 """One calibrated probability that an answer is right, from what the model itself gave away.
 
-A frame is RIGHT when its answer matches the truth one to one (`core.matching.frame_right`). The evidence is a handful of
-named features of the detections and the distance of the input from those that the calibration was fitted on. Laws:
-the probability is in 0..1; it never falls when every answered score rises; NaN anywhere in the evidence makes it 0.
+A frame is RIGHT when its answer matches the truth one to one (`core.matching.frame_right`). The evidence is a handful
+of named features of the detections and the distance of the input from those that the calibration was fitted on.
+Laws: the probability is in 0..1; it never falls when every answered score rises; NaN in the evidence makes it 0.
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ def check_calibration(calibration: Calibration) -> None:
         numbers += [*(value for row in rows for value in row), reference.limit]
         if {len(row) for row in rows} != {3} or len(reference.inverse_covariance) != 3:
             sizes = [len(row) for row in rows]
-            raise ValueError(f"calibration's novelty reference has rows of {sizes}; expected centres of 3 and a 3 x 3 matrix")
+            raise ValueError(
+                f"calibration's novelty reference has rows of {sizes}; expected centres of 3 and a 3 x 3 matrix"
+            )
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("calibration holds NaN or infinity; fit it again")
     if any(scale <= 0 for scale in calibration.scale):

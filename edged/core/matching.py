@@ -26,7 +26,7 @@ class Matched:
 
 
 def iou_matrix(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
-    """Intersection over union of boxes (n, 4) and (m, 4), x1 y1 x2 y2: (n, m) in 0..1; boxes without area overlap nothing."""
+    """Intersection over union of boxes (n, 4) and (m, 4), x1 y1 x2 y2: (n, m) in 0..1; without area 0."""
     a, b = np.asarray(first, np.float64).reshape(-1, 4), np.asarray(second, np.float64).reshape(-1, 4)
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
@@ -75,7 +75,7 @@ def match(
 
 
 def f1(tp: int, fp: int, fn: int) -> float:
-    """Harmonic mean of precision and recall from summed counts; 1 when there was nothing to find and nothing was found."""
+    """Harmonic mean of precision and recall from summed counts; 1 when nothing was to find and nothing found."""
     total = 2 * tp + fp + fn
     return 2 * tp / total if total else 1.0
 

@@ -26,10 +26,10 @@ BATCH_TOKENS = 512  # prompt tokens in one call to llama_decode
 ADAPTERS_MAX = 2  # the one in use and the one before it, so that going back needs no disk
 _MAGIC = b"GGUF"
 _HEADER_BYTES = 24  # magic, version, number of tensors, number of keys
-_LOG_ERROR = 3
+_LOG_ERROR = 4  # ggml_log_level
 
 # llama.cpp reports why a file was refused only through its log, which belongs to the process as a whole.
-_log_errors: deque[str] = deque(maxlen=4)
+_log_errors: deque[str] = deque(maxlen=16)
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -38,11 +38,15 @@ def _log(level: int, text: bytes, _user: object) -> None:
         _log_errors.append(text.decode("utf-8", "replace").strip())
 
 
-def _why() -> str:
-    return f": {_log_errors[-1]}" if _log_errors else ""
+def log_reason() -> str:
+    """Why llama.cpp refused what it was last asked for, in brackets; empty when it did not say."""
+    # The first line names the cause, later ones only say who gave up because of it.
+    return f" ({_log_errors[0].partition(': ')[2]})" if _log_errors else ""
 
 
-def _silence() -> None:
+def capture_log() -> None:
+    """Take llama.cpp's log, which would go to standard error, and forget what it said so far."""
+    _log_errors.clear()
     llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
 
@@ -70,9 +74,10 @@ class _LlamaKeys:
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> _LlamaKeys:
+        known = ("context_max", "gpu_layers")
         for key, value in extra.items():
-            if key not in cls.__slots__:
-                raise EngineError(f"engine key {key} = {value!r} is unknown to llama; known: {', '.join(cls.__slots__)}")
+            if key not in known:
+                raise EngineError(f"engine key {key} = {value!r} is unknown to llama; known: {', '.join(known)}")
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise EngineError(f"engine key {key} = {value!r}: use a whole number, 0 or more")
         return cls(**extra)
@@ -82,7 +87,7 @@ class LlamaGenerator:
     """A GGUF model of a release, as a `Generator`. One worker thread at a time."""
 
     def __init__(self, folder: Path, manifest: ReleaseManifest, options: EngineOptions) -> None:
-        """Load `files["model"]` of the release in `folder`; raises EngineError naming the file and llama.cpp's reason."""
+        """Load `files["model"]` of the release in `folder`; raises EngineError naming the file and the reason."""
         keys = _LlamaKeys.parse(options.extra)
         if "model" not in manifest.files:
             raise EngineError(f"release {manifest.release} names no file `model`, it has: {', '.join(manifest.files)}")
@@ -124,6 +129,7 @@ class LlamaGenerator:
                 f"prompt and answer together; send at most {self.context - 1}"
             )
         self._turn += 1
+        _log_errors.clear()
         return self._answer(request, prompt, self._turn)
 
     def attach(self, adapter: Path | None, scale: float = 1.0) -> None:
@@ -135,6 +141,7 @@ class LlamaGenerator:
         if self._context is None:
             raise EngineError(f"{self._release}: the engine is closed")
         self._turn += 1
+        _log_errors.clear()
         if adapter is None:
             code = llama_cpp.llama_set_adapters_lora(self._context, None, 0, None)
         else:
@@ -143,7 +150,7 @@ class LlamaGenerator:
             handles = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._load_adapter(adapter))
             code = llama_cpp.llama_set_adapters_lora(self._context, handles, 1, (ctypes.c_float * 1)(scale))
         if code != 0:
-            raise EngineError(f"{self._release}: adapter {adapter} was refused with code {code}{_why()}")
+            raise EngineError(f"{self._release}: adapter {adapter} was refused with code {code}{log_reason()}")
         # What the cache holds was computed under the other weights.
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         while len(self._adapters) > ADAPTERS_MAX:
@@ -197,7 +204,7 @@ class LlamaGenerator:
             array = (llama_cpp.llama_token * len(part))(*part)
             code = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(array, len(part)))
             if code != 0:
-                raise EngineError(f"{self._release}: llama.cpp failed with code {code} while decoding{_why()}")
+                raise EngineError(f"{self._release}: llama.cpp failed with code {code} while decoding{log_reason()}")
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), shape=(self._vocab_size,))
         if not np.isfinite(logits).all():
             raise EngineError(f"{self._release}: the model computes numbers that are not finite; its file is damaged")
@@ -226,24 +233,22 @@ class LlamaGenerator:
         stat = path.stat()
         key = (str(path.resolve()), stat.st_mtime_ns, stat.st_size)
         if key not in self._adapters:
-            _log_errors.clear()
             handle = llama_cpp.llama_adapter_lora_init(self._model, str(path).encode())
             if not handle:
-                raise EngineError(f"{path}: not a LoRA adapter for {self._release}{_why()}")
+                raise EngineError(f"{path}: not a LoRA adapter for {self._release}{log_reason()}")
             self._adapters[key] = handle
         self._adapters.move_to_end(key)
         return self._adapters[key]
 
 
 def _load_model(path: Path, gpu_layers: int) -> Any:
-    _silence()
+    capture_log()
     _check_gguf(path)
-    _log_errors.clear()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = gpu_layers
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise EngineError(f"{path}: llama.cpp cannot load it{_why()}; fetch the release again or export it anew")
+        raise EngineError(f"{path}: llama.cpp cannot load it{log_reason()}; fetch the release again or export it anew")
     return model
 
 
@@ -255,7 +260,9 @@ def _open_context(model: Any, tokens: int, threads: int) -> Any:
     params.no_perf = True
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
-        raise EngineError(f"a context of {tokens} tokens cannot be opened{_why()}; lower the engine key context_max")
+        raise EngineError(
+            f"a context of {tokens} tokens cannot be opened{log_reason()}; lower the engine key context_max"
+        )
     return context
 
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Letterbox:
-    """Where an image lies inside a model's input: resized to `height` x `width`, `left`, `top` pixels from the corner."""
+    """Where an image lies inside a model's input, in pixels: `height` x `width`, `left` and `top` from the corner."""
 
     height: int
     width: int
@@ -83,7 +83,7 @@ def image_stats(content: Image) -> ImageStats:
 def decode(
     output: NDArray[np.float32], iou: float, floor: float = SCORE_FLOOR
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-    """Boxes (n, 4) x1 y1 x2 y2 in model pixels, scores and classes of one raw output (4 + classes, anchors), best first.
+    """Boxes (n, 4) x1 y1 x2 y2 in model pixels, scores, classes of one raw output (4 + classes, anchors), best first.
 
     Greedy suppression within each class of what overlaps a better box by more than `iou`, down to the score `floor`.
     Raises EngineError when the output holds NaN or infinity.
@@ -168,11 +168,12 @@ class OnnxDetector:
             found = ", ".join(f"{each.type} {each.shape}" for each in outputs)
             raise ValueError(
                 f"model output is {found}; with {len(self.labels)} labels this engine reads one tensor(float) "
-                f"[batch, {rows}, anchors]: export a detection model without an end-to-end head (nms=False, end2end=False)"
+                f"[batch, {rows}, anchors]: export a detection model without an end-to-end head "
+                "(nms=False, end2end=False)"
             )
 
     def prepare(self, image: Image) -> Prepared:
-        """Letterbox `image` (height, width, 3) BGR uint8 into (3, height, width) RGB float32 of 0..1; raises EngineError."""
+        """Letterbox `image` (height, width, 3) BGR uint8 to (3, height, width) RGB 0..1; raises EngineError."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise EngineError(
                 f"image of shape {image.shape} and type {image.dtype}: expected (height, width, 3) uint8, not empty"
@@ -207,7 +208,9 @@ class OnnxDetector:
             raise EngineError(f"release {self._release}: inference failed: {error}") from error
         if output.ndim != 3 or output.shape[:2] != (len(tensor), 4 + len(self.labels)):
             expected = (len(tensor), 4 + len(self.labels))
-            raise EngineError(f"release {self._release}: the model answered {output.shape}, expected {expected} + anchors")
+            raise EngineError(
+                f"release {self._release}: the model answered {output.shape}, expected {expected} + anchors"
+            )
         return output
 
     def _detections(self, item: Prepared, output: NDArray[np.float32]) -> Detections:

@@ -89,7 +89,8 @@ class Thresholds(Strict):
 
 class Novelty(Strict):
     """Reference of the inputs that this release was calibrated on: a Mahalanobis distance to the nearest of `centres`
-    (points of ImageStats, as `core.confidence` orders them) beyond `limit` means that the calibration cannot be trusted."""
+    (points of ImageStats, as `core.confidence` orders them) beyond `limit` means that the calibration cannot be
+    trusted."""
 
     centres: Annotated[list[list[float]], Field(min_length=1)]
     inverse_covariance: list[list[float]]

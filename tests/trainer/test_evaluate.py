@@ -47,13 +47,17 @@ def found(*rows: tuple[list[float], float, int]) -> Detections:
 
 def labelled(number: int, *truth: tuple[list[float], int]) -> Labelled:
     image = np.full((4, 4, 3), number, dtype=np.uint8)
-    return Labelled(image, np.array([t[0] for t in truth]).reshape(-1, 4), np.array([t[1] for t in truth], dtype=np.int64))
+    return Labelled(
+        image, np.array([t[0] for t in truth]).reshape(-1, 4), np.array([t[1] for t in truth], dtype=np.int64)
+    )
 
 
 def scripted() -> tuple[Scripted, list[Labelled]]:
     answers = [
         found((BOX, 0.9, 0), (OTHER, 0.8, 1)),  # all right
-        found((BOX, 0.7, 1), (OTHER, 0.1, 1)),  # a dog called right; a weak box that is no answer, but is the missed one
+        found(
+            (BOX, 0.7, 1), (OTHER, 0.1, 1)
+        ),  # a dog called right; a weak box that is no answer, but is the missed one
         found((BOX, 0.6, 0)),  # an extra box on an empty image
         found(),
     ]
@@ -100,7 +104,7 @@ def test_an_empty_set_has_no_figures() -> None:
 
 
 def test_a_truth_of_other_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match="class 7 in the truth, but toy@1.0 has 3 labels"):
+    with pytest.raises(ValueError, match=r"class 7 in the truth, but toy@1\.0 has 3 labels"):
         evaluate(Scripted([found()]), [labelled(0, (BOX, 7))], T, "toy@1.0")
 
 
@@ -187,6 +191,8 @@ def test_identical_inputs_still_make_a_reference() -> None:
 
 def test_the_shifted_world_is_new_and_the_calibrated_one_is_not() -> None:
     calibration = fit(world(400, 6), T)
-    novel = [np.mean([probability(d, T, s, calibration).novel for d, s, _ in world(300, 7, shift)]) for shift in (0.0, 3.0)]
+    novel = [
+        np.mean([probability(d, T, s, calibration).novel for d, s, _ in world(300, 7, shift)]) for shift in (0.0, 3.0)
+    ]
     assert novel[0] < 0.03
     assert novel[1] > 0.9

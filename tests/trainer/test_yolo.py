@@ -50,13 +50,17 @@ def _inputs(count: int) -> list[NDArray[np.float32]]:
     ]
 
 
-def test_a_run_tells_its_epochs_and_learns_from_the_set(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_tells_its_epochs_learns_and_leaves_only_its_result(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     told: list[tuple[int, int, dict[str, float]]] = []
     settings = TrainSettings(epochs=4, imgsz=64, batch=8, seed=3)
-    train_full(dataset, "yolo11n.yaml", tmp_path / "m.pt", settings, lambda *args: told.append(args))
+    train_full(dataset, "yolo11n.yaml", Path("m.pt"), settings, lambda *args: told.append(args))
     assert [(epoch, epochs) for epoch, epochs, _ in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert told[-1][2]["loss"] < told[0][2]["loss"]
-    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".train-*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+    assert capfd.readouterr().out == ""
 
 
 def test_the_same_seed_gives_the_same_weights(base: Path, dataset: Path, tmp_path: Path) -> None:

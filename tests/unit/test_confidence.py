@@ -137,7 +137,9 @@ def test_doubt_lowers_the_probability() -> None:
     sure = detections((0, 0, 10, 10, 0.9, 1), (30, 0, 40, 10, 0.9, 2))
     p = probability(sure, T, STATS, FITTED).p
     for doubt in [(60, 60, 70, 70, 0.2, 1), (0, 0, 10, 10, 0.2, 3)]:
-        more = detections(*[(*box, s, c) for box, s, c in zip(sure.boxes, sure.scores, sure.classes, strict=True)], doubt)
+        more = detections(
+            *[(*box, s, c) for box, s, c in zip(sure.boxes, sure.scores, sure.classes, strict=True)], doubt
+        )
         assert probability(more, T, STATS, FITTED).p < p
         # Without a fit only a missed object counts.
     missed = detections((0, 0, 10, 10, 0.9, 1), (30, 0, 40, 10, 0.2, 2))
@@ -167,7 +169,9 @@ def test_the_nearest_centre_counts() -> None:
     assert novelty(replace(STATS, brightness=0.88), two) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(("logprob", "p"), [(0.0, 1.0), (-1.0, math.exp(-1)), (3.0, 1.0), (-math.inf, 0.0), (math.nan, 0.0)])
+@pytest.mark.parametrize(
+    ("logprob", "p"), [(0.0, 1.0), (-1.0, math.exp(-1)), (3.0, 1.0), (-math.inf, 0.0), (math.nan, 0.0)]
+)
 def test_a_generated_answers_probability(logprob: float, p: float) -> None:
     assert answer_probability(logprob) == p
 
@@ -237,6 +241,8 @@ def test_the_truth_itself_is_the_right_answer(truth: Detections) -> None:
     assert frame_right(truth.boxes, truth.classes, truth.scores, truth.boxes, truth.classes)
 
 
-@pytest.mark.parametrize(("counts", "value"), [((0, 0, 0), 1.0), ((0, 1, 0), 0.0), ((2, 1, 1), 4 / 6), ((3, 0, 0), 1.0)])
+@pytest.mark.parametrize(
+    ("counts", "value"), [((0, 0, 0), 1.0), ((0, 1, 0), 0.0), ((2, 1, 1), 4 / 6), ((3, 0, 0), 1.0)]
+)
 def test_f1(counts: tuple[int, int, int], value: float) -> None:
     assert f1(*counts) == pytest.approx(value)

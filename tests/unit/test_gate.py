@@ -20,7 +20,7 @@ RULES = Rules(bootstrap_draws=400)
 
 
 def evaluation(kind: str, hit_rate: float, seed: int = 1, missing_class: int | None = None) -> Evaluation:
-    """Results of a model that finds each of 3 boxes an image (one of each class) with `hit_rate`; never `missing_class`."""
+    """Results of a model that finds each of 3 boxes an image (one a class) with `hit_rate`; never `missing_class`."""
     rng = np.random.default_rng(seed)
     hits = rng.random((IMAGES, len(LABELS))) < hit_rate
     if missing_class is not None:
@@ -58,7 +58,10 @@ HOLDOUT = Holdout(
 
 
 def verdict(
-    candidate: Evidence = CANDIDATE, current: Evidence | None = CURRENT, holdout: Holdout = HOLDOUT, rules: Rules = RULES
+    candidate: Evidence = CANDIDATE,
+    current: Evidence | None = CURRENT,
+    holdout: Holdout = HOLDOUT,
+    rules: Rules = RULES,
 ) -> Verdict:
     return judge(candidate, current, holdout, rules, np.random.default_rng(7))
 
@@ -159,7 +162,13 @@ FAILURES: dict[str, tuple[Evidence, Evidence, Holdout, set[str], str]] = {
         {"finite (target)"},
         "mAP50 not a number",
     ),
-    "a NaN export figure": (replace(CANDIDATE, export_after=math.nan), CURRENT, HOLDOUT, {"export"}, "not measured (nan)"),
+    "a NaN export figure": (
+        replace(CANDIDATE, export_after=math.nan),
+        CURRENT,
+        HOLDOUT,
+        {"export"},
+        "not measured (nan)",
+    ),
     "an empty holdout": (
         replace(CANDIDATE, target=replace(TARGET, images=[], counts=[], class_counts=[(0, 0, 0)] * 3, map50=math.nan)),
         CURRENT,
@@ -210,7 +219,13 @@ FAILURES: dict[str, tuple[Evidence, Evidence, Holdout, set[str], str]] = {
         {"calibrated", "calibration"},
         "calibration is 'uncalibrated'",
     ),
-    "an overconfident calibration": (replace(CANDIDATE, calibration_ece=0.3), CURRENT, HOLDOUT, {"calibration"}, "0.3, bound"),
+    "an overconfident calibration": (
+        replace(CANDIDATE, calibration_ece=0.3),
+        CURRENT,
+        HOLDOUT,
+        {"calibration"},
+        "0.3, bound",
+    ),
     "far slower": (
         replace(CANDIDATE, target=replace(TARGET, latency_ms_median=9.0)),
         CURRENT,
@@ -268,7 +283,9 @@ def test_the_interval_holds_its_promise() -> None:
     assert wrong <= 12
 
 
-@pytest.mark.parametrize("change", [lambda e: e, lambda e: replace(e, map50=math.nan, per_class_ap50=[math.nan, 1.0, 0.5])])
+@pytest.mark.parametrize(
+    "change", [lambda e: e, lambda e: replace(e, map50=math.nan, per_class_ap50=[math.nan, 1.0, 0.5])]
+)
 def test_an_evaluation_survives_json(change: Callable[[Evaluation], Evaluation]) -> None:
     before = change(TARGET)
     text = json.dumps(before.to_dict(), allow_nan=False)

@@ -19,7 +19,9 @@ LABELS = ["cat", "dog", "owl"]
 SIZE = (96, 96)
 
 
-def planted(path: Path, rows: np.ndarray, names: dict[int, str] | None = None, batch: Any = 1, extra_output: bool = False) -> None:
+def planted(
+    path: Path, rows: np.ndarray, names: dict[int, str] | None = None, batch: Any = 1, extra_output: bool = False
+) -> None:
     """An ONNX whose output is `rows` (4 + classes, anchors) for every image of the batch, whatever it shows."""
     output = rows.astype(np.float32)[None]
     nodes = [
@@ -115,9 +117,9 @@ def test_suppression_follows_the_manifests_iou(tmp_path: Path) -> None:
 
 
 def test_classes_never_suppress_each_other_at_the_edges() -> None:
-    # A box over the left edge and one at the right edge: the shift that keeps classes apart must not join them.
-    rows = anchors((0, 50, 40, 40, 1, 0.9), (90, 50, 40, 40, 0, 0.8), (96, 50, 40, 40, 2, 0.7))
-    _, scores, classes = decode(rows, 0.0)
+    # Boxes over opposite corners of the image: the shift that keeps classes apart must not join them.
+    rows = anchors((0, 0, 40, 40, 1, 0.9), (90, 90, 40, 40, 0, 0.8), (96, 96, 40, 40, 2, 0.7))
+    _, _, classes = decode(rows, 0.0)
     assert classes.tolist() == [1, 0, 2]
 
 

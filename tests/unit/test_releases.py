@@ -10,11 +10,19 @@ from edged.wire.manifest import ReleaseManifest
 from trainer.releases import MANIFEST, Registry, ReleaseError, build_manifest
 
 
-def make(folder: Path, release: str = "digits@1.0", model: bytes = b"model", created: str | None = None) -> ReleaseManifest:
+def make(
+    folder: Path, release: str = "digits@1.0", model: bytes = b"model", created: str | None = None
+) -> ReleaseManifest:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(model)
     return build_manifest(
-        folder, release, kind="detect", engine="onnx_detect", roles={"model": "model.onnx"}, labels=["a"], created=created
+        folder,
+        release,
+        kind="detect",
+        engine="onnx_detect",
+        roles={"model": "model.onnx"},
+        labels=["a"],
+        created=created,
     )
 
 
@@ -31,7 +39,9 @@ def test_what_is_registered_is_found_by_name_and_by_hash(tmp_path: Path) -> None
 def test_the_same_bytes_again_change_nothing(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "releases")
     first = registry.register(tmp_path / "in", make(tmp_path / "in", created="2026-01-01T00:00:00Z"))
-    again = Registry(tmp_path / "releases").register(tmp_path / "in", make(tmp_path / "in", created="2027-01-01T00:00:00Z"))
+    again = Registry(tmp_path / "releases").register(
+        tmp_path / "in", make(tmp_path / "in", created="2027-01-01T00:00:00Z")
+    )
     assert again == first
     assert [path.name for path in (tmp_path / "releases").iterdir()] == ["digits@1.0"]
 

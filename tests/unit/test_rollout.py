@@ -58,7 +58,7 @@ def rollout(phase: Phase, **changes: object) -> Rollout:
 
 def observation(default: Outcome = Outcome.RUNNING, **outcomes: Outcome) -> Observation:
     everybody = {device: outcomes.get(device, default) for device in ("d1", "d2", "d3")}
-    return Observation(everybody, {device: "golden set" for device in everybody}, Window(), Window())
+    return Observation(everybody, dict.fromkeys(everybody, "golden set"), Window(), Window())
 
 
 @pytest.mark.parametrize("phase", Phase)

@@ -12,8 +12,22 @@ RULES = TriggerRules(threshold=100, minimum_interval_s=600)
     [
         (101, 101, None, False, False, Fire("sample_threshold")),
         (100, 100, None, False, False, Wait("100 new labelled samples, more than 100 are needed")),
-        (0, 500, None, False, False, Wait("0 new labelled samples, more than 100 are needed")),  # given back: no trigger
-        (101, 101, 9_500.0, False, False, Wait("the last job started too recently: 100 s of the minimum interval are left")),
+        (
+            0,
+            500,
+            None,
+            False,
+            False,
+            Wait("0 new labelled samples, more than 100 are needed"),
+        ),  # given back: no trigger
+        (
+            101,
+            101,
+            9_500.0,
+            False,
+            False,
+            Wait("the last job started too recently: 100 s of the minimum interval are left"),
+        ),
         (101, 101, 9_400.0, False, False, Fire("sample_threshold")),  # exactly the interval
         (101, 101, 99_999.0, False, False, Fire("sample_threshold")),  # the clock was set back
         (101, 101, None, True, False, Wait("a job of this model is open")),

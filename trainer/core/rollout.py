@@ -1,8 +1,8 @@
 """The life of a rollout, as a table: (phase, event) -> (phase, effects), and what turns observations into its events.
 
-The coordinator saves the new state and what its effects ask for (desired states, the fate of samples) in one transaction,
-so that a restart finds both or neither. Time is an argument. A canary passes on evidence only: too little of it extends
-the watch, and then holds the rollout for a person.
+The coordinator saves the new state and what its effects ask for (desired states, the fate of samples) in one
+transaction, so that a restart finds both or neither. Time is an argument. A canary passes on evidence only: too little of
+it extends the watch, and then holds the rollout for a person.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ TABLE: dict[tuple[Phase, Event], tuple[Phase, tuple[Effect, ...]]] = {
 }
 
 OPEN = frozenset(Phase) - {P.DONE, P.ABORTED}
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutRules:
@@ -182,7 +183,9 @@ def begin(rollout_id: str, release: str, devices: Iterable[str], rules: RolloutR
     return Rollout(rollout_id, release, fleet, tuple(sorted(canary)), since=now)
 
 
-def step(rollout: Rollout, event: Event, reason: str, rules: RolloutRules, now: float) -> tuple[Rollout, tuple[Effect, ...]]:
+def step(
+    rollout: Rollout, event: Event, reason: str, rules: RolloutRules, now: float
+) -> tuple[Rollout, tuple[Effect, ...]]:
     """The rollout after `event` and the effects to run; an event that means nothing in this phase changes nothing."""
     row = TABLE.get((rollout.phase, event))
     if row is None:
@@ -223,7 +226,11 @@ def judge(canary: Window, control: Window, may_extend: bool, rules: RolloutRules
             return E.TOO_LITTLE, f"{found}: watching longer"
         return E.UNDECIDED, f"{found}: promote or abort it by hand"
     rates = {
-        "escalation rate": (canary.escalated / canary.items, control.escalated / control.items, rules.escalation_margin),
+        "escalation rate": (
+            canary.escalated / canary.items,
+            control.escalated / control.items,
+            rules.escalation_margin,
+        ),
         "error rate": (canary.errors / canary.items, control.errors / control.items, rules.error_margin),
     }
     for name, (new, old, margin) in rates.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TriggerRules:
-    """`threshold`: train when there are MORE new labelled samples than this; `minimum_interval_s` between two starts."""
+    """`threshold`: train when there are MORE new labelled samples; `minimum_interval_s` between two starts."""
 
     threshold: int = 100
     minimum_interval_s: float = 3600.0
@@ -40,8 +40,8 @@ def decide(
     """Whether to train a model now.
 
     `samples_new`: labelled, sure enough, and never part of a job; `samples_usable`: those and the ones that a refused
-    job gave back, which may train but do not call for training. An operator overrides threshold and interval, but neither
-    a job that is open nor having nothing to train on. Times in seconds since the epoch.
+    job gave back, which may train but do not call for training. An operator overrides threshold and interval, but
+    neither a job that is open nor having nothing to train on. Times in seconds since the epoch.
     """
     if job_open:
         return Wait("a job of this model is open")

@@ -10,8 +10,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from trainer.export.gguf_vocab import write_vocabulary
 
@@ -42,7 +43,7 @@ class Architecture:
 
     arch: gguf.MODEL_ARCH
     describe: Callable[[gguf.GGUFWriter, Config], None]
-    extra: Callable[[Config], dict[str, NDArray[np.float32]]]
+    extra: Callable[[Config], dict[str, NDArray[np.float32]]] = lambda _: {}
 
 
 def _describe_phi3(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -65,7 +66,7 @@ def _rope_factors_phi3(config: Config) -> dict[str, NDArray[np.float32]]:
         return {}
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in ("longrope", "su"):
-        raise ExportError(f"rope_scaling.type = {kind!r}: only 'longrope' exists for Phi-3; correct the checkpoint's config")
+        raise ExportError(f"rope_scaling.type = {kind!r}: only 'longrope' exists for Phi-3; correct config.json")
     return {
         f"rope_factors_{name}.weight": np.asarray(scaling[f"{name}_factor"], np.float32) for name in ("long", "short")
     }
@@ -84,7 +85,7 @@ def _rotary_dimensions(config: Config) -> int:
 # Adding one: its name in config.json ("architectures"), its GGUF architecture, its keys. Tensor names come from gguf.
 ARCHITECTURES: dict[str, Architecture] = {
     "Phi3ForCausalLM": Architecture(gguf.MODEL_ARCH.PHI3, _describe_phi3, _rope_factors_phi3),
-    "PhiForCausalLM": Architecture(gguf.MODEL_ARCH.PHI2, _describe_phi2, lambda config: {}),
+    "PhiForCausalLM": Architecture(gguf.MODEL_ARCH.PHI2, _describe_phi2),
 }
 
 
@@ -104,7 +105,7 @@ def export_gguf(checkpoint: Path, out: Path, outtype: OutType = "f16") -> Path:
             plan = [(_gguf_name(names, name), tensor) for name, tensor in tensors.items() if _is_weight(name)]
             extra = architecture.extra(config)
             for name, tensor in plan:
-                dtype = _stored_as(name, tensor.shape, outtype)
+                dtype = _stored_as(tensor.shape, outtype)
                 writer.add_tensor_info(name, tensor.shape, np.dtype(dtype), math.prod(tensor.shape) * dtype().nbytes)
             for name, array in extra.items():
                 writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
@@ -112,7 +113,7 @@ def export_gguf(checkpoint: Path, out: Path, outtype: OutType = "f16") -> Path:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, tensor in plan:
-                writer.write_tensor_data(_cast(name, tensor.read(), _stored_as(name, tensor.shape, outtype)))
+                writer.write_tensor_data(_cast(name, tensor.read(), _stored_as(tensor.shape, outtype)))
             for array in extra.values():
                 writer.write_tensor_data(array)
         finally:
@@ -127,6 +128,8 @@ def quantize_gguf(source: Path, out: Path, kind: str = "Q8_0") -> Path:
     """
     import llama_cpp  # only here: the trainer can export without it
 
+    from edged.engines.llama import capture_log, log_reason
+
     ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}", None)
     if ftype is None:
         prefix = "LLAMA_FTYPE_MOSTLY_"
@@ -134,10 +137,11 @@ def quantize_gguf(source: Path, out: Path, kind: str = "Q8_0") -> Path:
         raise ExportError(f"quantisation {kind!r} is unknown to llama.cpp; it knows: {known}")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = ftype
+    capture_log()
     with written_beside(out) as beside:
         code = llama_cpp.llama_model_quantize(str(source).encode(), str(beside).encode(), params)
         if code != 0:
-            raise ExportError(f"{source}: llama.cpp cannot quantise it to {kind} (code {code}); is it an f16 or f32 GGUF?")
+            raise ExportError(f"{source}: cannot be quantised to {kind}{log_reason()}; give an f16 or f32 GGUF")
     return out
 
 
@@ -156,15 +160,16 @@ def safetensors_of(folder: Path) -> Iterator[dict[str, StoredTensor]]:
     if not files:
         raise ExportError(f"{folder}: no *.safetensors in it; save the checkpoint with save_pretrained()")
     tensors: dict[str, StoredTensor] = {}
-    for path in files:
-        try:
-            file = safe_open(path, framework="pt")
-        except Exception as error:  # safetensors raises its own SafetensorError, which has no public import path
-            raise ExportError(f"{path}: not a whole safetensors file ({error}); save the checkpoint again") from error
-        for name in file.keys():  # noqa: SIM118  # not a dict
-            shape = tuple(file.get_slice(name).get_shape())
-            tensors[name] = StoredTensor(shape, lambda file=file, name=name: file.get_tensor(name))
-    yield tensors
+    with ExitStack() as stack:
+        for path in files:
+            try:
+                file: Any = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise ExportError(f"{path}: not a whole safetensors file ({error}); save it again") from error
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                shape = tuple(file.get_slice(name).get_shape())
+                tensors[name] = StoredTensor(shape, partial(file.get_tensor, name))
+        yield tensors
 
 
 @contextmanager
@@ -230,13 +235,13 @@ def _is_weight(name: str) -> bool:
 
 
 def _gguf_name(names: gguf.TensorNameMap, name: str) -> str:
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise ExportError(f"tensor {name} has no place in this architecture; export the merged model, without adapters")
     return found
 
 
-def _stored_as(name: str, shape: tuple[int, ...], outtype: OutType) -> type[np.float16] | type[np.float32]:
+def _stored_as(shape: tuple[int, ...], outtype: OutType) -> type[np.float16] | type[np.float32]:
     # llama.cpp adds and multiplies with vectors in float32 only.
     return np.float16 if outtype == "f16" and len(shape) > 1 else np.float32
 

@@ -44,9 +44,9 @@ def export_lora_gguf(adapter: Path, base: Path, out: Path) -> Path:
                 if weight is None or name is None:
                     raise ExportError(f"{adapter}: adapts {module}, which {base} does not have; is it another base?")
                 vocabulary = name == gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.TOKEN_EMBD]
-                if _shape(low, high, vocabulary) != weight.shape:
-                    shape = _shape(low, high, vocabulary)
-                    raise ExportError(f"{adapter}: {module} is {shape} here and {weight.shape} in {base}; another base?")
+                shape = _shape(low, high, vocabulary)
+                if shape != weight.shape:
+                    raise ExportError(f"{adapter}: {module} is {shape}, {weight.shape} in {base}; is it another base?")
                 # Rows of an embedding are looked up, not multiplied: llama.cpp wants that A (vocabulary, rank).
                 writer.add_tensor(f"{name}.weight.lora_a", np.ascontiguousarray(low.T) if vocabulary else low)
                 writer.add_tensor(f"{name}.weight.lora_b", high)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from trainer.tuners.yolo import offline
+from trainer.tuners.yolo import prepare_process
 
 OPSET = 17  # what every ONNX Runtime since 1.12 takes
 
@@ -20,7 +20,7 @@ def export_onnx(model: Path, out: Path, imgsz: int) -> Path:
     if not model.is_file():
         raise FileNotFoundError(f"model {model} does not exist; give the path of a trained .pt file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    offline()
+    prepare_process()
     import logging
 
     from ultralytics.models.yolo import YOLO

@@ -98,7 +98,8 @@ def lora_config(model: Any, settings: LoraSettings) -> LoraConfig:
 
     PEFT leaves out names it does not find as long as one matches; here each must match a module, else SettingsError.
     """
-    modules = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)]
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    modules = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     if settings.target_modules != "all":
         for target in settings.target_modules:
             if not any(name == target or name.endswith(f".{target}") for name in modules):
@@ -108,7 +109,7 @@ def lora_config(model: Any, settings: LoraSettings) -> LoraConfig:
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.r,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT only divides by r
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         target_modules="all-linear" if settings.target_modules == "all" else list(settings.target_modules),
         lora_dropout=settings.lora_dropout,
         bias=settings.bias,

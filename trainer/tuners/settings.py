@@ -1,4 +1,4 @@
-"""LoRA settings, one class for every tuner, so that a configuration means the same for a detector and a language model."""
+"""LoRA settings, one class for every tuner: a configuration means the same for a detector and a language model."""
 
 from __future__ import annotations
 
@@ -54,10 +54,9 @@ class LoraSettings(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             wrong = {str(item["loc"][0]): item["msg"] for item in error.errors()}
-        known = ", ".join(cls.model_fields)
-        raise SettingsError(
-            "; ".join(
-                f"lora.{key} = {values.get(key)!r}: {message}; fix: {_FIXES.get(key, f'remove it, known keys are {known}')}"
-                for key, message in wrong.items()
-            )
-        )
+        unknown = f"remove it, known keys are {', '.join(cls.model_fields)}"
+        lines = [
+            f"lora.{key} = {values.get(key)!r}: {message}; fix: {_FIXES.get(key, unknown)}"
+            for key, message in wrong.items()
+        ]
+        raise SettingsError("; ".join(lines))

@@ -75,7 +75,7 @@ def write_yolo_dataset(
     items: Iterable[tuple[str, bytes | NDArray[np.uint8], ArrayLike, ArrayLike]],
     labels: Iterable[str],
 ) -> Path:
-    """Write (name, PNG bytes or BGR array, boxes (n, 4) xyxy in pixels, classes (n,)) in YOLO's layout; its yaml's path.
+    """Write (name, PNG bytes or BGR array, boxes (n, 4) xyxy in pixels, classes (n,)) in YOLO's layout; return the yaml.
 
     Bytes are written as they are and arrays as PNG, so training sees exactly these pixels. Raises ValueError for a
     folder in use, a name that is unfit or twice, an image that does not decode, boxes and classes of unequal number,
@@ -135,13 +135,15 @@ def tune_lora(
     return _run(dataset, base, out, settings, lora, on_epoch)
 
 
-def offline() -> None:
-    """Keep ultralytics from the network, and its settings from the user's home; call before its first import."""
+def prepare_process() -> None:
+    """Keep ultralytics from the network and from the user's home; call before the first import of it or of torch."""
     if "YOLO_CONFIG_DIR" not in os.environ:
         config = tempfile.mkdtemp(prefix="edged-ultralytics-")
         atexit.register(shutil.rmtree, config, ignore_errors=True)
         os.environ["YOLO_CONFIG_DIR"] = config
     os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="0", YOLO_VERBOSE="false")
+    # Threads that wait for each other sleep: spinning, they would starve whatever else runs on the trainer's cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _run(
@@ -156,12 +158,14 @@ def _run(
     if str(start).endswith(".pt") and not Path(start).is_file():
         raise FileNotFoundError(f"model {start} does not exist; give the path of a .pt file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    offline()
+    prepare_process()
     from trainer.tuners.yolo_loop import run_training
 
-    with tempfile.TemporaryDirectory(prefix=".train-", dir=out.parent) as scratch:
-        overrides = _overrides(settings, str(start), Path(scratch))
-        return run_training(data, overrides, _threads(settings), lora, out, on_epoch)
+    scratch = out.resolve().with_name(f".{out.stem}-run")
+    try:
+        return run_training(data, _overrides(settings, str(start), scratch), _threads(settings), lora, out, on_epoch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _overrides(settings: TrainSettings, start: str, scratch: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The ultralytics training loop as this project runs it, LoRA included; imported after `yolo.offline`.
+"""The ultralytics training loop as this project runs it, LoRA included; imported after `yolo.prepare_process`.
 
 What differs from ultralytics: the data set is handed over instead of looked up, nothing is validated, plotted or saved
 on the way, all cores are used, and the averaged (EMA) weights are saved once, in full precision.

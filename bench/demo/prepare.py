@@ -1,0 +1,152 @@
+"""What the demo starts from: models, releases and labelled folders, made on the spot and kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.demo import models, phi
+from bench.demo.scenes import LABELS, SIZE, Scene, encode_png, make_scenes
+from edged.wire.manifest import ReleaseRef
+from trainer.datasets import LabelledBox, LabelledImage, write_folder
+from trainer.evaluate import Labelled
+from trainer.export.gguf import export_gguf
+from trainer.export.gguf_lora import export_lora_gguf
+from trainer.package import package_detector, package_language
+from trainer.releases import reference
+
+Say = Callable[[str], None]
+PROVENANCE = {"kind": "person", "who": "annotator"}  # the holdouts are labelled by hand, as it were: from the truth
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes of a run: frames and images in all, rates in frames a second over all devices."""
+
+    frames_clean: int = 90  # before the shift: what normal looks like
+    frames_before: int = 330
+    frames_after: int = 330
+    rate: float = 24.0
+    rate_idle: float = 3.0  # while the trainer works
+    holdout: int = 260
+    holdout_clean: int = 120
+    calibration: int = 200
+    replay: int = 400
+    epochs: int = 10
+    threshold: int = 200  # train when there are more new labelled samples
+    watch_s: float = 12.0
+    items_min: int = 40
+
+
+FULL = Plan()
+REDUCED = Plan(
+    frames_clean=30, frames_before=240, frames_after=150, holdout=160, holdout_clean=80, calibration=150, replay=240,
+    epochs=8, threshold=150, watch_s=8.0, items_min=24,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Assets:
+    """Where everything lies. `base` and `teacher` are the first releases; `phi` and `adapter` the language model's."""
+
+    checkpoint: Path
+    base: Path
+    teacher: Path
+    phi: Path
+    adapter: Path
+    replay: Path
+    holdout: Path
+    holdout_clean: Path
+    calibration: Path
+
+
+def labelled(scenes: Sequence[Scene]) -> list[Labelled]:
+    """Scenes as the trainer's evaluation takes them."""
+    return [Labelled(scene.image, scene.boxes, scene.classes) for scene in scenes]
+
+
+def prepare(cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say) -> Assets:
+    """Make what is missing in `cache` (models, releases) and `work` (labelled folders of this run)."""
+    checkpoint = models.make_base(cache, seed, say)
+    teacher = models.make_teacher(cache, seed, say)
+    clean = labelled(make_scenes("calibration", plan.calibration, seed + 11))
+    # The teacher is calibrated on what it is asked about: shifted scenes.
+    mixed = [*clean[: plan.calibration // 3], *labelled(make_scenes("calibration", plan.calibration, seed + 12, "mix"))]
+    base_release = _detector(cache, checkpoint, "digits@1.0", clean, say)
+    teacher_release = _detector(cache, teacher, "digits-teacher@1.0", mixed, say)
+    phi_release, adapter_release = _language(cache, seed, say)
+    say("holdouts: drawing labelled folders")
+    half = plan.holdout // 2
+    folders = {
+        "replay": make_scenes("train", plan.replay, seed),
+        # The work as it is now: shifted, and clean as before.
+        "holdout": [
+            *make_scenes("holdout", plan.holdout - half // 2, seed + 21, shift),
+            *make_scenes("holdout", half // 2, seed + 22),
+        ],
+        "holdout_clean": make_scenes("holdout", plan.holdout_clean, seed + 23),
+        "calibration": make_scenes("calibration", plan.calibration, seed + 11),
+    }
+    for name, scenes in folders.items():
+        write_folder(work / name, [_image(scene) for scene in scenes])
+    return Assets(
+        checkpoint, base_release, teacher_release, phi_release, adapter_release,
+        work / "replay", work / "holdout", work / "holdout_clean", work / "calibration",
+    )  # fmt: skip
+
+
+def _image(scene: Scene) -> LabelledImage:
+    data = encode_png(scene.image)
+    boxes = tuple(
+        LabelledBox(LABELS[k], (float(b[0]), float(b[1]), float(b[2]), float(b[3])))
+        for b, k in zip(scene.boxes, scene.classes, strict=True)
+    )
+    return LabelledImage(hashlib.sha256(data).hexdigest(), data, boxes, PROVENANCE)
+
+
+def _detector(cache: Path, checkpoint: Path, release: str, calibration: Sequence[Labelled], say: Say) -> Path:
+    told = hashlib.sha256(checkpoint.name.encode())
+    for item in calibration:
+        told.update(item.image.tobytes())
+    for source in ("package.py", "calibrate.py", "export/quantize.py"):  # how a release is made is part of what it is
+        told.update((Path(__file__).parents[2] / "trainer" / source).read_bytes())
+    folder = cache / f"{release}-{told.hexdigest()[:12]}"
+    if not folder.is_dir():
+        say(f"{release}: export, int8, calibration, golden set")
+        package_detector(
+            checkpoint, folder, release, labels=LABELS, imgsz=SIZE, calibration=calibration,
+            lineage={"checkpoint": checkpoint.name},
+        )  # fmt: skip
+    return folder
+
+
+def _language(cache: Path, seed: int, say: Say) -> tuple[Path, Path]:
+    base = phi.make_phi(cache, seed)
+    adapter = phi.make_adapter(cache, base, seed)
+    key = hashlib.sha256(json.dumps([base.name, adapter.name]).encode()).hexdigest()[:12]
+    release, lora = cache / f"phi@1.0-{key}", cache / f"phi-style@1.0-{key}"
+    if not release.is_dir():
+        say("phi@1.0: GGUF from the checkpoint")
+        gguf = cache / f".phi-{key}.gguf"
+        export_gguf(base, gguf)
+        package_language(gguf, release, "phi@1.0", golden=[(e.prompt, e.base) for e in phi.EXAMPLES[:3]])
+        gguf.unlink()
+    if not lora.is_dir():
+        say("phi-style@1.0: LoRA adapter as GGUF")
+        gguf = cache / f".phi-style-{key}.gguf"
+        export_lora_gguf(adapter, base, gguf)
+        package_language(
+            gguf, lora, "phi-style@1.0", golden=[(e.prompt, e.adapter) for e in phi.EXAMPLES[:3]], base=ref(release)
+        )
+        gguf.unlink()
+    return release, lora
+
+
+def ref(folder: Path) -> ReleaseRef:
+    """The reference of the release in `folder`."""
+    from trainer.releases import read_manifest
+
+    return reference(read_manifest(folder))

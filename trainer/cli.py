@@ -1,0 +1,325 @@
+"""The command line `trainer`: parses, calls the library, prints. Imports nothing heavy before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from trainer.config import TrainerConfig
+    from trainer.database import Database
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_FEW = 1, 3, 4
+ANSWER_S = 15.0
+
+app = typer.Typer(
+    name="trainer",
+    help="Collects what devices are unsure about, fine-tunes, judges and releases models, and rolls them out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+release_app = typer.Typer(help="The registry of releases.", no_args_is_help=True)
+rollout_app = typer.Typer(help="Bring a release to the fleet: canary first, then everybody.", no_args_is_help=True)
+fleet_app = typer.Typer(help="The devices: what they run, and what they shall run.", no_args_is_help=True)
+samples_app = typer.Typer(help="The samples that devices keep, as far as the trainer knows them.", no_args_is_help=True)
+app.add_typer(release_app, name="release")
+app.add_typer(rollout_app, name="rollout")
+app.add_typer(fleet_app, name="fleet")
+app.add_typer(samples_app, name="samples")
+
+Config = Annotated[
+    Path, typer.Option("--config", "-c", envvar="TRAINER_CONFIG", help="The trainer's TOML file.", show_default=True)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
+CONFIG = Path("trainer.toml")
+
+
+@app.command()
+def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False) -> None:
+    """Run the trainer: take in what devices say, train when enough new samples are labelled, roll out what passes."""
+    settings = _load(config)
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    from edged.link import BadCredentials
+    from trainer.coordinator import Coordinator
+    from trainer.database import DatabaseError
+
+    try:
+        coordinator = Coordinator(settings, config)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: coordinator.stop())
+        coordinator.run()
+    except (BadCredentials, DatabaseError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="The model, as configured under [models.NAME].")],
+    config: Config = CONFIG,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="Train this manifest here and now. Without it the running `trainer serve` trains."),
+    ] = None,
+    samples: Annotated[Path | None, typer.Option(help="Folder of pixels, each file named by its SHA-256.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one by time.")] = None,
+    ablate: Annotated[
+        str, typer.Option(help="For proving that the gate works: `train` (old weights again) or `labels` (shuffled).")
+    ] = "",
+    require_threshold: Annotated[
+        bool, typer.Option("--require-threshold", help="Leave with status 4 when there are too few samples.")
+    ] = False,
+    min_samples: Annotated[int | None, typer.Option(help="Instead of the configured threshold.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; needs no heavy package.")] = False,
+    wait: Wait = ANSWER_S,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Fine-tune a model: a JSON summary on stdout, logs on stderr.
+
+    Status 0: a candidate passed the gate. 3: the gate refused it. 4: too few samples. 1: it failed.
+    """
+    settings = _load(config)
+    if manifest is None:
+        if require_threshold or dry_run or min_samples is not None:
+            _check_counts(settings, model, require_threshold, min_samples, dry_run)
+        _order(settings, "train", {"model": model}, wait, as_json=True)
+        return
+    if parent is not None:
+        _die_with(parent)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    _train_here(settings, model, manifest, samples, output_dir, ablate, require_threshold, min_samples, dry_run)
+
+
+@release_app.command("add")
+def release_add(
+    folder: Annotated[Path, typer.Argument(help="Folder with the files and their release.json.")],
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Register a release. The same bytes again change nothing; other bytes under the same version are refused."""
+    from trainer.releases import Registry, ReleaseError
+
+    try:
+        ref = Registry(_load(config).releases).add_folder(folder)
+    except ReleaseError as error:
+        _fail(str(error))
+    _print(ref.model_dump(mode="json"), as_json)
+
+
+@release_app.command("list")
+def release_list(
+    name: Annotated[str | None, typer.Argument(help="Only releases of this model.")] = None,
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Every registered release, oldest version first."""
+    from trainer.releases import Registry
+
+    rows = [
+        {
+            "release": each.ref.release,
+            "kind": each.manifest.kind,
+            "bytes": sum(entry.bytes for entry in each.manifest.files.values()),
+            "created": each.manifest.created,
+            "sha256": each.ref.sha256,
+        }
+        for each in Registry(_load(config).releases).list(name)
+    ]
+    _print(rows, as_json)
+
+
+@release_app.command("show")
+def release_show(release: Annotated[str, typer.Argument(help="name@version")], config: Config = CONFIG) -> None:
+    """A release's manifest: files, calibration, evaluation, lineage."""
+    from trainer.releases import Registry, ReleaseError
+
+    try:
+        _print(Registry(_load(config).releases).get(release).manifest.model_dump(mode="json"), as_json=True)
+    except ReleaseError as error:
+        _fail(str(error))
+
+
+@rollout_app.command("start")
+def rollout_start(
+    release: Annotated[str, typer.Argument(help="name@version, registered")],
+    config: Config = CONFIG,
+    as_json: Json = False,
+    wait: Wait = ANSWER_S,
+) -> None:
+    """Bring a release to its fleet: 10 % of the devices, a watch against the others, then everybody."""
+    _order(_load(config), "rollout_start", {"release": release}, wait, as_json)
+
+
+@rollout_app.command("abort")
+def rollout_abort(
+    rollout: Annotated[str, typer.Argument(help="The rollout's id, from `trainer rollout status`.")],
+    config: Config = CONFIG,
+    as_json: Json = False,
+    wait: Wait = ANSWER_S,
+) -> None:
+    """Give every device its previous release back."""
+    _order(_load(config), "rollout_abort", {"rollout": rollout}, wait, as_json)
+
+
+@rollout_app.command("promote")
+def rollout_promote(
+    rollout: Annotated[str, typer.Argument(help="The rollout's id, from `trainer rollout status`.")],
+    config: Config = CONFIG,
+    as_json: Json = False,
+    wait: Wait = ANSWER_S,
+) -> None:
+    """Go on to everybody on your own judgement, when a rollout is held or being watched."""
+    _order(_load(config), "rollout_promote", {"rollout": rollout}, wait, as_json)
+
+
+@rollout_app.command("status")
+def rollout_status(config: Config = CONFIG, as_json: Json = False) -> None:
+    """Rollouts and the training jobs that they came from, newest first."""
+    from sqlalchemy import select
+
+    from trainer.database import jobs, rollouts
+    from trainer.rollouts import progress
+    from trainer.status import job_status
+
+    settings = _load(config)
+    with _database(settings).read() as connection:
+        rolled = [
+            progress(connection, row)
+            for row in connection.execute(select(rollouts).order_by(rollouts.c.created.desc()))
+        ]
+        trained = [
+            job_status(connection, settings, row)
+            for row in connection.execute(select(jobs).order_by(jobs.c.created.desc()))
+        ]
+    if as_json:
+        _print({"rollouts": rolled, "jobs": trained}, as_json)
+        return
+    keys = ("rollout_id", "release", "status", "progress", "canary_result", "reason")
+    _print([{key: row[key] for key in keys} for row in rolled], as_json=False)
+    keys = ("job_id", "target_model", "status", "detail")
+    _print([{key: row[key] for key in keys} for row in trained], as_json=False)
+
+
+@fleet_app.command("status")
+def fleet_status(config: Config = CONFIG, as_json: Json = False) -> None:
+    """Every device that was ever seen, and what it runs."""
+    from trainer.status import fleet_status as rows_of
+
+    with _database(_load(config)).read() as connection:
+        rows = rows_of(connection)
+    if as_json:
+        _print(rows, as_json)
+        return
+    flat = [
+        {
+            "device": row["device"],
+            "online": row["online"],
+            "tier": row["tier"],
+            "slot": slot,
+            "active": report.get("active"),
+            "adapter": report.get("adapter"),
+            "update": report.get("update"),
+        }
+        for row in rows
+        for slot, report in (row["models"] or {"": {}}).items()
+    ]
+    _print(flat, as_json=False)
+
+
+@fleet_app.command("set")
+def fleet_set(
+    device: Annotated[str, typer.Argument(help="The device, as `trainer fleet status` names it.")],
+    model: Annotated[list[str] | None, typer.Option(help="SLOT=NAME@VERSION, or NAME@VERSION; repeatable.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="SLOT=NAME@VERSION, or SLOT= for no adapter; repeatable.")
+    ] = None,
+    config: Config = CONFIG,
+    as_json: Json = False,
+    wait: Wait = ANSWER_S,
+) -> None:
+    """Tell one device what to run, without canary and watch."""
+    from edged.wire.manifest import ReleaseId
+
+    models: dict[str, str] = {}
+    adapters: dict[str, str | None] = {}
+    for text in model or []:
+        slot, _, release = text.rpartition("=")
+        try:
+            models[slot or ReleaseId(release).name] = release
+        except ValueError as error:
+            _fail(f"--model {text}: {error}")
+    for text in adapter or []:
+        slot, found, release = text.partition("=")
+        if not found or not slot:
+            _fail(f"--adapter {text}: use SLOT=NAME@VERSION, or SLOT= for no adapter")
+        adapters[slot] = release or None
+    if not models and not adapters:
+        _fail("nothing to set: use --model or --adapter")
+    _order(_load(config), "desire", {"device": device, "models": models, "adapters": adapters}, wait, as_json)
+
+
+@samples_app.command("list")
+def samples_list(
+    model: Annotated[str | None, typer.Option(help="Only of this model.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only in this state, such as `labelled`.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 100,
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Samples that devices keep, newest first."""
+    from sqlalchemy import select
+
+    from trainer.database import samples
+
+    query = select(samples).order_by(samples.c.captured.desc()).limit(limit)
+    if model is not None:
+        query = query.where(samples.c.model == model)
+    if state is not None:
+        query = query.where(samples.c.state == state)
+    with _database(_load(config)).read() as connection:
+        rows = [dict(row._mapping) for row in connection.execute(query)]
+    if not as_json:
+        keys = ("id", "device", "model", "state", "label_confidence", "job", "used_by")
+        rows = [{**{key: row[key] for key in keys}, "boxes": len(row["label"])} for row in rows]
+    _print(rows, as_json)
+
+
+@samples_app.command("counts")
+def samples_counts(config: Config = CONFIG, as_json: Json = False) -> None:
+    """How many samples there are, by model, device and state, and how sure their labels are."""
+    from trainer.fleet import sample_counts
+
+    with _database(_load(config)).read() as connection:
+        _print(sample_counts(connection), as_json)
+
+
+def _order(settings: TrainerConfig, kind: str, body: dict[str, Any], wait: float, as_json: bool) -> None:
+    """Have the running `trainer serve` do something, and print its answer."""
+    from trainer.orders import await_answer, place
+
+    database = _database(settings)
+    order = place(database, kind, body)
+    answer = await_answer(database, order, wait)
+    if answer is None:
+        _fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will carry the order out when it does.")
+    if "error" in answer:
+        _fail(answer["error"])
+    _print(answer, as_json)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

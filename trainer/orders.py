@@ -1,0 +1,122 @@
+"""An operator's orders: a command line places one as a row, the running `trainer serve` carries it out and answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sqlalchemy import delete, insert, select, update
+
+from trainer.config import ConfigError
+from trainer.core.rollout import Event
+from trainer.database import Database, devices, requests
+from trainer.fleet import desire, members
+from trainer.host import Host, new_id
+from trainer.jobs import Jobs
+from trainer.releases import ReleaseError
+from trainer.rollouts import Rollouts, runs_now, start_rollout
+
+KEEP_S = 86400.0
+POLL_S = 0.1
+
+
+def place(database: Database, kind: str, body: dict[str, Any]) -> str:
+    """Store an order and return its id."""
+    order = new_id()
+    with database.write() as connection:
+        connection.execute(insert(requests).values(id=order, kind=kind, body=body, created=time.time()))
+    return order
+
+
+def await_answer(database: Database, order: str, seconds: float) -> dict[str, Any] | None:
+    """The answer to an order; None when there was none in time. The order stays, and is carried out later."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with database.read() as connection:
+            answer: dict[str, Any] | None = connection.execute(
+                select(requests.c.answer).where(requests.c.id == order)
+            ).scalar_one_or_none()
+        if answer is not None or time.monotonic() >= deadline:
+            return answer
+        time.sleep(POLL_S)
+
+
+class Orders:
+    """Carries out what was placed, oldest first; `tick` is called by the coordinator's thread."""
+
+    def __init__(self, host: Host, jobs: Jobs, rollouts: Rollouts) -> None:
+        self._host, self._jobs, self._rollouts = host, jobs, rollouts
+
+    def tick(self) -> None:
+        """Carry out every order that has no answer yet."""
+        database = self._host.database
+        with database.read() as connection:
+            waiting = connection.execute(select(requests).order_by(requests.c.created)).all()
+        for row in waiting:
+            if row.answer is None:
+                try:
+                    answer = self._carry_out(row.kind, row.body)
+                except (ConfigError, ReleaseError, KeyError, ValueError) as error:
+                    answer = {"error": str(error)}
+                with database.write() as connection:
+                    connection.execute(update(requests).where(requests.c.id == row.id).values(answer=answer))
+            elif row.created < self._host.now() - KEEP_S:
+                with database.write() as connection:
+                    connection.execute(delete(requests).where(requests.c.id == row.id))
+
+    def _carry_out(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        if kind == "train":
+            return self._jobs.train_now(body["model"])
+        if kind == "rollout_start":
+            return self._start(body["release"])
+        if kind == "rollout_abort":
+            return self._rollouts.order(body["rollout"], Event.ABORT, "aborted by an operator")
+        if kind == "rollout_promote":
+            return self._rollouts.order(body["rollout"], Event.PROMOTE, "promoted by an operator")
+        if kind == "desire":
+            return self._desire(body["device"], body["models"], body["adapters"])
+        return {"error": f"order {kind!r} is unknown: the command line and `trainer serve` are of different versions"}
+
+    def _start(self, release: str) -> dict[str, Any]:
+        stored = self._host.registry.get(release)
+        with self._host.database.write() as connection:
+            started = start_rollout(self._host, connection, stored.ref)
+        if isinstance(started, str):
+            return {"error": started}
+        fields = {"release": release, "canary": list(started.canary), "devices": list(started.devices)}
+        return {"rollout": started.id, **fields}
+
+    def _desire(
+        self, device: str, wanted_models: dict[str, str], wanted_adapters: dict[str, str | None]
+    ) -> dict[str, Any]:
+        host = self._host
+        models = {slot: host.registry.get(release) for slot, release in wanted_models.items()}
+        adapters = {slot: host.registry.get(name) if name else None for slot, name in wanted_adapters.items()}
+        for slot, stored in models.items():
+            if stored.manifest.kind == "lora":
+                return {"error": f"{slot}: {stored.ref.release} is an adapter; use --adapter"}
+        for slot, adapter in adapters.items():
+            if adapter is not None and adapter.manifest.kind != "lora":
+                return {
+                    "error": f"{slot}: {adapter.ref.release} is no adapter but a {adapter.manifest.kind}; use --model"
+                }
+        with host.database.write() as connection:
+            known = connection.execute(select(devices.c.device)).scalars().all()
+            if device not in known:
+                return {"error": f"device {device!r} was never seen; known: {', '.join(sorted(known)) or 'none'}"}
+            start: dict[str, Any] = {"models": {}, "adapters": {}}
+            for slot in {*models, *adapters}:
+                for member in members(connection, slot):
+                    if member.device == device:
+                        for name, refs in runs_now(host, member, slot).items():
+                            start[name].update(refs)
+            rev = desire(
+                connection,
+                device,
+                models={slot: stored.ref.model_dump(mode="json") for slot, stored in models.items()},
+                adapters={slot: each.ref.model_dump(mode="json") if each else None for slot, each in adapters.items()},
+                start_from=start,
+            )
+            text = ", ".join([*wanted_models.values(), *(name or "no adapter" for name in wanted_adapters.values())])
+            host.announce(connection, "desired_set", f"{device}: {text}", device=device, rev=rev)
+        return {"device": device, "rev": rev}

@@ -1,0 +1,417 @@
+"""One training job from manifest to candidate release, in a process of its own.
+
+    samples + replay -> LoRA fine-tuning -> ONNX -> int8 -> calibration -> evaluation on the frozen holdouts -> gate
+
+Everything after the export judges the int8 file with the engine that devices run it on. The run's folder is written as
+the run goes; `metadata.json` appears last, so that a run without it did not finish.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edged.engines.base import Detector, EngineError, EngineOptions, open_engine
+from edged.wire.manifest import Calibration, ReleaseManifest, Thresholds
+from trainer import calibrate
+from trainer.child import METADATA, PROGRESS
+from trainer.config import Model
+from trainer.core.evaluation import Evaluation
+from trainer.core.gate import Evidence, Holdout, Verdict, judge
+from trainer.datasets import (
+    DatasetError,
+    LabelledImage,
+    Selected,
+    check_frozen,
+    choose_replay,
+    read_folder,
+    select_samples,
+    shuffle_labels,
+)
+from trainer.evaluate import Labelled, calibration_items, evaluate, evaluate_release, image_sha256, observe
+from trainer.files import sha256_of, write_json, write_whole
+from trainer.golden import write_detect_golden
+from trainer.jobfile import TrainJob
+from trainer.releases import MANIFEST, Registry, ReleaseError, StoredRelease, build_manifest, canonical_bytes
+
+log = logging.getLogger(__name__)
+
+QUANTISE_IMAGES_MAX = 128  # enough to see the activations' ranges
+GOLDEN_IMAGES = 8
+ENGINE = "onnx_detect"
+
+
+class TooFewSamples(ValueError):
+    """Fewer usable samples than the threshold asks for; the message names both numbers."""
+
+
+@dataclass(slots=True)
+class _Sets:
+    """All images of a job, apart from each other."""
+
+    selected: Selected
+    replay: list[LabelledImage]
+    calibration: list[LabelledImage]
+    target: list[LabelledImage]
+    base: list[LabelledImage]
+    holdout_sha256: dict[str, str]
+
+
+@dataclass(slots=True)
+class _Record:
+    """What metadata.json will say."""
+
+    timings_s: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def train(job: TrainJob, *, require_more_than: int | None = None) -> dict[str, Any]:
+    """Run the job and return what metadata.json says: `outcome` is `passed`, `refused` (by the gate) or `failed`.
+
+    Raises TooFewSamples before anything is trained when no more than `require_more_than` samples are usable.
+    """
+    job.run.mkdir(parents=True, exist_ok=True)
+    (job.run / PROGRESS).unlink(missing_ok=True)
+    record, started = _Record(), time.time()
+    summary: dict[str, Any] = {}
+    try:
+        verdict, summary = _run(job, record, require_more_than)
+        outcome = "passed" if verdict.passed else "refused"
+        reason = "; ".join(verdict.reasons) or "the gate passed"
+    except (DatasetError, ReleaseError, EngineError, OSError) as error:
+        outcome, reason = "failed", str(error)
+    except TooFewSamples:
+        raise
+    except ValueError as error:
+        log.exception("the run failed")
+        outcome, reason = "failed", str(error)
+    metadata = {
+        "job": job.manifest.job,
+        "model": job.model,
+        "source": job.manifest.source,
+        "target": job.manifest.target,
+        "outcome": outcome,
+        "reason": reason,
+        "summary": summary,
+        "config": job.config.model(job.model).model_dump(mode="json"),
+        "seed": job.config.model(job.model).seed,
+        "started": started,
+        "finished": time.time(),
+        "timings_s": record.timings_s,
+        **record.facts,
+    }
+    write_json(job.run / METADATA, metadata)
+    write_json(job.run.parent / "latest.json", {"run": job.run.name, "outcome": outcome, "target": job.manifest.target})
+    return metadata
+
+
+def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple[Verdict, dict[str, Any]]:
+    settings = job.config.model(job.model)
+    current = Registry(job.config.releases).get(job.manifest.source)
+    checkpoint = job.config.checkpoint(job.manifest.source, job.model)
+    if not checkpoint.is_file():
+        raise DatasetError(
+            f"checkpoint {checkpoint} of {job.manifest.source} does not exist; "
+            f"set models.{job.model}.checkpoint to the .pt file that the release was exported from"
+        )
+    with _stage(job, record, "data"):
+        sets = _read_sets(job, settings)
+    usable = len(sets.selected.training) + len(sets.selected.calibration)
+    record.facts["samples"] = {
+        "named": len(job.manifest.samples),
+        "training": len(sets.selected.training),
+        "calibration": len(sets.selected.calibration),
+        "left_out": sets.selected.left_out,
+        "replay": len(sets.replay),
+    }
+    log.info("samples: %s", record.facts["samples"])
+    if require_more_than is not None and usable <= require_more_than:
+        raise TooFewSamples(f"{usable} usable samples, more than {require_more_than} are needed")
+    if not sets.selected.training:
+        raise DatasetError(f"none of {len(job.manifest.samples)} samples is usable: {sets.selected.left_out}")
+    with _stage(job, record, "train"):
+        training = _train_weights(job, settings, checkpoint, sets, record)
+    calibration = [item.decode(settings.labels) for item in sets.calibration]
+    with _stage(job, record, "export"):
+        _export(job, settings, calibration)
+    with _stage(job, record, "calibrate"):
+        manifest, ece = _calibrate(job, settings, calibration, record)
+    with _stage(job, record, "evaluate"):
+        target = [item.decode(settings.labels) for item in sets.target]
+        base = [item.decode(settings.labels) for item in sets.base]
+        new, old = _evidence(job, manifest, current, target, base, ece)
+    seen = [*training, *sets.calibration]
+    holdout = Holdout(
+        target=frozenset(image_sha256(item.image) for item in target),
+        base=frozenset(image_sha256(item.image) for item in base),
+        training=frozenset(image_sha256(item.decode(settings.labels).image) for item in seen),
+    )
+    verdict = judge(new, old, holdout, settings.gate_rules(), np.random.default_rng(settings.seed))
+    summary = _summary(new, old, usable)
+    record.facts |= {"gate": verdict.to_dict(), "evaluation": _evaluations(new, old)}
+    for check in verdict.checks:
+        log.info("gate: %s %s: %s", "passed" if check.passed else "REFUSED", check.name, check.reason)
+    if verdict.passed:
+        with _stage(job, record, "release"):
+            _write_candidate(job, settings, manifest, current, verdict, record, calibration, sets)
+    return verdict, summary
+
+
+def _read_sets(job: TrainJob, settings: Model) -> _Sets:
+    target, base = read_folder(settings.holdout), read_folder(settings.holdout_clean)
+    frozen = job.config.data_dir / "holdouts.json"
+    hashes = {
+        "target": check_frozen(frozen, f"{job.model}/target", target),
+        "base": check_frozen(frozen, f"{job.model}/base", base),
+    }
+    held_out = frozenset(item.sha256 for item in (*target, *base))
+    folder = read_folder(settings.calibration)
+    shared = [item for item in folder if item.sha256 in held_out]
+    if shared:
+        raise DatasetError(
+            f"{settings.calibration}: {len(shared)} of its images are in a holdout ({shared[0].sha256[:12]}...): "
+            "what calibrates cannot judge; take them out of one of the two"
+        )
+    selected = select_samples(
+        job.manifest,
+        job.samples,
+        labels=settings.labels,
+        confidence_min=settings.label_confidence_min,
+        held_out=held_out | frozenset(item.sha256 for item in folder),
+        calibration_share=settings.calibration_share,
+    )
+    replay: list[LabelledImage] = []
+    if settings.replay is not None:
+        count = round(settings.replay_ratio * len(selected.training))
+        excluded = held_out | frozenset(item.sha256 for item in folder)
+        replay = choose_replay(read_folder(settings.replay), count, settings.seed, excluded)
+    return _Sets(selected, replay, [*folder, *selected.calibration], target, base, hashes)
+
+
+def _train_weights(
+    job: TrainJob, settings: Model, checkpoint: Path, sets: _Sets, record: _Record
+) -> list[LabelledImage]:
+    """Make `model.pt` in the run's folder; the images that it was trained on."""
+    items = [*sets.selected.training, *sets.replay]
+    record.facts["ablate"] = settings.ablate
+    if settings.ablate == "train":
+        log.warning("ablate = train: the release gets the weights of %s again", job.manifest.source)
+        shutil.copyfile(checkpoint, job.run / "model.pt")
+        return items
+    if settings.ablate == "labels":
+        log.warning("ablate = labels: every image gets another image's labels")
+        items = shuffle_labels(items, settings.seed)
+    from trainer.tuners.yolo import TrainSettings, tune_lora, write_yolo_dataset
+
+    dataset = job.run / "dataset"
+    shutil.rmtree(dataset, ignore_errors=True)
+    decoded = [(item, item.decode(settings.labels)) for item in items]
+    rows = [(item.sha256, each.image, each.boxes, each.classes) for item, each in decoded]
+    yaml = write_yolo_dataset(dataset, rows, settings.labels)
+    trained = tune_lora(
+        checkpoint,
+        yaml,
+        job.run / "model.pt",
+        settings.lora,
+        TrainSettings(
+            epochs=settings.epochs,
+            imgsz=settings.imgsz,
+            batch=settings.batch,
+            lr=settings.lr,
+            seed=settings.seed,
+            threads=settings.threads,
+        ),
+        lambda epoch, epochs, metrics: _progress(job, "train", epoch=epoch, epochs=epochs, **metrics),
+    )
+    record.facts["training"] = {"trainable": trained.trainable, "parameters": trained.parameters, **trained.metrics}
+    shutil.rmtree(dataset)  # the manifest says what was in it; the devices keep the images
+    return items
+
+
+def _export(job: TrainJob, settings: Model, calibration: list[Labelled]) -> None:
+    from trainer.export.onnx import export_onnx
+    from trainer.export.quantize import quantize_static_int8
+
+    single = job.run / "fp32"
+    export_onnx(job.run / "model.pt", single / "model.onnx", settings.imgsz)
+    # A fixed draw: the folder may be sorted by kind, and every kind shapes the activations' ranges.
+    order = np.random.default_rng(settings.seed).permutation(len(calibration))[:QUANTISE_IMAGES_MAX]
+    with _opened(job, settings, single) as engine:
+        inputs = [engine.prepare(calibration[index].image).tensor[None] for index in order]
+    quantize_static_int8(single / "model.onnx", job.run / "candidate" / "model.onnx", inputs)
+
+
+def _calibrate(
+    job: TrainJob, settings: Model, items: list[Labelled], record: _Record
+) -> tuple[ReleaseManifest, float | None]:
+    """The candidate's manifest with its calibration, and the expected calibration error on items not fitted."""
+    thresholds = Thresholds(score=settings.score, iou=settings.iou)
+    folder = job.run / "candidate"
+    with _opened(job, settings, folder) as engine:
+        observed = observe(engine, [item.image for item in items])
+    rows = calibration_items(observed, items, thresholds)
+    fitted: Calibration = calibrate.fit(rows, thresholds)
+    ece = None
+    if len(rows) >= calibrate.ITEMS_MIN:
+        report = calibrate.cross_validate(rows, thresholds)
+        record.facts["calibration"] = report.to_dict()
+        ece = report.ece
+    return _manifest(job, settings, folder, calibration=fitted), ece
+
+
+def _evidence(
+    job: TrainJob,
+    manifest: ReleaseManifest,
+    current: StoredRelease,
+    target: list[Labelled],
+    base: list[Labelled],
+    ece: float | None,
+) -> tuple[Evidence, Evidence]:
+    """What was measured of the candidate and of the release that runs now, on the same images."""
+    folder = job.run / "candidate"
+    _progress(job, "evaluate", what="the file before quantisation")
+    before = evaluate_release(job.run / "fp32", manifest, target).map50
+    _progress(job, "evaluate", what="the candidate")
+    with _engine(folder, manifest) as engine:
+        new_target = evaluate(engine, target, manifest.thresholds, manifest.release)
+        new_base = evaluate(engine, base, manifest.thresholds, manifest.release)
+    _progress(job, "evaluate", what="the current release")
+    with _engine(current.folder, current.manifest) as engine:
+        old_target = evaluate(engine, target, current.manifest.thresholds, current.ref.release)
+        old_base = evaluate(engine, base, current.manifest.thresholds, current.ref.release)
+    method = manifest.calibration.method
+    model = sha256_of(folder / manifest.files["model"].path)
+    new = Evidence(model, new_target, new_base, method, ece, before, new_target.map50)
+    return new, Evidence(current.manifest.files["model"].sha256, old_target, old_base)
+
+
+def _write_candidate(
+    job: TrainJob,
+    settings: Model,
+    manifest: ReleaseManifest,
+    current: StoredRelease,
+    verdict: Verdict,
+    record: _Record,
+    calibration: list[Labelled],
+    sets: _Sets,
+) -> None:
+    """Complete `candidate/` to a release: the golden set and release.json."""
+    folder = job.run / "candidate"
+    step = max(1, len(calibration) // GOLDEN_IMAGES)
+    images = [item.image for item in calibration[::step][:GOLDEN_IMAGES]]
+    with _engine(folder, manifest) as engine:
+        roles = write_detect_golden(folder, engine, images, manifest.thresholds.score)
+    whole = _manifest(
+        job,
+        settings,
+        folder,
+        calibration=manifest.calibration,
+        roles=roles,
+        evaluation={
+            "target": record.facts["evaluation"]["target"],
+            "base": record.facts["evaluation"]["base"],
+            "holdout_sha256": sets.holdout_sha256,
+            "gate": verdict.to_dict(),
+        },
+        lineage={
+            "job": job.manifest.job,
+            "source": current.ref.model_dump(mode="json"),
+            "samples": record.facts["samples"],
+            "training_manifest_sha256": sha256_of(job.run / "manifest.json")
+            if (job.run / "manifest.json").is_file()
+            else None,
+            "seed": settings.seed,
+            "lora": settings.lora.model_dump(mode="json"),
+        },
+    )
+    write_whole(folder / MANIFEST, canonical_bytes(whole))
+
+
+def _manifest(
+    job: TrainJob,
+    settings: Model,
+    folder: Path,
+    *,
+    calibration: Calibration | None = None,
+    roles: dict[str, str] | None = None,
+    evaluation: dict[str, Any] | None = None,
+    lineage: dict[str, Any] | None = None,
+) -> ReleaseManifest:
+    return build_manifest(
+        folder,
+        job.manifest.target,
+        kind="detect",
+        engine=ENGINE,
+        roles={"model": "model.onnx", **(roles or {})},
+        labels=settings.labels,
+        input_size=(settings.imgsz, settings.imgsz),
+        thresholds=Thresholds(score=settings.score, iou=settings.iou),
+        calibration=calibration,
+        evaluation=evaluation,
+        lineage=lineage,
+    )
+
+
+@contextmanager
+def _opened(job: TrainJob, settings: Model, folder: Path) -> Iterator[Detector]:
+    """The engine on `model.onnx` of a folder that is no release yet."""
+    with _engine(folder, _manifest(job, settings, folder)) as engine:
+        yield engine
+
+
+@contextmanager
+def _engine(folder: Path, manifest: ReleaseManifest) -> Iterator[Detector]:
+    engine = open_engine(folder, manifest, EngineOptions())
+    try:
+        if not isinstance(engine, Detector):
+            raise ReleaseError(f"release {manifest.release} is no detector, but a {manifest.kind}")
+        yield engine
+    finally:
+        engine.close()
+
+
+def _evaluations(new: Evidence, old: Evidence) -> dict[str, Any]:
+    def summaries(first: Evaluation | None, second: Evaluation | None) -> dict[str, Any]:
+        return {"candidate": first.summary() if first else None, "current": second.summary() if second else None}
+
+    return {"target": summaries(new.target, old.target), "base": summaries(new.base, old.base)}
+
+
+def _summary(new: Evidence, old: Evidence, samples_used: int) -> dict[str, Any]:
+    """The few figures that a job's status shows: F1 on the holdouts, after and before."""
+    assert new.target is not None and old.target is not None
+    assert new.base is not None and old.base is not None
+    return {
+        "accuracy": round(new.target.f1, 4),
+        "accuracy_before": round(old.target.f1, 4),
+        "accuracy_clean": round(new.base.f1, 4),
+        "accuracy_clean_before": round(old.base.f1, 4),
+        "samples_used": samples_used,
+    }
+
+
+@contextmanager
+def _stage(job: TrainJob, record: _Record, name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    _progress(job, name)
+    yield
+    record.timings_s[name] = round(time.perf_counter() - started, 2)
+    log.info("%s took %.1f s", name, record.timings_s[name])
+
+
+def _progress(job: TrainJob, stage: str, **fields: Any) -> None:
+    """One line of progress for whoever watches: in the run's folder and on standard error."""
+    line = json.dumps({"ts": time.time(), "stage": stage, **fields})
+    with (job.run / PROGRESS).open("a") as file:
+        file.write(line + "\n")
+    print(line, file=sys.stderr, flush=True)
