@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edged.fetch import Fetcher, FetchError, WrongContent
-from edged.releases import MANIFEST, MANIFEST_BYTES_MAX, Releases, read_manifest, sha256_of
+from edged.releases import MANIFEST, MANIFEST_BYTES_MAX, BadRelease, Releases, read_manifest, sha256_of
 from edged.wire.manifest import ReleaseRef
 
 log = logging.getLogger(__name__)
@@ -20,9 +20,9 @@ class HttpCarrier:
     def __init__(self, fetcher: Fetcher, url: Callable[[], str | None], releases: Releases) -> None:
         self._fetcher, self._url, self._releases = fetcher, url, releases
 
-    def fetch(self, ref: ReleaseRef, folder: Path) -> None:
+    def fetch(self, ref: ReleaseRef, folder: Path, cancelled: Callable[[], bool]) -> None:
         """Bring every file of `ref` into `folder`; what is there and whole is not fetched again. Raises FetchError
-        (try later) or WrongContent (it is not what was promised)."""
+        (try later, also when `cancelled` said so), or WrongContent or BadRelease (it is not what was promised)."""
         url = self._url()
         if not url:
             raise FetchError("the trainer's address is not known yet: it announces itself on MQTT, or set host.url")
@@ -45,14 +45,18 @@ class HttpCarrier:
                 continue
             if self._link_from_another(entry.sha256, target):
                 continue
-            self._fetcher.fetch(f"{url}/blobs/{entry.sha256}", target, entry.sha256, entry.bytes)
+            self._fetcher.fetch(f"{url}/blobs/{entry.sha256}", target, entry.sha256, entry.bytes, cancelled=cancelled)
 
     def _link_from_another(self, sha256: str, target: Path) -> bool:
         """Hard-link the same bytes from a release that is already here: what did not change is not sent."""
         for folder in self._releases.candidates():
             if folder == target.parent:
                 continue
-            for entry in read_manifest(folder).files.values():
+            try:
+                files = read_manifest(folder).files
+            except BadRelease:  # damaged, or just being removed: the bytes come from the trainer then
+                continue
+            for entry in files.values():
                 source = folder / entry.path
                 if entry.sha256 == sha256 and source.is_file() and sha256_of(source) == sha256:
                     target.unlink(missing_ok=True)

@@ -46,6 +46,7 @@ class Broker(Section):
     key: Path | None = None
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
     session_expiry_s: Annotated[int, Field(ge=0, le=30 * 86400)] = 86400
+    reconnect_s_max: Annotated[int, Field(ge=1, le=3600)] = 60
 
     @model_validator(mode="after")
     def _encrypted(self) -> Broker:

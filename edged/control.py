@@ -67,7 +67,9 @@ class Control:
         self.host_url: str | None = None
         self.link_state = "not connected yet"
         self._waiting: dict[str, _Waiting] = {}  # sample -> who waits for its verdict
-        self._waiting_for: set[str] = set()  # requests being answered, so that a repetition is not answered twice
+        # Requests being answered, so that a repetition is not answered twice; the newest copy is the one to acknowledge.
+        self._waiting_for: dict[str, Inbound] = {}
+        self._births: list[tuple[topics.Address, bytes]] = []  # announcements that the link has not taken yet
         self._attempts: dict[str, int] = {}
         self._report_due = False
         self._rev = {"own": -1, "group": -1}
@@ -105,9 +107,8 @@ class Control:
         self._link.inbox.put((sample, _Waiting(request, reply, answer_by, settle)))
 
     def stop(self) -> None:
-        """End `run`."""
+        """End `run`, within TICK_S: called by a signal handler, which may have interrupted the inbox in its own lock."""
         self._stopping = True
-        self.wake()
 
     def say(self, kind: str, text: str, **detail: Any) -> None:
         """An event for people."""
@@ -179,7 +180,7 @@ class Control:
                 attempts = self._attempts.pop(event.ref, 1)
                 self._store.refused(event.ref, event.error, self._clock.now() + self._retry_s(attempts))
             case (str() as sample, _Waiting() as waiting):
-                self._waiting[sample] = waiting
+                self._wait_for(sample, waiting)
 
     def _on_acked(self, ids: list[str]) -> None:
         now = self._clock.now()
@@ -198,12 +199,8 @@ class Control:
         self._attempts.clear()  # what was under way is sent again when it is due: receivers know repetitions by their id
         if not event.session:  # whatever the broker had queued or we had sent may be gone
             self._store.resend_all(self._clock.now())
-        self._announce("online")
+        self._births = announcements(self._settings, self._outgoing, "online", self.live())
         self._report_due = True
-
-    def _announce(self, state: str) -> None:
-        for address, payload in announcements(self._settings, self._outgoing, state, self.live()):
-            self._link.publish(address, payload)
 
     def live(self) -> dict[str, str]:
         """slot -> active release."""
@@ -244,7 +241,9 @@ class Control:
             log.error("%s: %s", message.topic, error)
 
     def _pump(self) -> None:
-        """Hand due rows to the link, never more than it may hold."""
+        """Hand due rows to the link, never more than it may hold; who we are goes first."""
+        while self._births and self._link.publish(*self._births[0]):
+            del self._births[0]
         room = self._link.room()
         if not room:
             return
@@ -281,7 +280,7 @@ class Control:
                 self._complained = {t: at for t, at in self._complained.items() if now - at < COMPLAINT_S}
                 self._complained[message.topic] = now
                 log.warning("dropped an invalid payload: %s", error)
-            self._answer_invalid(message.topic, str(error))
+            self._answer_invalid(message, str(error))
             self._link.acknowledge(message)
             return
         handler = self._handlers.get(route)
@@ -290,11 +289,13 @@ class Control:
         else:
             handler(message, fields, decoded)
 
-    def _answer_invalid(self, topic: str, reason: str) -> None:
-        """Somebody waits for an answer to a broken request: he gets the reason, under the pipeline's name."""
-        parsed = topics.parse(topic)
+    def _answer_invalid(self, message: Inbound, reason: str) -> None:
+        """Somebody waits for an answer to a broken request: he gets the reason, under his request's id if it can be read,
+        else under the pipeline's name."""
+        parsed = topics.parse(message.topic)
         if parsed and parsed[0] is topics.INFER:
-            self._enqueue(self._outgoing.reply(parsed[1]["pipeline"], error=reason))
+            request = messages.readable_id(message.payload) or parsed[1]["pipeline"]
+            self._enqueue(self._outgoing.reply(request, error=reason))
 
     def _on_desired(self, message: Inbound, fields: dict[str, str], desired: messages.Desired) -> None:
         kind = "own" if "dev" in fields else "group"
@@ -307,16 +308,19 @@ class Control:
         if kind == "group" and self._own_desired:
             return  # the device's own wins
         self.updater.desire(desired)
-        for name, keys in desired.policy.items():
-            pipeline = self._pipelines.get(name)
+        for name in desired.policy.keys() - self._pipelines.keys():
+            self._refuse_policy(name, f"no such pipeline; known: {', '.join(sorted(self._pipelines)) or 'none'}")
+        for name, pipeline in self._pipelines.items():  # one that is not named has its configured policy again
             try:
-                if pipeline is not None:
-                    policy: Policy = replace(pipeline.config.policy, **keys)
-                    pipeline.policy = replace(policy, escalate=policy.escalate and bool(pipeline.config.escalate_to))
+                policy: Policy = replace(pipeline.config.policy, **desired.policy.get(name, {}))
+                pipeline.policy = replace(policy, escalate=policy.escalate and bool(pipeline.config.escalate_to))
             except (TypeError, ValueError) as error:
-                self._store.count("desired_invalid")
-                self.say("bad_policy", f"{name}: {error}")
+                self._refuse_policy(name, str(error))
         self._report_due = True
+
+    def _refuse_policy(self, pipeline: str, reason: str) -> None:
+        self._store.count("desired_invalid")
+        self.say("bad_policy", f"desired policy of {pipeline!r}: {reason}")
 
     def _on_verdict(self, message: Inbound, _fields: dict[str, str], verdict: messages.Verdict) -> None:
         sample = self._store.label(
@@ -336,6 +340,17 @@ class Control:
         else:
             self._answer_waiting(verdict.sample, {})
 
+    def _wait_for(self, sample: str, waiting: _Waiting) -> None:
+        self._waiting[sample] = waiting
+        known = self._store.sample(sample)  # the verdict may have been faster, or came before a restart
+        if known is None or known.state == "escalated":
+            return
+        decided: dict[str, Any] = {}
+        if known.provenance and known.state not in {"unresolved", "rejected"}:
+            decided = {"prediction": known.label, "confidence": known.label_confidence,
+                       "release": known.provenance["release"], "decided_by": known.provenance["who"]}  # fmt: skip
+        self._answer_waiting(sample, decided)
+
     def _answer_waiting(self, sample: str, decided: dict[str, Any]) -> None:
         waiting = self._waiting.pop(sample, None)
         if waiting is None:
@@ -345,16 +360,17 @@ class Control:
 
     def _on_infer(self, message: Inbound, fields: dict[str, str], request: messages.InferRequest) -> None:
         if request.id in self._waiting_for:
-            return  # it came again while it is being answered: its first copy will acknowledge
-        item, error = self._request_item(message, fields["pipeline"], request)
+            self._waiting_for[request.id] = message
+            return
+        item, error = self._request_item(fields["pipeline"], request)
         if self._store.seen(request.id, self._clock.now(), record=False):
             self._link.acknowledge(message)
             return
         if item is not None:
-            self._waiting_for.add(request.id)
+            self._waiting_for[request.id] = message
             if self._pipelines[fields["pipeline"]].offer(item):
                 return
-            self._waiting_for.discard(request.id)
+            del self._waiting_for[request.id]
             self._store.count("requests_busy")
             error = (
                 f"{fields['pipeline']}: its queue of {self._settings.pipelines[fields['pipeline']].queue_max} is full"
@@ -363,7 +379,7 @@ class Control:
         self._enqueue(self._outgoing.reply(request.id, error=error, generation_prompt=request.generation_prompt))
         self._link.acknowledge(message)
 
-    def _request_item(self, message: Inbound, name: str, request: messages.InferRequest) -> tuple[Item | None, str]:
+    def _request_item(self, name: str, request: messages.InferRequest) -> tuple[Item | None, str]:
         """The request as an item of its pipeline, or why it is none."""
         config = self._settings.pipelines.get(name)
         if config is None or config.source.type != "mqtt":
@@ -372,8 +388,7 @@ class Control:
 
         def settle(_reason: str) -> None:
             self._store.seen(request.id, self._clock.now())
-            self._waiting_for.discard(request.id)
-            self._link.acknowledge(message)
+            self._link.acknowledge(self._waiting_for.pop(request.id))
             self.wake()
 
         common = {"id": request.id, "name": request.id, "captured": self._clock.now(), "request": request.id}

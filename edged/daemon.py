@@ -105,8 +105,8 @@ class Daemon:
     def run(self) -> None:
         """Serve until `stop`; then finish the items in hand, say goodbye and close."""
         try:
-            self._status.start()
             self.updater.start()
+            self._status.start()
             for pipeline in (*self.pipelines.values(), *self.responders.values()):
                 pipeline.start()
             self.link.start()
@@ -124,10 +124,16 @@ class Daemon:
         self.control.stop()
 
     def _shut_down(self) -> None:
-        # From the sources to the sinks: nothing new comes in, what is in hand is committed, then it is sent.
+        # From the sources to the sinks: nothing new comes in, what is in hand is committed, then it is sent. First
+        # everybody is told, because a source may wait for room in a queue, and a pipeline for a model that never came.
+        pipelines = (*self.pipelines.values(), *self.responders.values())
+        for pipeline in pipelines:
+            pipeline.finish()
+        for slot in self.slots.values():
+            slot.stop()
         for source in self._sources:
             source.stop()
-        for pipeline in (*self.pipelines.values(), *self.responders.values()):
+        for pipeline in pipelines:
             pipeline.stop()
         self.updater.stop()
         self.control.close_window()
@@ -136,8 +142,6 @@ class Daemon:
             self.link.publish(address, payload)
         self.control.flush(0.3)
         self.link.stop()
-        for slot in self.slots.values():
-            slot.stop()
         self._status.stop()
         self.store.close()
         self._lock.close()
@@ -201,6 +205,7 @@ def _link(settings: Settings, outgoing: Outgoing, inbox: queue.Queue[Any]) -> Li
             broker.host, broker.port, device.id, broker.ca, broker.certificate, broker.key, broker.keepalive_s,
             # A dead responder's session would go on taking its half of the shared questions.
             session_expiry_s=0 if settings.responders else broker.session_expiry_s,
+            reconnect_s_max=broker.reconnect_s_max,
         ),
         subscriptions,
         will=(topics.STATE(**own), messages.encode(will)),
@@ -222,7 +227,7 @@ class _StatusSocket:
 
     def start(self) -> None:
         (self._state / STATUS_SOCKET).unlink(missing_ok=True)
-        with _short_path(self._state) as path:
+        with _ShortPath(self._state) as path:
             self._socket.bind(path)
         self._socket.listen(4)
         self._thread.start()
@@ -245,7 +250,7 @@ class _StatusSocket:
                     log.debug("status: %s", error)
 
 
-class _short_path:
+class _ShortPath:
     """A path to the socket that fits the 107 bytes of a Unix socket address however deep the folder lies."""
 
     def __init__(self, state: Path) -> None:
@@ -262,7 +267,7 @@ class _short_path:
 def ask_status(state: Path) -> dict[str, Any] | None:
     """The status of the daemon that works in `state`; None when none answers."""
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, _short_path(state) as path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, _ShortPath(state) as path:
             client.settimeout(5)
             client.connect(path)
             data = bytearray()

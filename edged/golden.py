@@ -1,8 +1,8 @@
 """The golden set: inputs that travel inside a release with the outputs they must give on the engine that runs them.
 
-`golden_inputs`: .npz, arrays `image_0`, `image_1`, ... (height, width, 3) uint8 BGR. `golden_outputs`: .json, a list with one
-`{boxes, scores, classes}` an image, what scores at least the release's threshold. `golden_prompts`: .json, a list of
-`{prompt, answer}` for generators, greedy.
+`golden_inputs`: .npz, arrays `image_0`, `image_1`, ... (height, width, 3) uint8 BGR. `golden_outputs`: .json, a list
+with one `{boxes, scores, classes}` an image, what scores at least the release's threshold.
+`golden_prompts`: .json, a list of `{prompt, answer}` for generators, greedy.
 """
 
 from __future__ import annotations

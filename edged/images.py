@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import cv2
+import os
+
 import numpy as np
 
 from edged.engines.base import Image
 
 IMAGE_BYTES_MAX = 32 << 20
 PIXELS_MAX = 64_000_000
+# A few kilobytes can claim to be gigabytes of pixels. OpenCV reads its limit once, when it is loaded, and refuses by
+# the header, before it takes the memory.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXELS_MAX))
+
+import cv2  # noqa: E402  # after its limit is set
 
 
 class BadImage(ValueError):

@@ -14,6 +14,7 @@ import queue
 import random
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -278,7 +279,10 @@ class Link:
 
     @_counted
     def _on_connect_fail(self, _client: mqtt.Client, _userdata: Any) -> None:
-        self.inbox.put(Disconnected(f"no connection to {self.options.host}:{self.options.port}"))
+        # paho calls this while it handles the exception, and is the only one who knows it: a refused certificate, a name
+        # that does not resolve.
+        why = sys.exception() or "no answer"
+        self.inbox.put(Disconnected(f"no connection to {self.options.host}:{self.options.port}: {why}"))
 
     @_counted
     def _on_disconnect(

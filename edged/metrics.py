@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,4 +77,4 @@ def _quantile(values: list[float], share: float) -> float:
     """Nearest-rank quantile; 0 without values."""
     if not values:
         return 0.0
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+    return sorted(values)[math.ceil(share * len(values)) - 1]

@@ -21,11 +21,11 @@ from edged.clock import Clock
 from edged.config import Pipeline as PipelineConfig
 from edged.core.confidence import Confidence, answer_probability, probability
 from edged.core.policy import Decision, Policy, decide
-from edged.engines.base import Detections, EngineError, Prepared
+from edged.engines.base import Detections, EngineError, Prepared, PromptTooLong
 from edged.golden import generate_all
 from edged.metrics import Window
 from edged.outgoing import Outgoing, boxes
-from edged.slot import Loaded, Slot, SlotStopped
+from edged.slot import Loaded, Slot, SlotStopped, WrongKind
 from edged.sources import Item
 from edged.store import OutboxFull, OutboxMessage, StorageFull, Store
 from edged.wire.messages import INLINE_IMAGE_BYTES_MAX
@@ -100,9 +100,13 @@ class Pipeline:
             return False
         return True
 
+    def finish(self) -> None:
+        """Take no further item; whoever waits for room in the queue is turned away."""
+        self._stopping.set()
+
     def stop(self) -> None:
         """Finish the item in hand, leave the rest to their sources, end the threads."""
-        self._stopping.set()
+        self.finish()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -146,7 +150,7 @@ class Pipeline:
                     prepared = loaded.detector.prepare(image)
                     self._hand_on((item, prepared, loaded.ref.sha256))
             except EngineError as error:
-                self._reject(item, "engine_error", str(error))
+                self._refuse(item, error)
 
     def _hand_on(self, ready: tuple[Item, Prepared | None, str]) -> None:
         while not self._stopping.is_set():
@@ -172,8 +176,15 @@ class Pipeline:
                     self._handle_image(item, prepared, prepared_for)
                 self._s.wake()
             except EngineError as error:
-                self._s.engine_error(self.slot.name)
-                self._reject(item, "engine_error", str(error))
+                self._refuse(item, error)
+
+    def _refuse(self, item: Item, error: EngineError) -> None:
+        """The engine did not answer; probation hears of it unless the item is to blame."""
+        if isinstance(error, PromptTooLong | WrongKind):
+            self._reject(item, "unsuitable", str(error))
+        else:
+            self._s.engine_error(self.slot.name)
+            self._reject(item, "engine_error", str(error))
 
     def _handle_image(self, item: Item, prepared: Prepared, prepared_for: str) -> None:
         answer = self._answer(item, prepared, prepared_for)

@@ -12,16 +12,22 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edged.engines.base import EngineError, EngineOptions
 
 NICENESS = 10  # items in hand go first
+POLL_S = 0.5  # how soon a proof that nobody wants any more ends
 
 
 class ProveFailed(Exception):
     """The candidate did not prove itself; the message says how."""
+
+
+class ProveCancelled(Exception):
+    """Nobody wants to know any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +39,36 @@ class Proof:
     golden: int
 
 
-def prove(folder: Path, options: EngineOptions, seconds_max: float, base: Path | None = None) -> Proof:
-    """Prove the release in `folder` in a niced child; `base` is the folder of an adapter's base. Raises ProveFailed."""
-    command = [sys.executable, "-m", "edged.prove", str(folder), "--threads", str(options.threads)]
+def prove(
+    folder: Path, options: EngineOptions, seconds_max: float, base: Path | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Proof:  # fmt: skip
+    """Prove the release in `folder` in a niced child; `base` is the folder of an adapter's base.
+
+    Raises ProveFailed, or ProveCancelled soon after `cancelled` said so.
+    """
+    command = [sys.executable, "-m", "edged.prove", str(folder), "--options", json.dumps(asdict(options))]
     if base is not None:
         command += ["--base", str(base)]
+    deadline = time.monotonic() + seconds_max
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        while True:
+            try:
+                stdout, stderr = child.communicate(timeout=POLL_S)
+                break
+            except subprocess.TimeoutExpired:
+                if cancelled():
+                    child.kill()
+                    raise ProveCancelled(str(folder)) from None
+                if time.monotonic() > deadline:
+                    child.kill()
+                    raise ProveFailed(f"it did not prove itself within {seconds_max:.0f} s") from None
     try:
-        done = subprocess.run(command, capture_output=True, timeout=seconds_max, stdin=subprocess.DEVNULL, check=False)
-    except subprocess.TimeoutExpired:
-        raise ProveFailed(f"it did not prove itself within {seconds_max:.0f} s") from None
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
+        answer = json.loads(stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
-        raise ProveFailed(f"the proving process ended with status {done.returncode}: {last[0][:300]}") from None
-    if done.returncode != 0:
+        last = stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        raise ProveFailed(f"the proving process ended with status {child.returncode}: {last[0][:300]}") from None
+    if child.returncode != 0:
         raise ProveFailed(str(answer.get("error", "unknown reason")))
     return Proof(**answer)
 
@@ -59,10 +80,10 @@ def _main() -> int:
     parser = argparse.ArgumentParser(prog="edged.prove", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--options", type=json.loads, default={})
     arguments = parser.parse_args()
     os.nice(NICENESS)
-    options = EngineOptions(threads=arguments.threads)
+    options = EngineOptions(**arguments.options)
     try:
         started = time.monotonic()
         manifest = releases.read_manifest(arguments.folder)

@@ -26,6 +26,10 @@ class SlotStopped(Exception):
     """The daemon is shutting down: the item in hand is not lost, its source still has it."""
 
 
+class WrongKind(EngineError):
+    """The item is not for this kind of model: the fault of whoever sent it, not of the release."""
+
+
 @dataclass(slots=True)
 class Loaded:
     """A release in memory. `use` serialises the engine: one caller at a time, and an adapter changes only between calls."""
@@ -40,16 +44,16 @@ class Loaded:
 
     @property
     def detector(self) -> Detector:
-        """The engine as a detector; raises EngineError when the release is of another kind."""
+        """The engine as a detector; raises WrongKind when the release is of another kind."""
         if not isinstance(self.engine, Detector):
-            raise EngineError(f"release {self.ref.release} is no detector (kind {self.manifest.kind})")
+            raise WrongKind(f"release {self.ref.release} is no detector (kind {self.manifest.kind})")
         return self.engine
 
     @property
     def generator(self) -> Generator:
-        """The engine as a generator; raises EngineError when the release is of another kind."""
+        """The engine as a generator; raises WrongKind when the release is of another kind."""
         if not isinstance(self.engine, Generator):
-            raise EngineError(f"release {self.ref.release} is no generator (kind {self.manifest.kind})")
+            raise WrongKind(f"release {self.ref.release} is no generator (kind {self.manifest.kind})")
         return self.engine
 
 

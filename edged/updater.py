@@ -20,7 +20,7 @@ from edged.config import Slot as SlotConfig
 from edged.core.update import RESTARTS_MAX, UNDER_WAY, Effect, Event, State, step
 from edged.engines.base import EngineError, EngineOptions
 from edged.fetch import FetchError, WrongContent
-from edged.prove import ProveFailed, prove
+from edged.prove import ProveCancelled, ProveFailed, prove
 from edged.releases import BadRelease, Releases, read_manifest, verify
 from edged.slot import Slot, SlotStopped, load
 from edged.store import Store
@@ -72,10 +72,10 @@ class UpdateEvent:
 
 @dataclass(frozen=True, slots=True)
 class Carrier:
-    """How the bytes of a release get here: fetch the manifest, then each blob, into a folder. Raises FetchError or
-    WrongContent. One method, so that other carriers fit beside HTTP."""
+    """How the bytes of a release get here: fetch the manifest, then each blob, into a folder, until the third argument
+    says that nobody wants them. Raises FetchError, WrongContent or BadRelease. Other carriers fit in here beside HTTP."""
 
-    fetch: Callable[[ReleaseRef, Path], None]
+    fetch: Callable[[ReleaseRef, Path, Callable[[], bool]], None]
 
 
 class Updater:
@@ -93,6 +93,7 @@ class Updater:
         self._desired: Desired | None = None
         self._errors: dict[str, int] = {}
         self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="updater")
+        self._stopping = False
 
     # The control loop's calls.
 
@@ -112,11 +113,13 @@ class Updater:
         for record in self._records.values():
             if record.state in UNDER_WAY:
                 record.restarts += 1
+                record.since = self._clock.now()  # the time without power was no probation
                 event = Event.LOOPED if record.restarts > RESTARTS_MAX else Event.RESTARTED
                 self._apply(record, event, "the daemon was restarted too often during this update")
 
     def stop(self) -> None:
         """End the worker; what it was doing goes on after the next start."""
+        self._stopping = True
         self._work.shutdown(wait=True, cancel_futures=True)
 
     def desire(self, desired: Desired) -> None:
@@ -148,12 +151,17 @@ class Updater:
                 errors = self._errors.get(record.slot, 0)
                 if errors >= ERRORS_MAX:
                     self._apply(record, Event.UNHEALTHY, f"{errors} engine errors during probation")
-                elif now - record.since >= self._configs[record.slot].probation_s:
+                elif now - record.since >= self._configs[record.slot].probation_s and self._serves(record):
                     self._apply(record, Event.HEALTHY, "")
                     self._reconcile()
             elif record.state is State.FAILED and record.retry_at is not None and now >= record.retry_at:
                 assert record.candidate is not None
                 self._start(record, record.candidate)
+
+    def _serves(self, record: Record) -> bool:
+        """Whether the candidate is what answers now; after a restart it is loaded again first."""
+        live = self._slots[record.slot].live
+        return live is not None and record.candidate == (live.adapter if record.is_adapter else live.ref)
 
     def engine_error(self, slot: str) -> None:
         """A worker's engine failed on an item; enough of them end a probation."""
@@ -292,7 +300,7 @@ class Updater:
     def _guard(self, act: Callable[[Record], None], record: Record) -> None:
         try:
             act(record)
-        except SlotStopped:
+        except (SlotStopped, ProveCancelled):
             return
         except Exception as error:  # a bug of ours must not leave an update hanging without a reason
             log.exception("update %s", record.target)
@@ -314,6 +322,11 @@ class Updater:
 
     def _answer(self, record: Record, event: Event, reason: str = "", **more: Any) -> None:
         self._post(UpdateEvent(record.target, record.candidate, event, reason, **more))
+
+    def _unwanted(self, record: Record) -> bool:
+        """Whether the daemon stops, or the control loop has gone on from where this act began."""
+        current = self._records[record.target]
+        return self._stopping or (current.state, current.candidate) != (record.state, record.candidate)
 
     def _options(self, record: Record) -> EngineOptions:
         config = self._configs[record.slot]
@@ -361,8 +374,8 @@ class Updater:
         assert record.candidate is not None
         folder = self._releases.folder(record.candidate)
         try:
-            self._carrier.fetch(record.candidate, folder)
-        except WrongContent as error:
+            self._carrier.fetch(record.candidate, folder, lambda: self._unwanted(record))
+        except (WrongContent, BadRelease) as error:
             self._answer(record, Event.VERIFY_FAILED, str(error))
         except (FetchError, OSError) as error:
             self._answer(record, Event.FETCH_FAILED, str(error), passing=True)
@@ -378,6 +391,11 @@ class Updater:
             return
         if (manifest.kind == "lora") != record.is_adapter:
             self._answer(record, Event.VERIFY_FAILED, f"a release of kind {manifest.kind} cannot go to {record.target}")
+            return
+        live = self._slots[record.slot].live
+        if live is not None and not record.is_adapter and live.manifest.kind != manifest.kind:
+            reason = f"{record.target} runs releases of kind {live.manifest.kind}, this one is of kind {manifest.kind}"
+            self._answer(record, Event.VERIFY_FAILED, reason)
             return
         self._answer(record, Event.VERIFIED)
 
@@ -400,7 +418,8 @@ class Updater:
         config = self._configs[record.slot]
         try:
             folder = self._releases.folder(record.candidate)
-            proof = prove(folder, self._options(record), config.prove_s_max, self._base(record))
+            proof = prove(folder, self._options(record), config.prove_s_max, self._base(record),
+                          lambda: self._unwanted(record))  # fmt: skip
         except (ProveFailed, BadRelease) as error:
             self._answer(record, Event.PROVE_FAILED, str(error))
             return
@@ -410,8 +429,7 @@ class Updater:
     def _flip(self, record: Record) -> None:
         assert record.candidate is not None
         slot, ref = self._slots[record.slot], record.candidate
-        live = slot.live
-        if live is not None and ref == (live.adapter if record.is_adapter else live.ref):
+        if self._serves(record):
             self._answer(record, Event.FLIPPED)
             return
         folder = self._releases.folder(ref)

@@ -19,15 +19,13 @@ ITEMS_MIN = 100  # fewer items cannot tell 90 % from 97 %
 PENALTIES = (1.0, 3.0, 10.0, 30.0)  # L2, chosen by cross-validation
 FOLDS = 5
 LIMIT_QUANTILE, LIMIT_MARGIN = 0.995, 1.1  # of the distances seen; the margin because the sample's tail is thin
-ITEMS_PER_CENTRE, CENTRES_MAX = (
-    100,
-    8,
-)  # scenes come in kinds: one centre for all would call the space between them known
+# Scenes come in kinds: one centre for all would call the space between them known.
+ITEMS_PER_CENTRE, CENTRES_MAX = 100, 8
 # The weights are pulled towards these, not towards 0: with few wrong answers to learn from, a weak score is doubted.
 PRIOR = {"min_logit": 0.5, "missed_logit": -0.5, "rival_logit": -0.25, "overlap": -0.25, "novelty": -0.25}
 # A feature that hardly varied in the fit must not become infinitely telling in the field.
 SCALE_MIN = 0.25
-DEVIATION_MIN = np.array([0.02, 0.05, 0.05])  # of brightness, ln(contrast), ln(sharpness)
+DEVIATION_MIN = np.array([0.02, 0.05, 0.05, 0.02, 0.03])  # of what `stats_vector` holds
 
 Item = tuple[Detections, ImageStats, bool]
 
@@ -171,5 +169,5 @@ def _reference(stats: Sequence[ImageStats]) -> Novelty:
     reference = Novelty(centres=centres.tolist(), inverse_covariance=inverse.tolist(), limit=1.0)
     distances = [novelty(each, Calibration(novelty=reference)) for each in stats]
     limit = float(np.quantile(distances, LIMIT_QUANTILE)) * LIMIT_MARGIN
-    # A distance of 3 in 3 dimensions holds 97 % of a normal distribution: less is never called new.
-    return reference.model_copy(update={"limit": max(limit, 3.0)})
+    # A distance of 3.5 in 5 dimensions holds 97 % of a normal distribution: less is never called new.
+    return reference.model_copy(update={"limit": max(limit, 3.5)})

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trainer.terminal import fail, load, open_database, show
+
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
-    from trainer.database import Database
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_FEW = 1, 3, 4
 ANSWER_S = 15.0
 
 app = typer.Typer(
@@ -47,7 +44,7 @@ CONFIG = Path("trainer.toml")
 @app.command()
 def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False) -> None:
     """Run the trainer: take in what devices say, train when enough new samples are labelled, roll out what passes."""
-    settings = _load(config)
+    settings = load(config)
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -63,7 +60,7 @@ def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verb
             signal.signal(number, lambda *_: coordinator.stop())
         coordinator.run()
     except (BadCredentials, DatabaseError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command()
@@ -91,16 +88,21 @@ def train(
 
     Status 0: a candidate passed the gate. 3: the gate refused it. 4: too few samples. 1: it failed.
     """
-    settings = _load(config)
+    from trainer.cli_train import check_counts, die_with, train_here
+
+    settings = load(config)
+    if model not in settings.models:
+        fail(f"--model {model}: configured are {', '.join(sorted(settings.models)) or 'none'}; add [models.{model}]")
     if manifest is None:
         if require_threshold or dry_run or min_samples is not None:
-            _check_counts(settings, model, require_threshold, min_samples, dry_run)
+            check_counts(settings, model, require_threshold, min_samples, dry_run)
         _order(settings, "train", {"model": model}, wait, as_json=True)
         return
     if parent is not None:
-        _die_with(parent)
+        die_with(parent)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    _train_here(settings, model, manifest, samples, output_dir, ablate, require_threshold, min_samples, dry_run)
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it reports every figure that the gate reports
+    train_here(settings, model, manifest, samples, output_dir, ablate, require_threshold, min_samples, dry_run)
 
 
 @release_app.command("add")
@@ -113,10 +115,44 @@ def release_add(
     from trainer.releases import Registry, ReleaseError
 
     try:
-        ref = Registry(_load(config).releases).add_folder(folder)
+        ref = Registry(load(config).releases).add_folder(folder)
     except ReleaseError as error:
-        _fail(str(error))
-    _print(ref.model_dump(mode="json"), as_json)
+        fail(str(error))
+    show(ref.model_dump(mode="json"), as_json)
+
+
+@release_app.command("make")
+def release_make(
+    model: Annotated[str, typer.Argument(help="A model of the configuration: [models.NAME].")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, made anew.")],
+    version: Annotated[str, typer.Option(help="The release's version.")] = "1.0",
+    config: Config = CONFIG,
+) -> None:
+    """Make the first release of a model from its checkpoint: ONNX, int8, calibration, golden set.
+
+    Labels, size, thresholds and the calibration images come from [models.NAME]. Register it with `release add`.
+    """
+    from trainer.config import ConfigError
+    from trainer.datasets import DatasetError, read_folder
+    from trainer.package import package_detector
+
+    settings = load(config)
+    try:
+        chosen = settings.model(model)
+        calibration = [image.decode(chosen.labels) for image in read_folder(chosen.calibration)]
+        manifest = package_detector(
+            chosen.checkpoint,
+            out,
+            f"{model}@{version}",
+            labels=chosen.labels,
+            imgsz=chosen.imgsz,
+            calibration=calibration,
+            thresholds=chosen.thresholds(),
+            seed=chosen.seed,
+        )
+    except (ConfigError, DatasetError, ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"{manifest.release}: {out}, calibrated on {manifest.calibration.items} images")
 
 
 @release_app.command("list")
@@ -136,9 +172,9 @@ def release_list(
             "created": each.manifest.created,
             "sha256": each.ref.sha256,
         }
-        for each in Registry(_load(config).releases).list(name)
+        for each in Registry(load(config).releases).list(name)
     ]
-    _print(rows, as_json)
+    show(rows, as_json)
 
 
 @release_app.command("show")
@@ -147,9 +183,9 @@ def release_show(release: Annotated[str, typer.Argument(help="name@version")], c
     from trainer.releases import Registry, ReleaseError
 
     try:
-        _print(Registry(_load(config).releases).get(release).manifest.model_dump(mode="json"), as_json=True)
+        show(Registry(load(config).releases).get(release).manifest.model_dump(mode="json"), as_json=True)
     except ReleaseError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @rollout_app.command("start")
@@ -160,7 +196,7 @@ def rollout_start(
     wait: Wait = ANSWER_S,
 ) -> None:
     """Bring a release to its fleet: 10 % of the devices, a watch against the others, then everybody."""
-    _order(_load(config), "rollout_start", {"release": release}, wait, as_json)
+    _order(load(config), "rollout_start", {"release": release}, wait, as_json)
 
 
 @rollout_app.command("abort")
@@ -171,7 +207,7 @@ def rollout_abort(
     wait: Wait = ANSWER_S,
 ) -> None:
     """Give every device its previous release back."""
-    _order(_load(config), "rollout_abort", {"rollout": rollout}, wait, as_json)
+    _order(load(config), "rollout_abort", {"rollout": rollout}, wait, as_json)
 
 
 @rollout_app.command("promote")
@@ -182,7 +218,7 @@ def rollout_promote(
     wait: Wait = ANSWER_S,
 ) -> None:
     """Go on to everybody on your own judgement, when a rollout is held or being watched."""
-    _order(_load(config), "rollout_promote", {"rollout": rollout}, wait, as_json)
+    _order(load(config), "rollout_promote", {"rollout": rollout}, wait, as_json)
 
 
 @rollout_app.command("status")
@@ -194,8 +230,8 @@ def rollout_status(config: Config = CONFIG, as_json: Json = False) -> None:
     from trainer.rollouts import progress
     from trainer.status import job_status
 
-    settings = _load(config)
-    with _database(settings).read() as connection:
+    settings = load(config)
+    with open_database(settings).read() as connection:
         rolled = [
             progress(connection, row)
             for row in connection.execute(select(rollouts).order_by(rollouts.c.created.desc()))
@@ -205,12 +241,12 @@ def rollout_status(config: Config = CONFIG, as_json: Json = False) -> None:
             for row in connection.execute(select(jobs).order_by(jobs.c.created.desc()))
         ]
     if as_json:
-        _print({"rollouts": rolled, "jobs": trained}, as_json)
+        show({"rollouts": rolled, "jobs": trained}, as_json)
         return
     keys = ("rollout_id", "release", "status", "progress", "canary_result", "reason")
-    _print([{key: row[key] for key in keys} for row in rolled], as_json=False)
-    keys = ("job_id", "target_model", "status", "detail")
-    _print([{key: row[key] for key in keys} for row in trained], as_json=False)
+    show([{key: row[key] for key in keys} for row in rolled], as_json=False)
+    job_keys = ("job_id", "target_model", "status", "detail")
+    show([{key: row[key] for key in job_keys} for row in trained], as_json=False)
 
 
 @fleet_app.command("status")
@@ -218,10 +254,10 @@ def fleet_status(config: Config = CONFIG, as_json: Json = False) -> None:
     """Every device that was ever seen, and what it runs."""
     from trainer.status import fleet_status as rows_of
 
-    with _database(_load(config)).read() as connection:
+    with open_database(load(config)).read() as connection:
         rows = rows_of(connection)
     if as_json:
-        _print(rows, as_json)
+        show(rows, as_json)
         return
     flat = [
         {
@@ -236,7 +272,7 @@ def fleet_status(config: Config = CONFIG, as_json: Json = False) -> None:
         for row in rows
         for slot, report in (row["models"] or {"": {}}).items()
     ]
-    _print(flat, as_json=False)
+    show(flat, as_json=False)
 
 
 @fleet_app.command("set")
@@ -260,15 +296,15 @@ def fleet_set(
         try:
             models[slot or ReleaseId(release).name] = release
         except ValueError as error:
-            _fail(f"--model {text}: {error}")
+            fail(f"--model {text}: {error}")
     for text in adapter or []:
         slot, found, release = text.partition("=")
         if not found or not slot:
-            _fail(f"--adapter {text}: use SLOT=NAME@VERSION, or SLOT= for no adapter")
+            fail(f"--adapter {text}: use SLOT=NAME@VERSION, or SLOT= for no adapter")
         adapters[slot] = release or None
     if not models and not adapters:
-        _fail("nothing to set: use --model or --adapter")
-    _order(_load(config), "desire", {"device": device, "models": models, "adapters": adapters}, wait, as_json)
+        fail("nothing to set: use --model or --adapter")
+    _order(load(config), "desire", {"device": device, "models": models, "adapters": adapters}, wait, as_json)
 
 
 @samples_app.command("list")
@@ -289,12 +325,12 @@ def samples_list(
         query = query.where(samples.c.model == model)
     if state is not None:
         query = query.where(samples.c.state == state)
-    with _database(_load(config)).read() as connection:
+    with open_database(load(config)).read() as connection:
         rows = [dict(row._mapping) for row in connection.execute(query)]
     if not as_json:
         keys = ("id", "device", "model", "state", "label_confidence", "job", "used_by")
         rows = [{**{key: row[key] for key in keys}, "boxes": len(row["label"])} for row in rows]
-    _print(rows, as_json)
+    show(rows, as_json)
 
 
 @samples_app.command("counts")
@@ -302,22 +338,22 @@ def samples_counts(config: Config = CONFIG, as_json: Json = False) -> None:
     """How many samples there are, by model, device and state, and how sure their labels are."""
     from trainer.fleet import sample_counts
 
-    with _database(_load(config)).read() as connection:
-        _print(sample_counts(connection), as_json)
+    with open_database(load(config)).read() as connection:
+        show(sample_counts(connection), as_json)
 
 
 def _order(settings: TrainerConfig, kind: str, body: dict[str, Any], wait: float, as_json: bool) -> None:
     """Have the running `trainer serve` do something, and print its answer."""
     from trainer.orders import await_answer, place
 
-    database = _database(settings)
+    database = open_database(settings)
     order = place(database, kind, body)
     answer = await_answer(database, order, wait)
     if answer is None:
-        _fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will carry the order out when it does.")
+        fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will carry the order out when it does.")
     if "error" in answer:
-        _fail(answer["error"])
-    _print(answer, as_json)
+        fail(answer["error"])
+    show(answer, as_json)
 
 
 def main() -> None:

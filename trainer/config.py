@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from edged.wire.manifest import Thresholds
 from trainer.core.gate import Rules as GateRules
 from trainer.core.rollout import RolloutRules
 from trainer.core.triggers import TriggerRules
@@ -137,6 +138,10 @@ class Model(Section):
             raise ValueError(f"unknown rule {', '.join(unknown)}; known: {', '.join(known)}")
         return value
 
+    def thresholds(self) -> Thresholds:
+        """What a release of this model says about its answers."""
+        return Thresholds(score=self.score, iou=self.iou)
+
     def trigger_rules(self) -> TriggerRules:
         """What `core.triggers` needs."""
         return TriggerRules(self.threshold, self.minimum_interval_s)
@@ -257,10 +262,10 @@ def load_config(path: Path) -> TrainerConfig:
         def settings_customise_sources(
             cls,
             settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (pydantic-settings calls by name)
+            init_settings: PydanticBaseSettingsSource,
             env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return env_settings, TomlConfigSettingsSource(settings_cls, path)
 

@@ -198,7 +198,9 @@ class Database:
         with self.read() as connection:
             found = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
         if found > SCHEMA_VERSION:
-            raise DatabaseError(f"{path} has schema {found}, this program knows {SCHEMA_VERSION}: use the newer trainer")
+            raise DatabaseError(
+                f"{path} has schema {found}, this program knows {SCHEMA_VERSION}: use the newer trainer"
+            )
         if found < SCHEMA_VERSION:
             with self.write() as connection:
                 metadata.create_all(connection)

@@ -10,7 +10,7 @@ from sqlalchemy import delete, insert, select, update
 from trainer.config import ConfigError
 from trainer.core.rollout import Event
 from trainer.database import Database, devices, requests
-from trainer.fleet import desire, members
+from trainer.fleet import desire
 from trainer.host import Host, new_id
 from trainer.jobs import Jobs
 from trainer.releases import ReleaseError
@@ -104,18 +104,12 @@ class Orders:
             known = connection.execute(select(devices.c.device)).scalars().all()
             if device not in known:
                 return {"error": f"device {device!r} was never seen; known: {', '.join(sorted(known)) or 'none'}"}
-            start: dict[str, Any] = {"models": {}, "adapters": {}}
-            for slot in {*models, *adapters}:
-                for member in members(connection, slot):
-                    if member.device == device:
-                        for name, refs in runs_now(host, member, slot).items():
-                            start[name].update(refs)
             rev = desire(
                 connection,
                 device,
                 models={slot: stored.ref.model_dump(mode="json") for slot, stored in models.items()},
                 adapters={slot: each.ref.model_dump(mode="json") if each else None for slot, each in adapters.items()},
-                start_from=start,
+                start_from=runs_now(host, connection, device),
             )
             text = ", ".join([*wanted_models.values(), *(name or "no adapter" for name in wanted_adapters.values())])
             host.announce(connection, "desired_set", f"{device}: {text}", device=device, rev=rev)

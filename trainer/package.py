@@ -12,18 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edged.engines.base import Detector, EngineOptions, open_engine
 from edged.wire.manifest import ReleaseManifest, ReleaseRef, Thresholds
 from trainer import calibrate
+from trainer.candidate import ENGINE, MODEL_FILE, detector, export_int8, golden_images
 from trainer.evaluate import Labelled, calibration_items, observe
 from trainer.files import write_whole
 from trainer.golden import write_detect_golden, write_prompt_golden
 from trainer.releases import MANIFEST, build_manifest, canonical_bytes
-
-GOLDEN_IMAGES = 8
-QUANTISE_IMAGES_MAX = 128
 
 
 def package_detector(
@@ -43,33 +38,28 @@ def package_detector(
     `calibration` are labelled images that trained nothing: they set the activations' ranges, fit the confidence and
     give the golden set. Raises EngineError, ReleaseError or ValueError.
     """
-    from trainer.export.onnx import export_onnx
-    from trainer.export.quantize import quantize_static_int8
-
     thresholds = thresholds or Thresholds()
     beside = folder.with_name(folder.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    common: dict[str, Any] = {"kind": "detect", "engine": "onnx_detect", "labels": list(labels),
+    common: dict[str, Any] = {"kind": "detect", "engine": ENGINE, "labels": list(labels),
                               "input_size": (imgsz, imgsz), "thresholds": thresholds}  # fmt: skip
-    roles = {"model": "model.onnx"}
+    roles = {"model": MODEL_FILE}
     single = beside.with_name(beside.name + ".fp32")
-    export_onnx(checkpoint, single / "model.onnx", imgsz)
-    engine = _detector(single, build_manifest(single, release, roles=roles, **common))
-    order = np.random.default_rng(seed).permutation(len(calibration))[:QUANTISE_IMAGES_MAX]
-    inputs = [engine.prepare(calibration[index].image).tensor[None] for index in order]
-    engine.close()
-    quantize_static_int8(single / "model.onnx", beside / "model.onnx", inputs)
+    export_int8(
+        checkpoint,
+        single,
+        beside,
+        lambda where: build_manifest(where, release, roles=roles, **common),
+        calibration,
+        imgsz=imgsz,
+        seed=seed,
+    )
     shutil.rmtree(single)
-    engine = _detector(beside, build_manifest(beside, release, roles=roles, **common))
-    try:
+    with detector(beside, build_manifest(beside, release, roles=roles, **common)) as engine:
         observed = observe(engine, [item.image for item in calibration])
         fitted = calibrate.fit(calibration_items(observed, calibration, thresholds), thresholds)
-        step = max(1, len(calibration) // GOLDEN_IMAGES)
-        golden = [item.image for item in calibration[::step][:GOLDEN_IMAGES]]
-        roles |= write_detect_golden(beside, engine, golden, thresholds.score)
-    finally:
-        engine.close()
+        roles |= write_detect_golden(beside, engine, golden_images(calibration), thresholds.score)
     manifest = build_manifest(beside, release, roles=roles, calibration=fitted, lineage=lineage, **common)
     return _finish(beside, folder, manifest)
 
@@ -97,12 +87,6 @@ def package_language(
         beside, release, kind="llm" if base is None else "lora", engine="llama", roles=roles, base=base, lineage=lineage
     )
     return _finish(beside, folder, manifest)
-
-
-def _detector(folder: Path, manifest: ReleaseManifest) -> Detector:
-    engine = open_engine(folder, manifest, EngineOptions())
-    assert isinstance(engine, Detector), "the engine of kind detect"
-    return engine
 
 
 def _finish(beside: Path, folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
@@ -20,11 +19,12 @@ from trainer.core.rollout import (
     observe,
     step,
 )
-from trainer.database import rollouts
+from trainer.database import devices, rollouts
 from trainer.fleet import Member, desire, desired_of, members, outcome, window
 from trainer.host import Host, new_id
 from trainer.releases import ReleaseError
 
+OWN_PAST_S_MIN = 900.0  # a fleet of one is compared with at least this much of its own past
 ENDED = (Phase.DONE.value, Phase.ABORTED.value)
 
 
@@ -48,7 +48,7 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
         rollout = begin(new_id(), ref.release, [member.device for member in fleet], host.config.rollout.rules(), now)
     except ValueError as error:
         return str(error)
-    previous = {member.device: _reference(host, connection, member, model) for member in fleet}
+    previous = {member.device: _reference(host, connection, member.device, model) for member in fleet}
     row = {"id": rollout.id, "model": model, "release": ref.release, "sha256": ref.sha256, "previous": previous}
     state = {"phase": rollout.phase.value, "state": rollout.to_dict(), "created": now, "updated": now}
     connection.execute(insert(rollouts).values(**row, **state))
@@ -110,11 +110,8 @@ class Rollouts:
         return after
 
     def _desire(self, connection: Connection, row: Any, wanted: dict[str, dict[str, str] | None]) -> None:
-        fleet = {member.device: member for member in members(connection, row.model)}
         for device, ref in wanted.items():
-            member = fleet.get(device)
-            start = runs_now(self._host, member, row.model) if member else None
-            desire(connection, device, models={row.model: ref}, start_from=start)
+            desire(connection, device, models={row.model: ref}, start_from=runs_now(self._host, connection, device))
 
     def _observation(self, connection: Connection, row: Any, rollout: Rollout) -> Observation:
         fleet = {member.device: member for member in members(connection, row.model)}
@@ -150,7 +147,7 @@ class Rollouts:
             return canary, window(connection, others, rollout.watch_from, model=row.model)
         # Nobody is left to compare with: the same devices before, on their previous release.
         rules = self._host.config.rollout
-        start = row.created - rules.watch_s * (1 + rules.extend_max)
+        start = row.created - max(rules.watch_s * (1 + rules.extend_max), OWN_PAST_S_MIN)
         return canary, window(connection, rollout.canary, start, model=row.model, until=row.created)
 
 
@@ -178,25 +175,26 @@ def progress(connection: Connection, row: Any) -> dict[str, Any]:
     }
 
 
-def runs_now(host: Host, member: Member, slot: str) -> dict[str, Any]:
-    """What a device runs in a slot, as the start of its first desired state."""
-    models: dict[str, Any] = {}
-    adapters: dict[str, Any] = {}
-    for into, release in ((models, member.active), (adapters, member.adapter)):
-        if release is not None:
-            try:
-                into[slot] = host.registry.get(release).ref.model_dump(mode="json")
-            except ReleaseError:
-                continue  # not ours to name: without an entry the device keeps it
-    return {"models": models, "adapters": adapters}
+def runs_now(host: Host, connection: Connection, device: str) -> dict[str, Any]:
+    """What all slots of a device run, as the start of its first desired state."""
+    found: dict[str, Any] = {"models": {}, "adapters": {}}
+    reported = connection.execute(select(devices.c.models).where(devices.c.device == device)).scalar() or {}
+    for slot, report in reported.items():
+        for name, release in (("models", report.get("active")), ("adapters", report.get("adapter"))):
+            if release:
+                try:
+                    found[name][slot] = host.registry.get(release).ref.model_dump(mode="json")
+                except ReleaseError:
+                    continue  # not ours to name: without an entry the device keeps it
+    return found
 
 
-def _reference(host: Host, connection: Connection, member: Member, slot: str) -> dict[str, str] | None:
+def _reference(host: Host, connection: Connection, device: str, slot: str) -> dict[str, str] | None:
     """The release to go back to: what the device runs, else what it was last told; None when both are unknown."""
-    now: dict[str, str] | None = runs_now(host, replace(member, adapter=None), slot)["models"].get(slot)
+    now: dict[str, str] | None = runs_now(host, connection, device)["models"].get(slot)
     if now is not None:
         return now
-    told: dict[str, str] | None = (desired_of(connection, member.device) or {"models": {}})["models"].get(slot)
+    told: dict[str, str] | None = (desired_of(connection, device) or {"models": {}})["models"].get(slot)
     return told
 
 

@@ -16,14 +16,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edged.engines.base import Detector, EngineError, EngineOptions, open_engine
-from edged.wire.manifest import Calibration, ReleaseManifest, Thresholds
+from edged.engines.base import EngineError
+from edged.wire.manifest import Calibration, ReleaseManifest
 from trainer import calibrate
+from trainer.candidate import candidate_manifest, complete_candidate, detector, export_int8
 from trainer.child import METADATA, PROGRESS
 from trainer.config import Model
 from trainer.core.evaluation import Evaluation
@@ -39,16 +41,11 @@ from trainer.datasets import (
     shuffle_labels,
 )
 from trainer.evaluate import Labelled, calibration_items, evaluate, evaluate_release, image_sha256, observe
-from trainer.files import sha256_of, write_json, write_whole
-from trainer.golden import write_detect_golden
+from trainer.files import sha256_of, write_json
 from trainer.jobfile import TrainJob
-from trainer.releases import MANIFEST, Registry, ReleaseError, StoredRelease, build_manifest, canonical_bytes
+from trainer.releases import Registry, ReleaseError, StoredRelease
 
 log = logging.getLogger(__name__)
-
-QUANTISE_IMAGES_MAX = 128  # enough to see the activations' ranges
-GOLDEN_IMAGES = 8
-ENGINE = "onnx_detect"
 
 
 class TooFewSamples(ValueError):
@@ -143,13 +140,22 @@ def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple
         training = _train_weights(job, settings, checkpoint, sets, record)
     calibration = [item.decode(settings.labels) for item in sets.calibration]
     with _stage(job, record, "export"):
-        _export(job, settings, calibration)
+        export_int8(
+            job.run / "model.pt",
+            job.run / "fp32",
+            job.run / "candidate",
+            lambda folder: candidate_manifest(job, folder),
+            calibration,
+            imgsz=settings.imgsz,
+            seed=settings.seed,
+        )
     with _stage(job, record, "calibrate"):
         manifest, ece = _calibrate(job, settings, calibration, record)
     with _stage(job, record, "evaluate"):
         target = [item.decode(settings.labels) for item in sets.target]
         base = [item.decode(settings.labels) for item in sets.base]
         new, old = _evidence(job, manifest, current, target, base, ece)
+    shutil.rmtree(job.run / "fp32")  # only what ships is kept
     seen = [*training, *sets.calibration]
     holdout = Holdout(
         target=frozenset(image_sha256(item.image) for item in target),
@@ -163,7 +169,20 @@ def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple
         log.info("gate: %s %s: %s", "passed" if check.passed else "REFUSED", check.name, check.reason)
     if verdict.passed:
         with _stage(job, record, "release"):
-            _write_candidate(job, settings, manifest, current, verdict, record, calibration, sets)
+            evaluation = {
+                **record.facts["evaluation"],
+                "holdout_sha256": sets.holdout_sha256,
+                "gate": verdict.to_dict(),
+            }
+            lineage = {
+                "job": job.manifest.job,
+                "source": current.ref.model_dump(mode="json"),
+                "samples": record.facts["samples"],
+                "training_manifest_sha256": sha256(job.manifest.model_dump_json().encode()).hexdigest(),
+                "seed": settings.seed,
+                "lora": settings.lora.model_dump(mode="json"),
+            }
+            complete_candidate(job, manifest, calibration, evaluation=evaluation, lineage=lineage)
     return verdict, summary
 
 
@@ -238,26 +257,13 @@ def _train_weights(
     return items
 
 
-def _export(job: TrainJob, settings: Model, calibration: list[Labelled]) -> None:
-    from trainer.export.onnx import export_onnx
-    from trainer.export.quantize import quantize_static_int8
-
-    single = job.run / "fp32"
-    export_onnx(job.run / "model.pt", single / "model.onnx", settings.imgsz)
-    # A fixed draw: the folder may be sorted by kind, and every kind shapes the activations' ranges.
-    order = np.random.default_rng(settings.seed).permutation(len(calibration))[:QUANTISE_IMAGES_MAX]
-    with _opened(job, settings, single) as engine:
-        inputs = [engine.prepare(calibration[index].image).tensor[None] for index in order]
-    quantize_static_int8(single / "model.onnx", job.run / "candidate" / "model.onnx", inputs)
-
-
 def _calibrate(
     job: TrainJob, settings: Model, items: list[Labelled], record: _Record
 ) -> tuple[ReleaseManifest, float | None]:
     """The candidate's manifest with its calibration, and the expected calibration error on items not fitted."""
-    thresholds = Thresholds(score=settings.score, iou=settings.iou)
+    thresholds = settings.thresholds()
     folder = job.run / "candidate"
-    with _opened(job, settings, folder) as engine:
+    with detector(folder, candidate_manifest(job, folder)) as engine:
         observed = observe(engine, [item.image for item in items])
     rows = calibration_items(observed, items, thresholds)
     fitted: Calibration = calibrate.fit(rows, thresholds)
@@ -266,7 +272,7 @@ def _calibrate(
         report = calibrate.cross_validate(rows, thresholds)
         record.facts["calibration"] = report.to_dict()
         ece = report.ece
-    return _manifest(job, settings, folder, calibration=fitted), ece
+    return candidate_manifest(job, folder, calibration=fitted), ece
 
 
 def _evidence(
@@ -282,102 +288,17 @@ def _evidence(
     _progress(job, "evaluate", what="the file before quantisation")
     before = evaluate_release(job.run / "fp32", manifest, target).map50
     _progress(job, "evaluate", what="the candidate")
-    with _engine(folder, manifest) as engine:
+    with detector(folder, manifest) as engine:
         new_target = evaluate(engine, target, manifest.thresholds, manifest.release)
         new_base = evaluate(engine, base, manifest.thresholds, manifest.release)
     _progress(job, "evaluate", what="the current release")
-    with _engine(current.folder, current.manifest) as engine:
+    with detector(current.folder, current.manifest) as engine:
         old_target = evaluate(engine, target, current.manifest.thresholds, current.ref.release)
         old_base = evaluate(engine, base, current.manifest.thresholds, current.ref.release)
     method = manifest.calibration.method
     model = sha256_of(folder / manifest.files["model"].path)
     new = Evidence(model, new_target, new_base, method, ece, before, new_target.map50)
     return new, Evidence(current.manifest.files["model"].sha256, old_target, old_base)
-
-
-def _write_candidate(
-    job: TrainJob,
-    settings: Model,
-    manifest: ReleaseManifest,
-    current: StoredRelease,
-    verdict: Verdict,
-    record: _Record,
-    calibration: list[Labelled],
-    sets: _Sets,
-) -> None:
-    """Complete `candidate/` to a release: the golden set and release.json."""
-    folder = job.run / "candidate"
-    step = max(1, len(calibration) // GOLDEN_IMAGES)
-    images = [item.image for item in calibration[::step][:GOLDEN_IMAGES]]
-    with _engine(folder, manifest) as engine:
-        roles = write_detect_golden(folder, engine, images, manifest.thresholds.score)
-    whole = _manifest(
-        job,
-        settings,
-        folder,
-        calibration=manifest.calibration,
-        roles=roles,
-        evaluation={
-            "target": record.facts["evaluation"]["target"],
-            "base": record.facts["evaluation"]["base"],
-            "holdout_sha256": sets.holdout_sha256,
-            "gate": verdict.to_dict(),
-        },
-        lineage={
-            "job": job.manifest.job,
-            "source": current.ref.model_dump(mode="json"),
-            "samples": record.facts["samples"],
-            "training_manifest_sha256": sha256_of(job.run / "manifest.json")
-            if (job.run / "manifest.json").is_file()
-            else None,
-            "seed": settings.seed,
-            "lora": settings.lora.model_dump(mode="json"),
-        },
-    )
-    write_whole(folder / MANIFEST, canonical_bytes(whole))
-
-
-def _manifest(
-    job: TrainJob,
-    settings: Model,
-    folder: Path,
-    *,
-    calibration: Calibration | None = None,
-    roles: dict[str, str] | None = None,
-    evaluation: dict[str, Any] | None = None,
-    lineage: dict[str, Any] | None = None,
-) -> ReleaseManifest:
-    return build_manifest(
-        folder,
-        job.manifest.target,
-        kind="detect",
-        engine=ENGINE,
-        roles={"model": "model.onnx", **(roles or {})},
-        labels=settings.labels,
-        input_size=(settings.imgsz, settings.imgsz),
-        thresholds=Thresholds(score=settings.score, iou=settings.iou),
-        calibration=calibration,
-        evaluation=evaluation,
-        lineage=lineage,
-    )
-
-
-@contextmanager
-def _opened(job: TrainJob, settings: Model, folder: Path) -> Iterator[Detector]:
-    """The engine on `model.onnx` of a folder that is no release yet."""
-    with _engine(folder, _manifest(job, settings, folder)) as engine:
-        yield engine
-
-
-@contextmanager
-def _engine(folder: Path, manifest: ReleaseManifest) -> Iterator[Detector]:
-    engine = open_engine(folder, manifest, EngineOptions())
-    try:
-        if not isinstance(engine, Detector):
-            raise ReleaseError(f"release {manifest.release} is no detector, but a {manifest.kind}")
-        yield engine
-    finally:
-        engine.close()
 
 
 def _evaluations(new: Evidence, old: Evidence) -> dict[str, Any]:

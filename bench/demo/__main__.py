@@ -28,8 +28,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shift", default=os.environ.get("SHIFT", "mix"), choices=sorted(SHIFTS),
                         help="how the stream changes (default: mix, or $SHIFT)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED", "0")),
-                        help="everything follows from it (default: 0, or $SEED)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED", "1")),
+                        help="everything follows from it (default: 1, or $SEED)")  # fmt: skip
     parser.add_argument("--ablate", default="", choices=["train", "labels"],
                         help="take a part out to show that the result depends on it: `train` ships the old weights "
                         "again, `labels` shuffles the labels; both must end with status 1")  # fmt: skip

@@ -37,8 +37,8 @@ class Recipe:
     warmup_epochs: float
 
 
-BASE = Recipe(clean=1200, shifted=0, epochs=12, lr=0.002, batch=32, hsv_v=0.3, warmup_epochs=0.5)
-TEACHER = Recipe(clean=300, shifted=900, epochs=8, lr=0.001, batch=32, hsv_v=0.3, warmup_epochs=0.2)
+BASE = Recipe(clean=1400, shifted=0, epochs=12, lr=0.002, batch=32, hsv_v=0.3, warmup_epochs=0.5)
+TEACHER = Recipe(clean=400, shifted=1200, epochs=9, lr=0.001, batch=32, hsv_v=0.3, warmup_epochs=0.2)
 
 # The teacher's scenes come from their own seed, so that they are not the base's scenes again.
 _TEACHER_SEED = 1_000_003

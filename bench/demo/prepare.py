@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.demo import models, phi
 from bench.demo.scenes import LABELS, SIZE, Scene, encode_png, make_scenes
-from edged.wire.manifest import ReleaseRef
+from edged.wire.manifest import ReleaseRef, Thresholds
 from trainer.datasets import LabelledBox, LabelledImage, write_folder
 from trainer.evaluate import Labelled
 from trainer.export.gguf import export_gguf
@@ -19,6 +19,8 @@ from trainer.package import package_detector, package_language
 from trainer.releases import reference
 
 Say = Callable[[str], None]
+DIGITS = (1, 3)  # digits in a frame of the stream; training scenes hold more, to learn more from each
+SCORE = 0.45  # an answered box scores at least this
 PROVENANCE = {"kind": "person", "who": "annotator"}  # the holdouts are labelled by hand, as it were: from the truth
 
 
@@ -27,25 +29,22 @@ class Plan:
     """Sizes of a run: frames and images in all, rates in frames a second over all devices."""
 
     frames_clean: int = 90  # before the shift: what normal looks like
-    frames_before: int = 330
+    frames_before: int = 420
     frames_after: int = 330
     rate: float = 24.0
     rate_idle: float = 3.0  # while the trainer works
-    holdout: int = 260
-    holdout_clean: int = 120
+    holdout: int = 400
+    holdout_clean: int = 240
     calibration: int = 200
     replay: int = 400
     epochs: int = 10
-    threshold: int = 200  # train when there are more new labelled samples
+    threshold: int = 260  # train when there are more new labelled samples
     watch_s: float = 12.0
     items_min: int = 40
 
 
 FULL = Plan()
-REDUCED = Plan(
-    frames_clean=30, frames_before=240, frames_after=150, holdout=160, holdout_clean=80, calibration=150, replay=240,
-    epochs=8, threshold=150, watch_s=8.0, items_min=24,
-)  # fmt: skip
+REDUCED = Plan(frames_clean=30, frames_before=300, frames_after=180, threshold=190, watch_s=8.0, items_min=24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +71,12 @@ def prepare(cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say
     """Make what is missing in `cache` (models, releases) and `work` (labelled folders of this run)."""
     checkpoint = models.make_base(cache, seed, say)
     teacher = models.make_teacher(cache, seed, say)
-    clean = labelled(make_scenes("calibration", plan.calibration, seed + 11))
+    clean = labelled(make_scenes("calibration", plan.calibration, seed + 11, None, DIGITS))
     # The teacher is calibrated on what it is asked about: shifted scenes.
-    mixed = [*clean[: plan.calibration // 3], *labelled(make_scenes("calibration", plan.calibration, seed + 12, "mix"))]
+    mixed = [
+        *clean[: plan.calibration // 3],
+        *labelled(make_scenes("calibration", plan.calibration, seed + 12, "mix", DIGITS)),
+    ]
     base_release = _detector(cache, checkpoint, "digits@1.0", clean, say)
     teacher_release = _detector(cache, teacher, "digits-teacher@1.0", mixed, say)
     phi_release, adapter_release = _language(cache, seed, say)
@@ -84,11 +86,11 @@ def prepare(cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say
         "replay": make_scenes("train", plan.replay, seed),
         # The work as it is now: shifted, and clean as before.
         "holdout": [
-            *make_scenes("holdout", plan.holdout - half // 2, seed + 21, shift),
-            *make_scenes("holdout", half // 2, seed + 22),
+            *make_scenes("holdout", plan.holdout - half // 2, seed + 21, shift, DIGITS),
+            *make_scenes("holdout", half // 2, seed + 22, None, DIGITS),
         ],
-        "holdout_clean": make_scenes("holdout", plan.holdout_clean, seed + 23),
-        "calibration": make_scenes("calibration", plan.calibration, seed + 11),
+        "holdout_clean": make_scenes("holdout", plan.holdout_clean, seed + 23, None, DIGITS),
+        "calibration": make_scenes("calibration", plan.calibration, seed + 11, None, DIGITS),
     }
     for name, scenes in folders.items():
         write_folder(work / name, [_image(scene) for scene in scenes])
@@ -108,7 +110,7 @@ def _image(scene: Scene) -> LabelledImage:
 
 
 def _detector(cache: Path, checkpoint: Path, release: str, calibration: Sequence[Labelled], say: Say) -> Path:
-    told = hashlib.sha256(checkpoint.name.encode())
+    told = hashlib.sha256(f"{checkpoint.name} {SCORE}".encode())
     for item in calibration:
         told.update(item.image.tobytes())
     for source in ("package.py", "calibrate.py", "export/quantize.py"):  # how a release is made is part of what it is
@@ -118,7 +120,7 @@ def _detector(cache: Path, checkpoint: Path, release: str, calibration: Sequence
         say(f"{release}: export, int8, calibration, golden set")
         package_detector(
             checkpoint, folder, release, labels=LABELS, imgsz=SIZE, calibration=calibration,
-            lineage={"checkpoint": checkpoint.name},
+            thresholds=Thresholds(score=SCORE), lineage={"checkpoint": checkpoint.name},
         )  # fmt: skip
     return folder
 

@@ -185,7 +185,7 @@ def _page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
             ("Escalation rate", "escalation_rate"),
             ("Accuracy (F1 at IoU 0.5)", "accuracy"),
             ("Error among accepted answers", "accepted_error"),
-        )  # fmt: skip
+        )
     )
     devices = "".join(
         row(

@@ -16,11 +16,11 @@ from sqlalchemy import select
 
 from bench.demo import phi, report
 from bench.demo.line import RESPONDER, SITE, TRAINER, Line, LineError, write_toml
-from bench.demo.prepare import Assets, Plan, prepare
+from bench.demo.prepare import DIGITS, SCORE, Assets, Plan, prepare
 from bench.demo.report import Check
 from bench.demo.scenes import LABELS, Scene, make_scenes
 from bench.demo.stream import PIPELINE, Feeder, Judged, Observer, Score, Scorer, score_engine
-from edged.engines.base import Detector, EngineOptions, open_engine
+from trainer.candidate import detector
 from trainer.config import TrainerConfig, load_config
 from trainer.database import Database, jobs, rollouts
 from trainer.releases import Registry, read_manifest
@@ -32,6 +32,7 @@ LANGUAGE_DEVICE = "cam1"
 SLOT, TEACHER_SLOT = "digits", "digits-teacher"
 TIER = "tier2"
 TARGET_RISK = 0.15  # an accepted answer (all boxes of a frame) may be wrong with this probability, before and after
+SPARE = 400  # frames that flow while the trainer works and the canary is watched
 TRAINING_S_MAX = 900.0
 ROLLOUT_S_MAX = 300.0
 REGAINED_MIN = 0.7  # of the way from the accuracy before to the teacher's
@@ -105,9 +106,10 @@ class Demo:
                 "checkpoint": str(assets.checkpoint), "labels": list(LABELS), "imgsz": 160,
                 "replay": str(assets.replay), "holdout": str(assets.holdout),
                 "holdout_clean": str(assets.holdout_clean), "calibration": str(assets.calibration),
-                "epochs": plan.epochs, "seed": self._seed, "threshold": plan.threshold, "minimum_interval_s": 0.0,
+                "epochs": plan.epochs, "lr": 0.004, "batch": 16, "replay_ratio": 0.6, "score": SCORE,
+                "seed": self._seed, "threshold": plan.threshold, "minimum_interval_s": 0.0,
                 "label_confidence_min": 0.5, "target_risk": TARGET_RISK, "ablate": self._ablate,
-                "lora": {"r": 16, "lora_alpha": 16},
+                "lora": {"r": 16, "lora_alpha": 32},
             }},
             "rollout": {"watch_s": plan.watch_s, "items_min": plan.items_min, "install_s_max": 120.0},
         })  # fmt: skip
@@ -153,8 +155,9 @@ class Demo:
     def _scenes(self) -> tuple[list[Scene], list[Scene], list[Scene], list[Scene]]:
         """Clean frames, and three parts of one shifted draw: before and after are of equal difficulty by chance alone."""
         plan = self._plan
-        clean = make_scenes("stream", plan.frames_clean, self._seed + 31)
-        shifted = make_scenes("stream", plan.frames_before + plan.frames_after + 400, self._seed + 32, self._shift)
+        clean = make_scenes("stream", plan.frames_clean, self._seed + 31, None, DIGITS)
+        count = plan.frames_before + plan.frames_after + SPARE
+        shifted = make_scenes("stream", count, self._seed + 32, self._shift, DIGITS)
         first, second = plan.frames_before, plan.frames_before + plan.frames_after
         return clean, shifted[:first], shifted[first:second], shifted[second:]
 
@@ -262,7 +265,7 @@ class Demo:
     ) -> bool:  # fmt: skip
         before, after = scorer.judged(["before"]), scorer.judged(["after"])
         scenes = [f.scene for f in feeder.frames.values() if f.phase in ("before", "after")]
-        with _engine(assets.teacher) as teacher:
+        with detector(assets.teacher, read_manifest(assets.teacher)) as teacher:
             ceiling = score_engine(teacher, scenes, read_manifest(assets.teacher).thresholds.score)
         released = rolled["release"] if rolled else None
         swaps = self._swaps(observer, released) if released else {}
@@ -310,7 +313,8 @@ class Demo:
         figures = {"curves": report.curves(scorer.judged(), swaps, self._phases)}
         if released:
             new = Registry(config.releases).get(released)
-            with _engine(assets.base) as old_engine, _engine(new.folder) as new_engine:
+            old = read_manifest(assets.base)
+            with detector(assets.base, old) as old_engine, detector(new.folder, new.manifest) as new_engine:
                 figures["examples"] = report.examples(before, old_engine, new_engine, new.manifest.thresholds.score)
         report.write(self._work, out, figures)
         report.table(out)
@@ -390,16 +394,6 @@ class Demo:
         started = time.monotonic()
         yield
         self._seconds[name] = time.monotonic() - started
-
-
-@contextmanager
-def _engine(folder: Path) -> Iterator[Detector]:
-    engine = open_engine(folder, read_manifest(folder), EngineOptions(threads=1))
-    assert isinstance(engine, Detector), "the demo's vision releases are detectors"
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 def _number(value: float) -> float | None:

@@ -33,6 +33,7 @@ SIGNS: dict[str, int] = {
 }
 FEATURES = tuple(SIGNS)
 
+STATS = 5  # numbers in `stats_vector`
 SAME_PLACE_IOU = 0.5  # a weak candidate that overlaps an answered box this much speaks about that box
 SCORE_MARGIN = 0.01  # scores are clipped to margin..1-margin before the logit
 NOVELTY_MAX = 1e6  # a distance is never infinite, so that it can be stored and sent
@@ -51,9 +52,12 @@ class Confidence:
 
 
 def stats_vector(stats: ImageStats) -> NDArray[np.float64]:
-    """(3,): brightness, ln(contrast), ln(sharpness), the space in which novelty is measured."""
+    """(5,): brightness, ln(contrast), ln(sharpness), darkest, lightest: the space in which novelty is measured.
+
+    The percentiles tell bad light from dark scenes, which the mean alone cannot.
+    """
     contrast, sharpness = (math.log(max(value, 0.0) + 1e-3) for value in (stats.contrast, stats.sharpness))
-    return np.array([stats.brightness, contrast, sharpness])
+    return np.array([stats.brightness, contrast, sharpness, stats.low, stats.high])
 
 
 def novelty(stats: ImageStats, calibration: Calibration) -> float:
@@ -114,7 +118,8 @@ def probability(
     continuous at the limit, and no number of sure boxes buys it back.
     """
     calibrated = calibration.method != "uncalibrated"
-    numbers = (stats.brightness, stats.contrast, stats.sharpness, *detections.scores, *detections.boxes.ravel())
+    seen = (stats.brightness, stats.contrast, stats.sharpness, stats.low, stats.high)
+    numbers = (*seen, *detections.scores, *detections.boxes.ravel())
     if not np.isfinite(numbers).all():
         return Confidence(0.0, NOVELTY_MAX, True, calibrated)
     evidence = features(detections, thresholds, stats, calibration)
@@ -168,10 +173,11 @@ def check_calibration(calibration: Calibration) -> None:
     if reference is not None:
         rows = [*reference.centres, *reference.inverse_covariance]
         numbers += [*(value for row in rows for value in row), reference.limit]
-        if {len(row) for row in rows} != {3} or len(reference.inverse_covariance) != 3:
+        if {len(row) for row in rows} != {STATS} or len(reference.inverse_covariance) != STATS:
             sizes = [len(row) for row in rows]
             raise ValueError(
-                f"calibration's novelty reference has rows of {sizes}; expected centres of 3 and a 3 x 3 matrix"
+                f"calibration's novelty reference has rows of {sizes}; expected centres of {STATS} "
+                f"and a {STATS} x {STATS} matrix"
             )
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("calibration holds NaN or infinity; fit it again")

@@ -21,8 +21,11 @@ class Policy:
     def __post_init__(self) -> None:
         for key in ("target_risk", "audit_share"):
             value = getattr(self, key)
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"policy {key}={value}: must lie between 0 and 1, for example 0.1")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0.0 <= value <= 1.0:
+                raise ValueError(f"policy {key}={value!r}: must be a number between 0 and 1, for example 0.1")
+        if not isinstance(self.escalate, bool):
+            raise ValueError(f"policy escalate={self.escalate!r}: must be true or false")
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ class ImageStats:
     brightness: float  # mean
     contrast: float  # standard deviation
     sharpness: float  # standard deviation of the Laplacian
+    low: float = 0.0  # 1st percentile: how dark the dark is
+    high: float = 1.0  # 99th percentile: how light the light is
 
 
 @dataclass(frozen=True, slots=True)

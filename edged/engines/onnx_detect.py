@@ -77,7 +77,11 @@ def image_stats(content: Image) -> ImageStats:
     grey = cv2.cvtColor(content, cv2.COLOR_BGR2GRAY)
     mean, deviation = cv2.meanStdDev(grey)
     _, edges = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
-    return ImageStats(float(mean[0, 0]) / 255, float(deviation[0, 0]) / 255, float(edges[0, 0]) / 255)
+    counts = cv2.calcHist([grey], [0], None, [256], [0, 256]).ravel().cumsum()
+    low, high = (int(np.searchsorted(counts, share * grey.size)) for share in (0.01, 0.99))
+    return ImageStats(
+        float(mean[0, 0]) / 255, float(deviation[0, 0]) / 255, float(edges[0, 0]) / 255, low / 255, high / 255
+    )
 
 
 def decode(

@@ -123,18 +123,22 @@ class DirectorySource(FileSystemEventHandler):
                 name=path.name,
                 captured=mtime_ns / 1e9,
                 image=data,
-                settle=lambda reason: self._settle(path, reason),
+                settle=lambda reason: self._settle(path, mtime_ns, reason),
             )
         )
 
-    def _settle(self, path: Path, reason: str) -> None:
+    def _settle(self, path: Path, mtime_ns: int, reason: str) -> None:
         try:
-            if reason:
+            if path.stat().st_mtime_ns != mtime_ns:
+                log.info("%s: written anew while it was answered: it is another item", path)
+            elif reason:
                 path.replace(self._path / "rejected" / path.name)
             elif self._after == "delete":
                 path.unlink(missing_ok=True)
             else:
                 path.replace(self._path / "done" / path.name)
+        except FileNotFoundError:
+            log.warning("%s: answered, but somebody else has taken it away", path)
         except OSError as error:
             # It stays in `_taken`, so it is not answered twice in this run; after a restart it is answered again.
             log.error("%s: answered, but it cannot be moved away: %s", path, error)

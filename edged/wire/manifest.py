@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-_RELEASE = re.compile(r"^(?P<name>[a-z0-9][a-z0-9_-]{0,62})@(?P<version>\d{1,9}(\.\d{1,9}){0,3})$")
+_RELEASE = re.compile(r"(?P<name>[a-z0-9][a-z0-9_-]{0,62})@(?P<version>\d{1,9}(\.\d{1,9}){0,3})")
 
 
 @total_ordering
@@ -23,7 +23,7 @@ class ReleaseId:
     __slots__ = ("name", "version")
 
     def __init__(self, text: str) -> None:
-        match = _RELEASE.match(text)
+        match = _RELEASE.fullmatch(text)
         if match is None:
             raise ValueError(f"release {text!r}: expected name@MAJOR.MINOR, for example digits@1.4")
         self.name = match["name"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from edged.wire import topics
 from edged.wire.manifest import SHA256, ReleaseRef
@@ -12,6 +14,7 @@ from edged.wire.manifest import SHA256, ReleaseRef
 INLINE_IMAGE_BYTES_MAX = 256 * 1024
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Id = Annotated[str, Field(pattern=f"^{topics.LEVEL}$")]  # replies to a message go to a topic that names its id
 
 
 class InvalidPayload(ValueError):
@@ -29,7 +32,7 @@ class Message(Part):
     and its sequence number within that boot. Receivers drop duplicates by `id`."""
 
     v: Literal[1] = 1
-    id: str
+    id: Id
     ts: Finite
     boot: str
     seq: int
@@ -87,7 +90,7 @@ class Desired(Message):
 class Escalation(Message):
     """A prediction that the device is unsure of, for the next tier."""
 
-    sample: str
+    sample: Id
     pipeline: str
     task: str
     release: str
@@ -272,6 +275,16 @@ def decode(topic: str, payload: bytes) -> tuple[topics.Route, dict[str, str], Me
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "payload"
         raise InvalidPayload(f"{topic}: {where}: {first['msg']} (got {str(first.get('input'))[:80]!r})") from None
+
+
+def readable_id(payload: bytes) -> str | None:
+    """The `id` of a payload that does not validate, when at least that can be read."""
+    try:
+        value = from_json(payload)
+    except ValueError:
+        return None
+    found = value.get("id") if isinstance(value, dict) else None
+    return found if isinstance(found, str) and re.fullmatch(topics.LEVEL, found) else None
 
 
 def encode(message: Message) -> bytes:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 _ROOT = "edged/v1"
-_FIELD = re.compile(r"^[A-Za-z0-9_.@:-]{1,128}$")
+LEVEL = r"[A-Za-z0-9_.@:-]{1,128}"  # what a field of a topic may be
 _HOLE = re.compile(r"\{(\w+)\}")
 
 MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400
@@ -35,12 +35,12 @@ class Route:
         self.template = f"{_ROOT}/{template}"
         self.qos, self.retain, self.expiry_s = qos, retain, expiry_s
         self.fields = tuple(_HOLE.findall(self.template))
-        self._pattern = re.compile("^" + _HOLE.sub(lambda hole: f"(?P<{hole[1]}>[^/]+)", self.template) + "$")
+        self._pattern = re.compile(_HOLE.sub(lambda hole: f"(?P<{hole[1]}>{LEVEL})", self.template))
 
     def __call__(self, **fields: str) -> Address:
         """The address with every field filled in; raises ValueError when a field is missing or not a topic level."""
         for name in self.fields:
-            if not _FIELD.match(fields.get(name, "")):
+            if not re.fullmatch(LEVEL, fields.get(name, "")):
                 raise ValueError(
                     f"topic {self.template}: {name}={fields.get(name)!r} is no topic level; "
                     "use letters, digits and _.@:-"
@@ -51,13 +51,13 @@ class Route:
         """The subscription that matches every topic of this row with these fields; the rest are wildcards."""
         return self.template.format(**{name: fields.get(name, "+") for name in self.fields})
 
-    def shared(self, group: str, **fields: str) -> str:
+    def shared(self, group: str, /, **fields: str) -> str:
         """The same as a shared subscription: each message goes to one member of `group`."""
         return f"$share/{group}/{self.filter(**fields)}"
 
     def match(self, topic: str) -> dict[str, str] | None:
         """The fields of `topic` when it is of this row."""
-        found = self._pattern.match(topic)
+        found = self._pattern.fullmatch(topic)
         return found.groupdict() if found else None
 
 

@@ -31,20 +31,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_it_learns_the_answers(base: Path, tmp_path: Path) -> None:
     seen: list[int] = []
-    settings = LoraSettings(r=16, lora_alpha=32, target_modules=("qkv_proj", "gate_up_proj", "lm_head"))
+    everything = ("embed_tokens", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
+    settings = LoraSettings(r=16, lora_alpha=32, target_modules=everything)
     run = tune_lora(
         base,
         EXAMPLES,
         tmp_path / "out",
         settings,
-        epochs=150,
+        epochs=60,
         seed=1,
-        learning_rate=2e-2,
+        learning_rate=1e-2,
         on_epoch=lambda epoch, _: seen.append(epoch),
     )
-    assert seen == list(range(1, 151))
-    assert run.steps == 150
-    assert run.loss_last < 0.1 < run.loss_first
+    assert seen == list(range(1, 61))
+    assert run.steps == 60
+    assert run.loss_last < 0.1 * run.loss_first
     model = AutoModelForCausalLM.from_pretrained(base)
     model.load_adapter(str(tmp_path / "out"))
     words = AutoTokenizer.from_pretrained(base)

@@ -28,7 +28,7 @@ from edged.wire.manifest import Calibration, Novelty, Thresholds
 
 T = Thresholds(score=0.25)
 STATS = ImageStats(0.5, 0.2, 0.1)
-KNOWN = Novelty(centres=[stats_vector(STATS).tolist()], inverse_covariance=(np.eye(3) * 100).tolist(), limit=3.0)
+KNOWN = Novelty(centres=[stats_vector(STATS).tolist()], inverse_covariance=(np.eye(5) * 100).tolist(), limit=3.0)
 FITTED = Calibration(
     method="logistic",
     features=list(FEATURES),
@@ -53,7 +53,7 @@ box_rows = st.tuples(corners, corners, sides, sides, units, st.integers(0, 3)).m
     lambda row: (row[0], row[1], row[0] + row[2], row[1] + row[3], row[4], row[5])
 )
 answers = st.lists(box_rows, max_size=8).map(lambda rows: detections(*rows))
-inputs = st.builds(ImageStats, units, units, st.floats(0, 4, width=32))
+inputs = st.builds(ImageStats, units, units, st.floats(0, 4, width=32), units, units)
 signed = st.floats(0, 5)
 calibrations = st.one_of(
     st.just(Calibration()),
@@ -91,7 +91,7 @@ def test_surer_boxes_never_lower_the_probability(
 @given(
     answers.filter(lambda each: len(each) > 0),
     calibrations,
-    st.sampled_from(["score", "box", "brightness", "contrast", "sharpness"]),
+    st.sampled_from(["score", "box", "brightness", "contrast", "sharpness", "low", "high"]),
     st.sampled_from([math.nan, math.inf, -math.inf]),
 )
 def test_nan_evidence_is_no_confidence(found: Detections, calibration: Calibration, where: str, bad: float) -> None:
@@ -184,7 +184,7 @@ def test_a_generated_answers_probability(logprob: float, p: float) -> None:
         ({"weights": [-1.0, *FITTED.weights[1:]]}, "wrong sign"),
         ({"scale": [0.0] * len(FEATURES)}, "must be positive"),
         ({"bias": math.nan}, "NaN"),
-        ({"novelty": KNOWN.model_copy(update={"centres": [[0.0, 0.0]]})}, "centres of 3"),
+        ({"novelty": KNOWN.model_copy(update={"centres": [[0.0, 0.0]]})}, "centres of 5"),
         ({"features": [], "mean": [], "scale": [], "weights": []}, "without any feature"),
     ],
 )

@@ -162,6 +162,7 @@ def test_a_server_that_ignores_ranges_restarts_cleanly(server: Server, fetcher: 
     interrupt(fetcher, server, tmp_path / "m")
     server.mode = "no_range"
     fetcher.fetch(f"{server.url}/m", tmp_path / "m", SHA256, len(CONTENT))
+    assert server.ranges == [f"bytes={HALF}-"]
     assert (tmp_path / "m").read_bytes() == CONTENT
 
 

@@ -181,11 +181,12 @@ def test_letterbox_geometry(image: tuple[int, int], expected: Letterbox) -> None
 
 def test_stats_see_the_content_not_the_bars() -> None:
     flat = image_stats(np.full((10, 20, 3), 51, dtype=np.uint8))
-    assert flat == ImageStats(pytest.approx(0.2), 0.0, 0.0)
+    assert flat == ImageStats(pytest.approx(0.2), 0.0, 0.0, pytest.approx(0.2), pytest.approx(0.2))
     checks = (np.indices((20, 20)).sum(axis=0) % 2 * 255).astype(np.uint8)
     sharp = image_stats(np.repeat(checks[..., None], 3, axis=2))
     assert sharp.contrast == pytest.approx(0.5)
     assert sharp.sharpness > 1
+    assert (sharp.low, sharp.high) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from bench.demo.scenes import (
-    DIGITS_MAX,
-    DIGITS_MIN,
+    DIGITS,
     LABELS,
     SHIFTS,
     SIZE,
@@ -72,7 +71,7 @@ def test_a_longer_run_starts_with_the_shorter_one() -> None:
 def test_boxes_lie_inside_and_apart(split: str) -> None:
     for scene in make_scenes(split, 40, seed=5):
         assert scene.image.shape == (SIZE, SIZE, 3) and scene.image.dtype == np.uint8
-        assert DIGITS_MIN <= len(scene.boxes) == len(scene.classes) <= DIGITS_MAX
+        assert DIGITS[0] <= len(scene.boxes) == len(scene.classes) <= DIGITS[1]
         assert ((scene.classes >= 0) & (scene.classes < len(LABELS))).all()
         assert (scene.boxes >= 0).all() and (scene.boxes <= SIZE).all()
         assert (scene.boxes[:, 2:] - scene.boxes[:, :2] >= 8).all()
@@ -80,6 +79,10 @@ def test_boxes_lie_inside_and_apart(split: str) -> None:
             width = min(one[2], other[2]) - max(one[0], other[0])
             height = min(one[3], other[3]) - max(one[1], other[1])
             assert width < 0 or height < 0
+
+
+def test_the_number_of_digits_can_be_chosen() -> None:
+    assert {len(scene.boxes) for scene in make_scenes("stream", 20, seed=5, digits=(1, 2))} == {1, 2}
 
 
 def test_every_class_appears_in_every_split() -> None:

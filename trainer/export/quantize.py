@@ -48,7 +48,6 @@ def quantize_static_int8(
             calibrate_method=CalibrationMethod.MinMax,
             nodes_to_exclude=decoder_nodes(graph) if exclude is None else list(exclude),
         )
-        _copy_metadata(source, quantised)
         quantised.replace(out)
     return out
 
@@ -85,14 +84,3 @@ class _Reader:
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         image = next(self._left, None)
         return None if image is None else {self._name: image}
-
-
-def _copy_metadata(source: Path, target: Path) -> None:
-    import onnx
-
-    model = onnx.load(str(target))
-    known = {entry.key: entry.value for entry in model.metadata_props}
-    for entry in onnx.load(str(source), load_external_data=False).metadata_props:
-        known[entry.key] = entry.value
-    onnx.helper.set_model_props(model, known)
-    onnx.save(model, str(target))

@@ -75,7 +75,7 @@ def write_yolo_dataset(
     items: Iterable[tuple[str, bytes | NDArray[np.uint8], ArrayLike, ArrayLike]],
     labels: Iterable[str],
 ) -> Path:
-    """Write (name, PNG bytes or BGR array, boxes (n, 4) xyxy in pixels, classes (n,)) in YOLO's layout; return the yaml.
+    """Write (name, PNG bytes or BGR array, boxes (n, 4) xyxy in pixels, classes (n,)) as YOLO's files; return the yaml.
 
     Bytes are written as they are and arrays as PNG, so training sees exactly these pixels. Raises ValueError for a
     folder in use, a name that is unfit or twice, an image that does not decode, boxes and classes of unequal number,

@@ -45,7 +45,7 @@ class Loop(DetectionTrainer):
         return model
 
     def _setup_train(self) -> None:
-        super()._setup_train()  # type: ignore[no-untyped-call]
+        super()._setup_train()
         model = cast(nn.Module, self.model)  # a path until here
         # Ultralytics leaves a core idle and switches every parameter's gradient on; both are put right only here.
         torch.set_num_threads(self._threads)
@@ -85,7 +85,7 @@ def run_training(
 ) -> Trained:
     """Train as `overrides` (ultralytics' keys) say and save the result to `out`, whole or not at all."""
     LOGGER.setLevel(logging.ERROR)
-    SETTINGS.update(dict.fromkeys(_INTEGRATIONS, False))  # type: ignore[no-untyped-call]
+    SETTINGS.update(dict.fromkeys(_INTEGRATIONS, False))
     loop = Loop(data, overrides, threads, lora)
     metrics: dict[str, float] = {}
 
@@ -97,7 +97,7 @@ def run_training(
             on_epoch(trainer.epoch + 1, trainer.epochs, dict(metrics))
 
     loop.add_callback("on_fit_epoch_end", report)
-    loop.train()  # type: ignore[no-untyped-call]
+    loop.train()
     live = cast(nn.Module, loop.model)
     trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
     average: Any = loop.ema

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, select
+
+from edged.wire.messages import CommandState, Metrics, ModelReport, Reported, SampleEntry, State
+from trainer import fleet
+from trainer.core.rollout import Outcome, Window
+from trainer.database import Database, commands, devices, put, samples
+
+_numbers = itertools.count()
+REF = {"release": "digits@1.1", "sha256": "0" * 64}
+
+
+def envelope(ts: float = 0.0, boot: str = "b1") -> dict[str, Any]:
+    return {"id": f"m{next(_numbers)}", "ts": ts, "boot": boot, "seq": 1}
+
+
+def state(kind: str, boot: str = "b1", tier: str = "device") -> State:
+    return State(**envelope(boot=boot), state=kind, device="d1", tier=tier)  # type: ignore[arg-type]
+
+
+def entry(sample: str, ts: float = 1.0, **changes: Any) -> SampleEntry:
+    fields = {
+        "pipeline": "line", "task": "detect", "model": "digits", "release": "digits@1.0", "state": "labelled",
+        "sha256": "a" * 64, "bytes": 3, "label_confidence": 0.9, "captured": 1.0,
+    }  # fmt: skip
+    return SampleEntry(**envelope(ts), sample=sample, **{**fields, **changes})
+
+
+def report(rev: int = 0, **model: Any) -> Reported:
+    return Reported(**envelope(), desired_rev=rev, models={"digits": ModelReport(**model)})
+
+
+@pytest.fixture
+def connection(tmp_path: Path) -> Iterator[Connection]:
+    database = Database(tmp_path / "t.sqlite")
+    with database.write() as opened:
+        yield opened
+    database.close()
+
+
+def online(connection: Connection) -> bool:
+    return bool(connection.execute(select(devices.c.online)).scalar_one())
+
+
+def test_a_will_of_an_earlier_boot_does_not_hide_a_device_that_is_back(connection: Connection) -> None:
+    assert fleet.take_state(connection, "d1", state("online", "b1"), 1.0)
+    assert fleet.take_state(connection, "d1", state("online", "b2"), 2.0)
+    assert not fleet.take_state(connection, "d1", state("online", "b2"), 2.0)  # the same boot is no new start
+    fleet.take_state(connection, "d1", state("offline", "b1"), 3.0)
+    assert online(connection)
+    fleet.take_state(connection, "d1", state("offline", "b2"), 4.0)
+    assert not online(connection)
+
+
+def test_a_message_counts_once(connection: Connection) -> None:
+    message = entry("s1")
+    assert fleet.is_new(connection, message)
+    assert not fleet.is_new(connection, message)
+
+
+def test_an_older_entry_and_a_foreign_one_change_nothing(connection: Connection) -> None:
+    fleet.take_sample(connection, "d1", entry("s1", ts=5.0, state="claimed"))
+    fleet.take_sample(connection, "d1", entry("s1", ts=4.0, state="labelled"))
+    fleet.take_sample(connection, "d2", entry("s1", ts=9.0, state="rejected"))
+    row = connection.execute(select(samples)).one()
+    assert (row.device, row.state) == ("d1", "claimed")
+
+
+def test_what_trained_a_release_never_counts_again(connection: Connection) -> None:
+    fleet.take_sample(connection, "d1", entry("s1"))
+    put(connection, samples, {"id": "s1"}, {"state": "used"})
+    fleet.take_sample(connection, "d1", entry("s1", ts=9.0, state="labelled"))  # sent before it heard of it
+    assert fleet.training_counts(connection, "digits", 0.5) == (0, 0)
+    fleet.take_sample(connection, "d1", entry("s1", ts=10.0, state="archived"))
+    assert connection.execute(select(samples.c.state)).scalar_one() == "archived"
+
+
+def test_counts_new_and_usable(connection: Connection) -> None:
+    for number, changes in enumerate(
+        [{}, {"label_confidence": 0.4}, {"state": "escalated"}, {"model": "cats"}, {}, {}]
+    ):
+        fleet.take_sample(connection, "d1", entry(f"s{number}", **changes))
+    put(connection, samples, {"id": "s4"}, {"tried": 1})
+    put(connection, samples, {"id": "s5"}, {"job": "j1"})
+    assert fleet.training_counts(connection, "digits", 0.5) == (1, 2)
+
+
+def test_the_fleet_of_a_model_is_who_runs_it(connection: Connection) -> None:
+    for device, tier in (("d1", "device"), ("d2", "tier2")):
+        fleet.take_state(connection, device, state("online", tier=tier), 1.0)
+        fleet.take_reported(connection, device, report(active="digits@1.0"), 1.0)
+    fleet.take_state(connection, "d3", state("online"), 1.0)
+    assert [member.device for member in fleet.members(connection, "digits")] == ["d1", "d2"]
+    assert [member.device for member in fleet.members(connection, "digits", "device")] == ["d1"]
+    assert fleet.members(connection, "cats") == []
+
+
+@pytest.mark.parametrize(
+    ("active", "update", "seen", "there", "expected"),
+    [
+        ("digits@1.1", "committed", 3, True, Outcome.RUNNING),
+        ("digits@1.1", "switched", 3, True, Outcome.ON_THE_WAY),  # probation
+        ("digits@1.0", "proving", 3, True, Outcome.ON_THE_WAY),
+        ("digits@1.0", "idle", 2, False, Outcome.OFFLINE),
+        ("digits@1.0", "reverted", 3, True, Outcome.FAILED),
+        ("digits@1.0", "failed", 3, False, Outcome.FAILED),
+        ("digits@1.0", "failed", 2, True, Outcome.ON_THE_WAY),  # of an earlier order
+    ],
+)
+def test_how_far_a_device_is(active: str, update: str, seen: int, there: bool, expected: Outcome) -> None:
+    member = fleet.Member("d1", there, active, None, update, "", seen)
+    assert fleet.outcome(member, "digits@1.1", rev=3) is expected
+
+
+def test_a_device_that_reverted_is_back_where_it_was(connection: Connection) -> None:
+    member = fleet.Member("d1", True, "digits@1.0", None, "reverted", "golden set", 4)
+    assert fleet.outcome(member, "digits@1.0", rev=4) is Outcome.RUNNING
+
+
+def test_desired_state_only_moves_forward(connection: Connection) -> None:
+    fleet.take_reported(connection, "d1", report(rev=7, active="digits@1.0"), 1.0)
+    assert (
+        fleet.desire(connection, "d1", models={"digits": REF}, start_from={"models": {"phi": REF}, "adapters": {}}) == 8
+    )
+    assert fleet.desire(connection, "d1", models={"digits": REF}) == 8  # nothing new: nothing to say
+    assert fleet.desire(connection, "d1", adapters={"phi": REF}) == 9
+    assert fleet.desire(connection, "d1", models={"digits": None}) == 10
+    told = fleet.desired_of(connection, "d1")
+    assert told is not None
+    assert (told["models"], told["adapters"]) == ({"phi": REF}, {"phi": REF})
+
+
+def test_windows_are_summed_by_device_model_and_time(connection: Connection) -> None:
+    def window(device: str, release: str, start: float, items: int) -> None:
+        metrics = Metrics(
+            **envelope(), start=start, end=start + 1, pipeline="p", release=release, items=items, escalated=1
+        )
+        fleet.take_metrics(connection, device, metrics)
+
+    window("d1", "digits@1.0", 5, 10)
+    window("d1", "digits@1.1", 10, 100)
+    window("d1", "digits@1.1", 11, 100)
+    window("d1", "phi@1.0", 11, 1000)  # another model on the same device
+    window("d2", "digits@1.0", 11, 7)
+    assert fleet.window(connection, ["d1"], 10, model="digits") == Window(200, 2, 0)
+    assert fleet.window(connection, ["d1", "d2"], 10, model="digits", release="digits@1.0") == Window(7, 1, 0)
+    assert fleet.window(connection, ["d1"], 0, model="digits", until=6) == Window(10, 1, 0)
+    assert fleet.window(connection, ["d9"], 0, model="digits") == Window()
+
+
+def test_a_command_that_is_done_stays_done(connection: Connection) -> None:
+    row = {"device": "d1", "type": "samples", "body": {"action": "list"}, "state": "open", "created": 1.0}
+    put(connection, commands, {"id": "c1"}, row)
+    for told in ("failed", "done", "failed"):
+        state = CommandState(**envelope(), command="c1", state=told, reason=told)  # type: ignore[arg-type]
+        fleet.take_command_state(connection, "c1", state)
+    assert connection.execute(select(commands.c.state)).scalar_one() == "done"
+
+
+def test_old_things_are_forgotten(connection: Connection) -> None:
+    fleet.is_new(connection, entry("s1", ts=1.0))
+    fleet.prune(connection, now=1e9)
+    assert fleet.is_new(connection, entry("s2", ts=1e9))
+    assert connection.exec_driver_sql("select count(*) from seen").scalar_one() == 1

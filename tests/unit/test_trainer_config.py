@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config import ConfigError, load_config
+
+GOOD = """
+name = "host"
+data_dir = "data"
+[models.digits]
+checkpoint = "base.pt"
+labels = ["0", "1"]
+holdout = "h"
+holdout_clean = "hc"
+calibration = "c"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "trainer.toml"
+    path.write_text(text)
+    return path
+
+
+def test_paths_start_at_the_file_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINER_MODELS__DIGITS__EPOCHS", "3")
+    monkeypatch.setenv("TRAINER_BROKER__PORT", "1999")
+    config = load_config(write(tmp_path, GOOD))
+    assert config.database == tmp_path / "data" / "trainer.sqlite"
+    assert config.model("digits").checkpoint == tmp_path / "base.pt"
+    assert (config.model("digits").epochs, config.broker.port, config.name) == (3, 1999, "host")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "imgsz = 161", r"models\.digits\.imgsz = '161'.*multiple of 32"),
+        (GOOD + "epoch = 3", r"models\.digits\.epoch = '3'.*fix: remove it, or correct its spelling"),
+        (GOOD + "lora = { r = 0 }", r"lora\.r = 0.*fix: use a whole number from 1 to 512"),
+        (GOOD + "gate = { image_min = 3 }", r"unknown rule image_min; known: images_min"),
+        (GOOD + '[broker]\nhost = "10.0.0.1"', r"'10\.0\.0\.1' without `ca`.*set ca, certificate, key"),
+        (GOOD + '[http]\nca = "ca.crt"', r"http.*certificate, key missing: set all"),
+        (GOOD.replace('holdout = "h"\n', ""), r"models\.digits\.holdout is missing: add it"),
+        ("name = = 3", r"trainer\.toml: .*line 1"),
+    ],
+)
+def test_an_error_names_key_value_and_fix(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_a_missing_file_and_an_unknown_model_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothere\.toml does not exist"):
+        load_config(tmp_path / "nothere.toml")
+    with pytest.raises(ConfigError, match=r"models\.cats: no such model; configured: digits"):
+        load_config(write(tmp_path, GOOD)).model("cats")
+
+
+def test_gate_rules_come_over_as_the_gate_knows_them(tmp_path: Path) -> None:
+    rules = load_config(write(tmp_path, GOOD + "gate = { images_min = 20, f1_min = 0.7 }")).model("digits").gate_rules()
+    assert (rules.images_min, type(rules.images_min), rules.f1_min) == (20, int, 0.7)
