@@ -191,7 +191,9 @@ def load(path: Path) -> Settings:
 
 
 def _explain(path: Path, item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"]) or "(file)"
+    # pydantic puts the type of a source behind its key; the file has no such table.
+    before = ("", *item["loc"])
+    key = ".".join(str(part) for last, part in zip(before, item["loc"], strict=False) if last != "source") or "(file)"
     if item["type"] == "missing":
         return f"{path}: {key} is missing: add it"
     if item["type"] == "extra_forbidden":

@@ -41,8 +41,8 @@ class Outgoing:
         )
 
     def result(self, pipeline: str, **fields: Any) -> OutboxMessage:
-        """An answered item, for whoever listens."""
-        address = topics.RESULT(site=self.site, dev=self.device, pipeline=pipeline)
+        """An answered item, for whoever listens; durable, so it outlives a day without a broker."""
+        address = topics.RESULT(site=self.site, dev=self.device, pipeline=pipeline).expiring(topics.DAY_S)
         return self.message(address, messages.Result(**self.stamp(), pipeline=pipeline, **fields))
 
     def reply(self, request: str, **fields: Any) -> OutboxMessage:

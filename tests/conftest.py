@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.models import make_release
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +29,16 @@ def toy2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("releases") / "toy-1.1"
     make_release(folder, "toy@1.1", 1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def phi() -> dict[str, Path]:
+    """The demo's Phi: paths `base` (folder), `model_gguf` and `adapter_gguf`; kept below build/, so that only the first run
+    trains."""
+    command = [sys.executable, "-m", "bench.demo.phi", str(ROOT / "build" / "test-phi"), "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {name: Path(path) for name, path in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 @pytest.fixture(autouse=True)

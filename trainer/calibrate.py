@@ -25,7 +25,7 @@ ITEMS_PER_CENTRE, CENTRES_MAX = 100, 8
 PRIOR = {"min_logit": 0.5, "missed_logit": -0.5, "rival_logit": -0.25, "overlap": -0.25, "novelty": -0.25}
 # A feature that hardly varied in the fit must not become infinitely telling in the field.
 SCALE_MIN = 0.25
-DEVIATION_MIN = np.array([0.02, 0.05, 0.05, 0.02, 0.03])  # of what `stats_vector` holds
+DEVIATION_MIN = np.array([0.05, 0.05, 0.05, 0.05, 0.02])  # of what `stats_vector` holds
 
 Item = tuple[Detections, ImageStats, bool]
 

@@ -34,6 +34,7 @@ SIGNS: dict[str, int] = {
 FEATURES = tuple(SIGNS)
 
 STATS = 5  # numbers in `stats_vector`
+LEVEL_MIN = 0.004  # one grey level: below it a logarithm would only amplify rounding
 SAME_PLACE_IOU = 0.5  # a weak candidate that overlaps an answered box this much speaks about that box
 SCORE_MARGIN = 0.01  # scores are clipped to margin..1-margin before the logit
 NOVELTY_MAX = 1e6  # a distance is never infinite, so that it can be stored and sent
@@ -52,12 +53,13 @@ class Confidence:
 
 
 def stats_vector(stats: ImageStats) -> NDArray[np.float64]:
-    """(5,): brightness, ln(contrast), ln(sharpness), darkest, lightest: the space in which novelty is measured.
+    """(5,): the logarithms of brightness, contrast, sharpness and the lightest level, and the darkest level.
 
-    The percentiles tell bad light from dark scenes, which the mean alone cannot.
+    The space in which novelty is measured. Light multiplies, so its changes are differences of logarithms; the extremes
+    tell bad light from dark scenes, which the mean alone cannot.
     """
-    contrast, sharpness = (math.log(max(value, 0.0) + 1e-3) for value in (stats.contrast, stats.sharpness))
-    return np.array([stats.brightness, contrast, sharpness, stats.low, stats.high])
+    values = (stats.brightness, stats.contrast, stats.sharpness, stats.high)
+    return np.array([*(math.log(max(value, 0.0) + LEVEL_MIN) for value in values), stats.low])
 
 
 def novelty(stats: ImageStats, calibration: Calibration) -> float:

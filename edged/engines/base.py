@@ -30,9 +30,9 @@ class ImageStats:
 
     brightness: float  # mean
     contrast: float  # standard deviation
-    sharpness: float  # standard deviation of the Laplacian
-    low: float = 0.0  # 1st percentile: how dark the dark is
-    high: float = 1.0  # 99th percentile: how light the light is
+    sharpness: float  # of the Laplacian's magnitude, the level that 0.2 % of the pixels pass: the sharpest edges
+    low: float = 0.0  # the level that 0.2 % of the pixels do not reach: how dark the dark is
+    high: float = 1.0  # the level that 0.2 % of the pixels pass: how light the light is
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,5 +163,7 @@ def open_engine(folder: Path, manifest: ReleaseManifest, options: EngineOptions)
         raise EngineError(
             f"release {manifest.release}: engine {manifest.engine!r} is unknown; known: {', '.join(sorted(ENGINES))}"
         ) from None
-    opener: Callable[[Path, ReleaseManifest, EngineOptions], Detector | Generator] = getattr(import_module(module), name)
+    opener: Callable[[Path, ReleaseManifest, EngineOptions], Detector | Generator] = getattr(
+        import_module(module), name
+    )
     return opener(folder, manifest, options)

@@ -24,6 +24,7 @@ from edged.wire.manifest import ReleaseManifest
 SCORE_FLOOR = 0.05  # weaker candidates say nothing about what was missed, and cost time in suppression
 DETECTIONS_MAX = 300  # of one image
 CANDIDATES_MAX = 4096  # of one image, before suppression: bounds the work that a wild model can cause
+EXTREME = 0.002  # share of the pixels that are its darkest, lightest or sharpest
 PAD_VALUE = 114  # grey of the letterbox's bars, as in training
 
 _CPU = "CPUExecutionProvider"
@@ -76,12 +77,16 @@ def image_stats(content: Image) -> ImageStats:
     """Statistics of the pixels that the model sees, BGR without padding; all scaled to 0..1 of the grey range."""
     grey = cv2.cvtColor(content, cv2.COLOR_BGR2GRAY)
     mean, deviation = cv2.meanStdDev(grey)
-    _, edges = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
-    counts = cv2.calcHist([grey], [0], None, [256], [0, 256]).ravel().cumsum()
-    low, high = (int(np.searchsorted(counts, share * grey.size)) for share in (0.01, 0.99))
-    return ImageStats(
-        float(mean[0, 0]) / 255, float(deviation[0, 0]) / 255, float(edges[0, 0]) / 255, low / 255, high / 255
-    )
+    edges = cv2.convertScaleAbs(cv2.Laplacian(grey, cv2.CV_16S))  # clipped at 255: sharper is not told apart
+    low, high = _levels(grey, (EXTREME, 1 - EXTREME))
+    (sharpness,) = _levels(edges, (1 - EXTREME,))
+    return ImageStats(float(mean[0, 0]) / 255, float(deviation[0, 0]) / 255, sharpness, low, high)
+
+
+def _levels(grey: Any, shares: Sequence[float]) -> list[float]:
+    """The levels, scaled to 0..1, below which these shares of the pixels lie; from a histogram, one pass."""
+    below = cv2.calcHist([grey], [0], None, [256], [0, 256]).ravel().cumsum()
+    return [int(np.searchsorted(below, share * grey.size)) / 255 for share in shares]
 
 
 def decode(

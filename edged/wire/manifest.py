@@ -65,8 +65,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ReleaseRef(Strict):
-    """Points at one release and pins its manifest's bytes."""
+class ReleaseRef(BaseModel):
+    """Points at one release and pins its manifest's bytes. Part of messages too, so what is not known is ignored: two
+    references to the same bytes are equal, and an old device follows a newer trainer."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     release: Release
     sha256: SHA256

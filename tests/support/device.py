@@ -107,6 +107,7 @@ class Device:
         self.config = folder / f"{self.name}.toml"
         self.config.write_text(toml(tables))
         self.inbox = folder / f"{self.name}-in"
+        self.inbox.mkdir(exist_ok=True)
         self.log_path = folder / f"{self.name}.log"
         self._ready = ready
         self.process: subprocess.Popen[bytes] | None = None

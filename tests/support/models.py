@@ -153,6 +153,7 @@ def picture(value: int = PLAIN, mark: int = 0) -> bytes:
 
 def put_pictures(folder: Path, names: Sequence[str], value: int = PLAIN) -> None:
     """Write pictures as a careful writer does: beside, then renamed. Each has other bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         beside = folder / f".{name}"
         beside.write_bytes(picture(value, number))

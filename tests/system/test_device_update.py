@@ -345,6 +345,7 @@ def test_a_release_that_fails_in_probation_is_reverted(
         # Bad input is nobody's fault but its own: it must not end a probation.
         for _ in range(4):
             assert "is no generator" in (bus.reply(bus.ask("dev1", "ask", generation_prompt="Hello")).error or "")
+        until("the window with them", lambda: sum(m.errors for m in bus.of(messages.Metrics)) == 4)
         assert eye(device.wait("status", bool))["update"] == "switched"
         put_pictures(device.inbox, [f"dark{n}.png" for n in range(4)], DARK)
         status = device.wait("reverted", lambda s: eye(s)["update"] == "reverted")

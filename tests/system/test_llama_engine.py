@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +26,6 @@ from edged.wire.manifest import FileEntry, ReleaseManifest
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = 256  # tokens, of the demo's Phi
-
-
-@pytest.fixture(scope="session")
-def phi() -> dict[str, Path]:
-    """Paths `model_gguf` and `adapter_gguf`; kept below build/, so that only the first run trains."""
-    here = sys.executable if find_spec("torch") else str(ROOT / "build/venv-trainer/bin/python")
-    python = os.environ.get("TRAINER_PYTHON", here)
-    command = [python, "-m", "bench.demo.phi", str(ROOT / "build/test-phi"), "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return {name: Path(path) for name, path in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def test_an_empty_answer_without_doubt_is_trusted_by_the_heuristic() -> None:
 def test_new_inputs_are_novel_and_pull_the_probability_down() -> None:
     found = detections((0, 0, 10, 10, 0.95, 1))
     flat = FITTED.model_copy(update={"weights": [0.0] * len(FEATURES), "bias": 4.0})
-    near, far, farther = (replace(STATS, brightness=0.5 + step) for step in (0.29, 0.31, 0.6))
+    near, far, farther = (replace(STATS, low=step) for step in (0.29, 0.31, 0.6))
     results = [probability(found, T, each, flat) for each in (STATS, near, far, farther)]
     assert [each.novel for each in results] == [False, False, True, True]
     assert results[0].p == results[1].p > results[2].p > results[3].p
@@ -164,9 +164,9 @@ def test_new_inputs_are_novel_and_pull_the_probability_down() -> None:
 
 
 def test_the_nearest_centre_counts() -> None:
-    other = stats_vector(replace(STATS, brightness=0.9)).tolist()
+    other = stats_vector(replace(STATS, low=0.4)).tolist()
     two = FITTED.model_copy(update={"novelty": KNOWN.model_copy(update={"centres": [*KNOWN.centres, other]})})
-    assert novelty(replace(STATS, brightness=0.88), two) == pytest.approx(0.2)
+    assert novelty(replace(STATS, low=0.38), two) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,190 @@
+"""The control loop against a link that is full, and verdicts that come before anybody waits for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edged.clock import SystemClock
+from edged.config import Settings
+from edged.control import Control
+from edged.link import Connected, Inbound
+from edged.metrics import Window
+from edged.outgoing import Outgoing
+from edged.stamp import Stamp
+from edged.store import NewSample, Store
+from edged.wire import messages, topics
+from edged.wire.messages import InferReply, ResponderState, State, Verdict
+
+IMAGE = b"pixels"
+
+
+class FullLink:
+    """Takes as many messages as there is room for."""
+
+    def __init__(self) -> None:
+        self.inbox: queue.Queue[Any] = queue.Queue()
+        self.free, self.connected = 0, True
+        self.sent: list[tuple[topics.Address, bytes]] = []
+        self.acknowledged: list[Inbound] = []
+
+    def room(self) -> int:
+        return self.free
+
+    def publish(self, address: topics.Address, payload: bytes, ref: Any = None, *, correlation: Any = None) -> bool:
+        if not self.free:
+            return False
+        self.free -= 1
+        self.sent.append((address, payload))
+        return True
+
+    def acknowledge(self, message: Inbound) -> None:
+        self.acknowledged.append(message)
+
+    def ensure_alive(self) -> bool:
+        return True
+
+    def of(self, kind: type[messages.Message]) -> list[Any]:
+        decoded = [messages.decode(address.topic, payload)[2] for address, payload in self.sent]
+        return [message for message in decoded if isinstance(message, kind)]
+
+
+class Updates:
+    """An updater without models."""
+
+    def reports(self) -> dict[str, messages.ModelReport]:
+        return {}
+
+    def tick(self) -> None: ...
+
+
+class Bench:
+    """A control loop that is turned by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        tables = {"slots": {"eye": {}}, "responders": {"big": {"tier": "big", "slot": "eye"}}}
+        self.settings = Settings(device={"id": "dev1", "site": "plant"}, **tables)  # type: ignore[arg-type]
+        self.clock, self.link = SystemClock(), FullLink()
+        self.store = Store(folder)
+        self.outgoing = Outgoing("plant", "dev1", Stamp(self.clock))
+        self.control = Control(
+            self.settings, self.store, self.link, self.outgoing, self.clock,  # type: ignore[arg-type]
+            Window(0), None, {}, {},  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.control.updater = Updates()  # type: ignore[assignment]
+        self.settled: list[str] = []
+
+    def turn(self) -> None:
+        """Handle everything that has come, then hand over what fits."""
+        self.control.flush(0.001)
+        while not self.link.inbox.empty():
+            self.control._drain(0)
+        self.control._pump()
+
+    def capture(self, sample: str) -> None:
+        self.store.capture(
+            NewSample(
+                id=sample, pipeline="ask", task="detect", model="eye", release="toy@1.0", state="escalated",
+                reason="unsure", decision="escalate", confidence=0.2, inclusion_probability=1.0,
+                sha256=hashlib.sha256(IMAGE).hexdigest(), bytes=len(IMAGE), prediction=[], item="i",
+                captured=self.clock.now(), label_by=self.clock.now() + 60,
+            ),
+            IMAGE,
+        )  # fmt: skip
+
+    def verdict(self, sample: str, status: str) -> None:
+        message = Verdict(
+            **self.outgoing.stamp(), sample=sample, status=status,  # type: ignore[arg-type]
+            label=[{"label": "owl", "box": [1, 2, 3, 4]}] if status == "labelled" else [], confidence=0.9,  # type: ignore[list-item]
+            provenance={"kind": "model", "who": "big1", "release": "teacher@3.0"},  # type: ignore[arg-type]
+        )  # fmt: skip
+        topic = topics.VERDICT(site="plant", dev="dev1").topic
+        self.link.inbox.put(Inbound(topic, messages.encode(message), False, (1, 1, 1)))
+
+    def wait(self, sample: str, seconds: float) -> None:
+        reply = {"confidence": 0.2, "release": "toy@1.0", "decided_by": "dev1"}
+        self.control.wait(f"r-{sample}", sample, reply, self.clock.now() + seconds, self.settled.append)
+
+    def replies(self) -> dict[str, InferReply]:
+        self.link.free = 100
+        self.turn()
+        return {reply.request: reply for reply in self.link.of(InferReply)}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_a_birth_that_found_no_room_is_announced_as_soon_as_there_is(bench: Bench) -> None:
+    bench.link.inbox.put(Connected(session=True))
+    bench.turn()
+    assert not bench.link.sent
+    for _ in range(4):
+        bench.link.free = 1
+        bench.turn()
+    assert [state.state for state in bench.link.of(State)] == ["online"]
+    assert [responder.state for responder in bench.link.of(ResponderState)] == ["online"]
+
+
+def test_a_verdict_that_is_faster_than_whoever_waits_answers_him_at_once(bench: Bench) -> None:
+    bench.capture("s1")
+    bench.verdict("s1", "labelled")
+    bench.turn()
+    bench.wait("s1", 3600)
+    reply = bench.replies()["r-s1"]
+    assert (reply.decided_by, reply.release, reply.confidence) == ("big1", "teacher@3.0", 0.9)
+    assert reply.prediction is not None
+    assert reply.prediction[0].label == "owl"
+    assert bench.settled == [""]
+
+
+@pytest.mark.parametrize("status", ["unresolved", "rejected"])
+@pytest.mark.parametrize("first", ["verdict", "wait"])
+def test_a_verdict_without_a_label_frees_whoever_waits_with_the_local_answer(
+    bench: Bench, status: str, first: str
+) -> None:
+    bench.capture("s1")
+    steps = [lambda: bench.verdict("s1", status), lambda: bench.wait("s1", 3600)]
+    for step in steps if first == "verdict" else steps[::-1]:
+        step()
+    reply = bench.replies()["r-s1"]
+    assert (reply.decided_by, reply.release) == ("dev1", "toy@1.0")
+    assert bench.settled == [""]
+
+
+def test_an_open_question_is_waited_for(bench: Bench) -> None:
+    bench.capture("s1")
+    bench.wait("s1", 3600)
+    assert bench.replies() == {}
+    assert not bench.settled
+
+
+def test_a_verdict_is_acknowledged_after_it_is_committed_and_a_repeated_one_changes_nothing(bench: Bench) -> None:
+    bench.capture("s1")
+    for _ in range(2):
+        bench.verdict("s1", "labelled")
+    bench.turn()
+    assert len(bench.link.acknowledged) == 2
+    counters = bench.store.counters()
+    assert (counters["verdicts"], counters["verdicts_repeated"]) == (1, 1)
+    assert bench.store.counts() == {"labelled": 1}
+
+
+def test_the_loop_outlives_what_it_does_not_expect(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    topic = topics.INFER(site="plant", dev="dev1", pipeline="ask").topic
+    bench.link.inbox.put(
+        Inbound(topic, json.dumps({**bench.outgoing.stamp(), "image": "AA=="}).encode(), False, (1, 1, 1))
+    )
+    bench.control._handlers[topics.INFER] = lambda *_: 1 / 0  # type: ignore[assignment,return-value]
+    bench.turn()
+    assert bench.store.counters()["control_faults"] == 1
+    bench.capture("s1")
+    bench.verdict("s1", "labelled")
+    bench.turn()
+    assert bench.store.counts() == {"labelled": 1}
