@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edged.fetch import Fetcher, FetchError, WrongContent
-from edged.releases import MANIFEST, MANIFEST_BYTES_MAX, BadRelease, Releases, read_manifest, sha256_of
+from edged.files import sha256_of
+from edged.releases import MANIFEST, MANIFEST_BYTES_MAX, BadRelease, Releases, read_manifest
 from edged.wire.manifest import ReleaseRef
 
 log = logging.getLogger(__name__)

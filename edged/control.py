@@ -5,29 +5,26 @@ It decides nothing about updates (the table does) or answers (the policy does); 
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 import logging
 import queue
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from edged.acts import UpdateEvent
 from edged.carrier import HttpCarrier
 from edged.clock import Clock
 from edged.config import Settings
 from edged.core.policy import Policy
-from edged.engines.base import GenerateRequest
-from edged.fetch import FetchError, WrongContent
+from edged.handover import Handover
 from edged.link import Connected, Disconnected, Inbound, Link, Published, TooLarge
 from edged.metrics import Window
 from edged.outgoing import Outgoing
 from edged.pipeline import Pipeline
-from edged.sources import Asked, Item
-from edged.store import OutboxFull, OutboxMessage, Sample, StorageFull, Store, StoreError
-from edged.updater import UpdateEvent, Updater
+from edged.questions import Questions
+from edged.sources import Waiting
+from edged.store import OutboxFull, OutboxMessage, StorageFull, Store, StoreError
+from edged.updater import Updater
 from edged.wire import messages, topics
 from edged.wire.messages import InvalidPayload
 
@@ -45,14 +42,6 @@ class Wake:
 WAKE = Wake()
 
 
-@dataclass(slots=True)
-class _Waiting:
-    request: str
-    reply: dict[str, Any]
-    answer_by: float
-    settle: Callable[[str], None]
-
-
 class Control:
     """Owns the link's inbox. `run` returns when `stop` was called."""
 
@@ -66,9 +55,6 @@ class Control:
         self.updater: Updater  # set by the composition root: each knows the other
         self.host_url: str | None = None
         self.link_state = "not connected yet"
-        self._waiting: dict[str, _Waiting] = {}  # sample -> who waits for its verdict
-        # Requests being answered, so that a repetition is not answered twice; the newest copy is the one to acknowledge.
-        self._waiting_for: dict[str, Inbound] = {}
         self._births: list[tuple[topics.Address, bytes]] = []  # announcements that the link has not taken yet
         self._attempts: dict[str, int] = {}
         self._report_due = False
@@ -77,16 +63,19 @@ class Control:
         self._complained: dict[str, float] = {}
         self._stopping = False
         self._ticked = self._window_closed = clock.monotonic()
-        self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
+        self._handover = Handover(
+            store, outgoing, carrier, lambda: settings.host.url or self.host_url, self._enqueue_and_wake
+        )
+        self._questions = Questions(store, link, outgoing, clock, pipelines, responders, self._enqueue, self.wake)
         self._handlers: dict[topics.Route, Callable[[Inbound, dict[str, str], Any], None]] = {
             topics.DESIRED: self._on_desired,
             topics.GROUP_DESIRED: self._on_desired,
             topics.VERDICT: self._on_verdict,
-            topics.INFER: self._on_infer,
+            topics.INFER: self._questions.on_infer,
             topics.COMMAND: self._on_command,
             topics.HOST: self._on_host,
             topics.RESPONDER: self._on_responder,
-            topics.ESCALATION: self._on_escalation,
+            topics.ESCALATION: self._questions.on_escalation,
         }
 
     # For other threads.
@@ -100,11 +89,9 @@ class Control:
         self._report_due = True
         self.wake()
 
-    def wait(
-        self, request: str, sample: str, reply: dict[str, Any], answer_by: float, settle: Callable[[str], None]
-    ) -> None:
-        """Answer `request` with the verdict on `sample`, or with the local `reply` from `answer_by` on."""
-        self._link.inbox.put((sample, _Waiting(request, reply, answer_by, settle)))
+    def wait(self, sample: str, waiting: Waiting) -> None:
+        """Somebody waits for the verdict on `sample`."""
+        self._link.inbox.put((sample, waiting))
 
     def stop(self) -> None:
         """End `run`, within TICK_S: called by a signal handler, which may have interrupted the inbox in its own lock."""
@@ -125,7 +112,7 @@ class Control:
                 self._ticked = now
                 self._guarded("tick", self._tick)
             self._guarded("outbox", self._pump)
-        self._uploads.shutdown(wait=False, cancel_futures=True)
+        self._handover.close()
 
     def flush(self, seconds: float) -> None:
         """Before the end: hand over what is in the outbox, as far as that goes in this time."""
@@ -179,8 +166,8 @@ class Control:
                 self._store.count("broker_refusals")
                 attempts = self._attempts.pop(event.ref, 1)
                 self._store.refused(event.ref, event.error, self._clock.now() + self._retry_s(attempts))
-            case (str() as sample, _Waiting() as waiting):
-                self._wait_for(sample, waiting)
+            case (str() as sample, Waiting() as waiting):
+                self._questions.wait(sample, waiting)
 
     def _on_acked(self, ids: list[str]) -> None:
         now = self._clock.now()
@@ -209,8 +196,7 @@ class Control:
     def _tick(self) -> None:
         now = self._clock.now()
         self._link.ensure_alive()
-        for sample in [s for s, w in self._waiting.items() if w.answer_by <= now]:
-            self._answer_waiting(sample, {})
+        self._questions.tick(now)
         self._store.expire(now, self._outgoing.catalogue)
         self._store.drop_expired(now)
         self.updater.tick()
@@ -239,6 +225,10 @@ class Control:
         except (OutboxFull, StorageFull) as error:
             self._store.count("messages_dropped")
             log.error("%s: %s", message.topic, error)
+
+    def _enqueue_and_wake(self, message: OutboxMessage) -> None:
+        self._enqueue(message)
+        self.wake()
 
     def _pump(self) -> None:
         """Hand due rows to the link, never more than it may hold; who we are goes first."""
@@ -280,7 +270,7 @@ class Control:
                 self._complained = {t: at for t, at in self._complained.items() if now - at < COMPLAINT_S}
                 self._complained[message.topic] = now
                 log.warning("dropped an invalid payload: %s", error)
-            self._answer_invalid(message, str(error))
+            self._questions.on_invalid(message, str(error))
             self._link.acknowledge(message)
             return
         handler = self._handlers.get(route)
@@ -288,14 +278,6 @@ class Control:
             self._link.acknowledge(message)
         else:
             handler(message, fields, decoded)
-
-    def _answer_invalid(self, message: Inbound, reason: str) -> None:
-        """Somebody waits for an answer to a broken request: he gets the reason, under his request's id if it can be read,
-        else under the pipeline's name."""
-        parsed = topics.parse(message.topic)
-        if parsed and parsed[0] is topics.INFER:
-            request = messages.readable_id(message.payload) or parsed[1]["pipeline"]
-            self._enqueue(self._outgoing.reply(request, error=reason))
 
     def _on_desired(self, message: Inbound, fields: dict[str, str], desired: messages.Desired) -> None:
         kind = "own" if "dev" in fields else "group"
@@ -333,102 +315,7 @@ class Control:
             self._store.count("verdicts_unknown")
             return
         self._store.count("verdicts" if sample.changed else "verdicts_repeated")
-        if verdict.status == "labelled":
-            decided = {"prediction": verdict.label, "confidence": verdict.confidence,
-                       "release": verdict.provenance.release, "decided_by": verdict.provenance.who}  # fmt: skip
-            self._answer_waiting(verdict.sample, decided)
-        else:
-            self._answer_waiting(verdict.sample, {})
-
-    def _wait_for(self, sample: str, waiting: _Waiting) -> None:
-        self._waiting[sample] = waiting
-        known = self._store.sample(sample)  # the verdict may have been faster, or came before a restart
-        if known is None or known.state == "escalated":
-            return
-        decided: dict[str, Any] = {}
-        if known.provenance and known.state not in {"unresolved", "rejected"}:
-            decided = {"prediction": known.label, "confidence": known.label_confidence,
-                       "release": known.provenance["release"], "decided_by": known.provenance["who"]}  # fmt: skip
-        self._answer_waiting(sample, decided)
-
-    def _answer_waiting(self, sample: str, decided: dict[str, Any]) -> None:
-        waiting = self._waiting.pop(sample, None)
-        if waiting is None:
-            return
-        self._enqueue(self._outgoing.reply(waiting.request, **{**waiting.reply, **decided}))
-        waiting.settle("")
-
-    def _on_infer(self, message: Inbound, fields: dict[str, str], request: messages.InferRequest) -> None:
-        if request.id in self._waiting_for:
-            self._waiting_for[request.id] = message
-            return
-        item, error = self._request_item(fields["pipeline"], request)
-        if self._store.seen(request.id, self._clock.now(), record=False):
-            self._link.acknowledge(message)
-            return
-        if item is not None:
-            self._waiting_for[request.id] = message
-            if self._pipelines[fields["pipeline"]].offer(item):
-                return
-            del self._waiting_for[request.id]
-            self._store.count("requests_busy")
-            error = (
-                f"{fields['pipeline']}: its queue of {self._settings.pipelines[fields['pipeline']].queue_max} is full"
-            )
-        self._store.count("requests_refused")
-        self._enqueue(self._outgoing.reply(request.id, error=error, generation_prompt=request.generation_prompt))
-        self._link.acknowledge(message)
-
-    def _request_item(self, name: str, request: messages.InferRequest) -> tuple[Item | None, str]:
-        """The request as an item of its pipeline, or why it is none."""
-        config = self._settings.pipelines.get(name)
-        if config is None or config.source.type != "mqtt":
-            known = [n for n, p in self._settings.pipelines.items() if p.source.type == "mqtt"]
-            return None, f"pipeline {name!r} takes no requests here; those that do: {', '.join(known) or 'none'}"
-
-        def settle(_reason: str) -> None:
-            self._store.seen(request.id, self._clock.now())
-            self._link.acknowledge(self._waiting_for.pop(request.id))
-            self.wake()
-
-        common = {"id": request.id, "name": request.id, "captured": self._clock.now(), "request": request.id}
-        if request.generation_prompt is not None:
-            prompt = GenerateRequest(request.generation_prompt, tokens_max=request.tokens_max)
-            return Item(**common, prompt=prompt, settle=settle), ""  # type: ignore[arg-type]
-        try:
-            image = base64.b64decode(request.image or "", validate=True)
-        except binascii.Error as error:
-            return None, f"image: not base64: {error}"
-        if not image:
-            return None, "the request has neither `image` (base64) nor `generation_prompt`"
-        return Item(**common, image=image, settle=settle), ""  # type: ignore[arg-type]
-
-    def _on_escalation(self, message: Inbound, fields: dict[str, str], escalation: messages.Escalation) -> None:
-        pipeline = self._responders.get((fields["tier"], fields["task"]))
-        if pipeline is None or fields["dev"] == self._outgoing.device:
-            self._link.acknowledge(message)
-            return
-        asked = Asked(fields["site"], fields["dev"], escalation)
-        try:
-            image = base64.b64decode(escalation.image or "", validate=True)
-        except binascii.Error:
-            image = b""
-        if hashlib.sha256(image).hexdigest() != escalation.sha256:
-            self._store.count("escalations_corrupt")
-            text = f"image of {len(image)} bytes does not have sha256 {escalation.sha256[:12]}"
-            self._enqueue(self._outgoing.verdict(asked, "rejected", [], 0.0, "", text))
-            self._link.acknowledge(message)
-            return
-
-        def settle(_reason: str) -> None:
-            self._link.acknowledge(message)
-            self.wake()
-
-        item = Item(escalation.sample, escalation.sample, self._clock.now(), image, asked=asked, settle=settle)
-        if not pipeline.offer(item):
-            # Its owner keeps the question until it is answered and will ask again.
-            self._store.count("escalations_busy")
-            self._link.acknowledge(message)
+        self._questions.decided(verdict)
 
     def _on_host(self, message: Inbound, _fields: dict[str, str], host: messages.HostState) -> None:
         self._link.acknowledge(message)
@@ -442,64 +329,7 @@ class Control:
 
     def _on_command(self, message: Inbound, fields: dict[str, str], command: messages.SamplesCommand) -> None:
         self._link.acknowledge(message)  # the trainer repeats a command until it hears `done`
-        self._uploads.submit(self._samples_command, fields["id"], command)
-
-    # Commands run beside the loop: an upload of hundreds of images takes a while.
-
-    def _samples_command(self, command_id: str, command: messages.SamplesCommand) -> None:
-        try:
-            detail = self._move_samples(command)
-            self._command_state(command_id, "done", "", detail)
-        except (FetchError, WrongContent, StoreError, ValueError) as error:
-            self._store.count("commands_failed")
-            self._command_state(command_id, "failed", str(error), {})
-        except Exception as error:
-            log.exception("command %s", command_id)
-            self._store.count("control_faults")
-            self._command_state(command_id, "failed", f"{type(error).__name__}: {error}", {})
-
-    def _move_samples(self, command: messages.SamplesCommand) -> dict[str, Any]:
-        store = self._store
-        if command.action == "list":
-            listed = store.samples(limit=100_000)
-            for sample in listed:
-                self._enqueue(self._outgoing.catalogue(sample))
-            return {"listed": len(listed)}
-        if command.action == "claim":
-            moved = store.claim(command.samples, command.job)
-            for sample in moved.samples:
-                self._upload(sample, command.upload_url)
-        elif command.action == "used":
-            moved = store.used(command.samples, command.release)
-        elif command.action == "release":
-            moved = store.unclaim(command.samples, command.job)
-        else:
-            moved = store.archive(command.samples)
-        return {"moved": [s.id for s in moved.samples], "unknown": moved.unknown, "refused": moved.refused}
-
-    def _upload(self, sample: Sample, url: str) -> None:
-        host = self._settings.host.url or self.host_url
-        if not host or not url.startswith(host.rstrip("/") + "/"):
-            raise ValueError(f"upload_url {url!r} does not belong to the trainer at {host}: nothing was sent")
-        path = self._store.blob(sample.sha256)
-        if path is None:
-            raise FetchError(f"sample {sample.id}: its image is gone")
-        self._carrier.upload(url, path, sample.sha256)
-        self._store.count("samples_uploaded")
-
-    def _command_state(self, command_id: str, state: str, reason: str, detail: dict[str, Any]) -> None:
-        address = topics.COMMAND_STATE(
-            site=self._outgoing.site, dev=self._outgoing.device, type="samples", id=command_id
-        )
-        body = messages.CommandState(
-            **self._outgoing.stamp(),
-            command=command_id,
-            state=state,  # type: ignore[arg-type]  # validated by the model
-            reason=reason,
-            detail=detail,
-        )
-        self._enqueue(self._outgoing.message(address, body))
-        self.wake()
+        self._handover.submit(fields["id"], command)
 
 
 def announcements(

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from edged.acts import Carrier
 from edged.carrier import HttpCarrier
 from edged.clock import Clock, SystemClock
 from edged.config import DirectorySource as DirectoryConfig
@@ -30,7 +31,7 @@ from edged.sources import Source
 from edged.sources.directory import DirectorySource
 from edged.stamp import Stamp
 from edged.store import Store, StoreLimits
-from edged.updater import Carrier, Updater
+from edged.updater import Updater
 from edged.wire import messages, topics
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from edged.files import sha256_of, sync
+
 if TYPE_CHECKING:
     import httpx
 
@@ -88,7 +90,7 @@ class Fetcher:
 
         Raises FetchError (try again), FetchCancelled, or WrongContent, after which nothing of it is kept.
         """
-        if target.exists() and target.stat().st_size == size and file_sha256(target) == sha256:
+        if target.exists() and target.stat().st_size == size and sha256_of(target) == sha256:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         # Named by the hash, so that a new version under the same name never continues the old one's bytes.
@@ -111,7 +113,7 @@ class Fetcher:
         except OSError as error:
             raise FetchError(f"{url}: cannot write {part}: {error}") from error
         part.replace(target)
-        _fsync_folder(target.parent)
+        sync(target.parent)
 
     def _complete(
         self, url: str, part: Path, sha256: str, size: int, progress: Progress | None, cancelled: Cancelled | None
@@ -234,12 +236,6 @@ class Fetcher:
             raise FetchError(f"{url}: {type(error).__name__}: {error}") from error
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _tls(options: FetchOptions) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=str(options.ca) if options.ca else None)
@@ -278,11 +274,3 @@ def _content_range(response: httpx.Response) -> tuple[int, int | None]:
         return int(found[1]), int(found[2]) if found[2] != "*" else None
     length = response.headers.get("Content-Length", "")
     return 0, int(length) if length.isdigit() else None
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edged import images
+from edged.acts import Record
 from edged.config import Settings
 from edged.core.confidence import answer_probability, probability
 from edged.core.policy import decide
@@ -14,7 +15,6 @@ from edged.golden import generate_all
 from edged.outgoing import boxes, plain
 from edged.releases import BadRelease, Releases, reference, verify
 from edged.store import Store
-from edged.updater import Record
 
 
 class CannotAnswer(Exception):

@@ -26,7 +26,7 @@ from edged.golden import generate_all
 from edged.metrics import Window
 from edged.outgoing import Outgoing, boxes
 from edged.slot import Loaded, Slot, SlotStopped, WrongKind
-from edged.sources import Item
+from edged.sources import Item, Waiting
 from edged.store import OutboxFull, OutboxMessage, StorageFull, Store
 from edged.wire.messages import INLINE_IMAGE_BYTES_MAX
 
@@ -56,8 +56,7 @@ class Services:
     outgoing: Outgoing
     clock: Clock
     window: Window
-    # Someone waits for this request: the local answer goes out when no verdict on the sample has come by `answer_by`.
-    wait: Callable[[str, str, dict[str, Any], float, Callable[[str], None]], None]
+    wait: Callable[[str, Waiting], None]  # for the verdict on this sample
     engine_error: Callable[[str], None]  # slot name: probation wants to know
     wake: Callable[[], None]  # the outbox has something new
 
@@ -226,7 +225,7 @@ class Pipeline:
             reply = {"prediction": labelled, "confidence": answer.confidence.p, "release": release,
                      "decided_by": s.outgoing.device}  # fmt: skip
             if kept:
-                s.wait(item.request, item.id, reply, s.clock.now() + config.answer_by_s, item.settle)
+                s.wait(item.id, Waiting(item.request, reply, s.clock.now() + config.answer_by_s, item.settle))
                 return
             self._enqueue(s.outgoing.reply(item.request, **reply))
         item.settle("")

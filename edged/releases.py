@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from edged.files import sha256_of, sync
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
 MANIFEST = "release.json"
@@ -37,12 +36,6 @@ def reference(folder: Path) -> ReleaseRef:
     """The reference (id and hash of the manifest's bytes) of the release in `folder`; raises BadRelease."""
     manifest = read_manifest(folder)
     return ReleaseRef(release=manifest.release, sha256=sha256_of(folder / MANIFEST))
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path, ref: ReleaseRef) -> ReleaseManifest:
@@ -91,10 +84,10 @@ class Releases:
         beside.mkdir()
         for name in (MANIFEST, *(entry.path for entry in manifest.files.values())):
             shutil.copyfile(source / name, beside / name)
-            _sync(beside / name)
-        _sync(beside)
+            sync(beside / name)
+        sync(beside)
         beside.rename(target)
-        _sync(self.root)
+        sync(self.root)
         return ref
 
     def discard(self, ref: ReleaseRef) -> None:
@@ -108,11 +101,3 @@ class Releases:
         for name in gone:
             shutil.rmtree(self.root / name, ignore_errors=True)
         return gone
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,74 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel
-
+from edged.acts import ADAPTER, Acts, Carrier, Record, UpdateEvent
 from edged.clock import Clock
 from edged.config import Slot as SlotConfig
 from edged.core.update import RESTARTS_MAX, UNDER_WAY, Effect, Event, State, step
-from edged.engines.base import EngineError, EngineOptions
-from edged.fetch import FetchError, WrongContent
-from edged.prove import ProveCancelled, ProveFailed, prove
-from edged.releases import BadRelease, Releases, read_manifest, verify
-from edged.slot import Slot, SlotStopped, load
+from edged.releases import BadRelease, Releases
+from edged.slot import Slot
 from edged.store import Store
 from edged.wire.manifest import ReleaseRef
 from edged.wire.messages import Desired, ModelReport
 
 log = logging.getLogger(__name__)
 
-ADAPTER = "/adapter"  # the update of a slot's adapter is a target of its own: `phi/adapter`
 ERRORS_MAX = 3  # engine errors that end a probation
-
-
-class Record(BaseModel):
-    """How the update of one target stands; saved at every change."""
-
-    target: str
-    state: State = State.IDLE
-    candidate: ReleaseRef | None = None
-    active: ReleaseRef | None = None
-    previous: ReleaseRef | None = None
-    reason: str = ""
-    since: float = 0.0
-    restarts: int = 0
-    retry_at: float | None = None  # a failure that may pass: when to try again
-    swap_ms: float | None = None
-
-    @property
-    def slot(self) -> str:
-        """The slot that this target belongs to."""
-        return self.target.removesuffix(ADAPTER)
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether this is the update of an adapter."""
-        return self.target.endswith(ADAPTER)
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateEvent:
-    """What a worker did, for the control loop; `candidate` tells whether it is still about the same release."""
-
-    target: str
-    candidate: ReleaseRef | None
-    event: Event
-    reason: str = ""
-    swap_ms: float | None = None
-    passing: bool = False  # the failure may pass: try again later
-
-
-@dataclass(frozen=True, slots=True)
-class Carrier:
-    """How the bytes of a release get here: fetch the manifest, then each blob, into a folder, until the third argument
-    says that nobody wants them. Raises FetchError, WrongContent or BadRelease. Other carriers fit in here beside HTTP."""
-
-    fetch: Callable[[ReleaseRef, Path, Callable[[], bool]], None]
 
 
 class Updater:
@@ -87,13 +34,13 @@ class Updater:
         say: Callable[..., None], retry_s: float,
     ) -> None:  # fmt: skip
         self._slots, self._configs, self._releases, self._store = slots, configs, releases, store
-        self._clock, self._carrier, self._post, self._report, self._say = clock, carrier, post, report, say
-        self._retry_s = retry_s
+        self._clock, self._report, self._say, self._retry_s = clock, report, say, retry_s
         self._records: dict[str, Record] = {}
         self._desired: Desired | None = None
         self._errors: dict[str, int] = {}
-        self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="updater")
-        self._stopping = False
+        self._acts = Acts(
+            slots, configs, releases, store, carrier, post, report, say, lambda target: self._records[target]
+        )
 
     # The control loop's calls.
 
@@ -109,7 +56,7 @@ class Updater:
             if record.active is None and config.seed is not None:
                 record.active = self._install_seed(name, config.seed)
                 self._save(record)
-            self._work.submit(self._guard, self._load_active, record.model_copy())
+            self._acts.load(record)
         for record in self._records.values():
             if record.state in UNDER_WAY:
                 record.restarts += 1
@@ -119,8 +66,7 @@ class Updater:
 
     def stop(self) -> None:
         """End the worker; what it was doing goes on after the next start."""
-        self._stopping = True
-        self._work.shutdown(wait=True, cancel_futures=True)
+        self._acts.stop()
 
     def desire(self, desired: Desired) -> None:
         """Take note of the desired state and start what it asks for."""
@@ -151,29 +97,16 @@ class Updater:
                 errors = self._errors.get(record.slot, 0)
                 if errors >= ERRORS_MAX:
                     self._apply(record, Event.UNHEALTHY, f"{errors} engine errors during probation")
-                elif now - record.since >= self._configs[record.slot].probation_s and self._serves(record):
+                elif now - record.since >= self._configs[record.slot].probation_s and self._acts.serves(record):
                     self._apply(record, Event.HEALTHY, "")
                     self._reconcile()
             elif record.state is State.FAILED and record.retry_at is not None and now >= record.retry_at:
                 assert record.candidate is not None
                 self._start(record, record.candidate)
 
-    def _serves(self, record: Record) -> bool:
-        """Whether the candidate is what answers now; after a restart it is loaded again first."""
-        live = self._slots[record.slot].live
-        return live is not None and record.candidate == (live.adapter if record.is_adapter else live.ref)
-
     def engine_error(self, slot: str) -> None:
         """A worker's engine failed on an item; enough of them end a probation."""
         self._errors[slot] = self._errors.get(slot, 0) + 1
-
-    def roll_back(self, slot: str) -> str:
-        """Put the previous release back by hand; returns why not, or empty."""
-        record = self._records.get(slot)
-        if record is None or record.previous is None:
-            return f"{slot}: there is no previous release to go back to"
-        self._start(record, record.previous)
-        return ""
 
     def reports(self) -> dict[str, ModelReport]:
         """What every slot runs and how its updates stand."""
@@ -193,10 +126,6 @@ class Updater:
                 since=shown.since,
             )
         return out
-
-    def settled(self) -> bool:
-        """Whether no update is under way."""
-        return not any(record.state in UNDER_WAY for record in self._records.values())
 
     # Decisions.
 
@@ -259,17 +188,9 @@ class Updater:
             self._run(effect, record, reason)
 
     def _run(self, effect: Effect, record: Record, reason: str) -> None:
-        slow = {
-            Effect.ADMIT: self._admit,
-            Effect.DOWNLOAD: self._download,
-            Effect.VERIFY: self._verify,
-            Effect.PROVE: self._prove,
-            Effect.FLIP: self._flip,
-            Effect.FLIP_BACK: self._flip_back,
-        }
-        if effect in slow:
-            self._work.submit(self._guard, slow[effect], record.model_copy())
-        elif effect is Effect.WATCH:
+        if self._acts.submit(effect, record):
+            return
+        if effect is Effect.WATCH:
             self._errors[record.slot] = 0
         elif effect is Effect.REMEMBER_BAD and record.candidate is not None:
             self._store.remember_bad(record.candidate.release, record.candidate.sha256, reason, self._clock.now())
@@ -295,176 +216,9 @@ class Updater:
             self._say("bad_seed", f"slots.{name}.seed: {error}")
             return None
 
-    # The worker's acts. Each gets a copy of the record and answers with events.
-
-    def _guard(self, act: Callable[[Record], None], record: Record) -> None:
-        try:
-            act(record)
-        except (SlotStopped, ProveCancelled):
-            return
-        except Exception as error:  # a bug of ours must not leave an update hanging without a reason
-            log.exception("update %s", record.target)
-            self._store.count("updater_faults")
-            self._fail(record, f"{type(error).__name__}: {error}")
-
-    def _fail(self, record: Record, reason: str) -> None:
-        """The failure that the table knows for this state."""
-        event = {
-            State.ACCEPTED: Event.REFUSED,
-            State.DOWNLOADING: Event.FETCH_FAILED,
-            State.VERIFYING: Event.VERIFY_FAILED,
-            State.PROVING: Event.PROVE_FAILED,
-            State.STAGED: Event.FLIP_FAILED,
-            State.SWITCHED: Event.FLIP_FAILED,
-        }.get(record.state)
-        if event is not None:
-            self._answer(record, event, reason)
-
-    def _answer(self, record: Record, event: Event, reason: str = "", **more: Any) -> None:
-        self._post(UpdateEvent(record.target, record.candidate, event, reason, **more))
-
-    def _unwanted(self, record: Record) -> bool:
-        """Whether the daemon stops, or the control loop has gone on from where this act began."""
-        current = self._records[record.target]
-        return self._stopping or (current.state, current.candidate) != (record.state, record.candidate)
-
-    def _options(self, record: Record) -> EngineOptions:
-        config = self._configs[record.slot]
-        return EngineOptions(config.threads, tuple(config.providers), config.extra)
-
-    def _load_active(self, record: Record) -> None:
-        for ref in (record.active, record.previous):
-            if ref is None:
-                continue
-            try:
-                manifest = verify(self._releases.folder(ref), ref)
-                loaded = load(ref, self._releases.folder(ref), manifest, self._options(record))
-            except (BadRelease, EngineError) as error:
-                log.error("slot %s: %s does not load: %s", record.slot, ref.release, error)
-                self._say("model_not_loaded", f"{record.slot}: {ref.release}: {error}", release=ref.release)
-                continue
-            self._slots[record.slot].flip(loaded)
-            self._attach_if_it_fits(record.slot, ref)
-            self._report()
-            return
-
-    def _attach_if_it_fits(self, slot: str, base: ReleaseRef) -> None:
-        """After a base was (re)loaded: its adapter again, if there is one for exactly this base."""
-        adapter = self._records[slot + ADAPTER].active
-        if adapter is None:
-            return
-        folder = self._releases.folder(adapter)
-        try:
-            manifest = read_manifest(folder)
-            if manifest.base == base:
-                self._slots[slot].attach(adapter, folder / manifest.files["adapter"].path)
-        except (BadRelease, EngineError) as error:
-            log.error("slot %s: adapter %s: %s", slot, adapter.release, error)
-            self._say("adapter_not_loaded", f"{slot}: {adapter.release}: {error}", release=adapter.release)
-
-    def _admit(self, record: Record) -> None:
-        assert record.candidate is not None
-        bad = self._store.bad(record.candidate.sha256)
-        if bad:
-            self._answer(record, Event.REFUSED, f"known to be bad: {bad}")
-        else:
-            self._answer(record, Event.ADMITTED)
-
-    def _download(self, record: Record) -> None:
-        assert record.candidate is not None
-        folder = self._releases.folder(record.candidate)
-        try:
-            self._carrier.fetch(record.candidate, folder, lambda: self._unwanted(record))
-        except (WrongContent, BadRelease) as error:
-            self._answer(record, Event.VERIFY_FAILED, str(error))
-        except (FetchError, OSError) as error:
-            self._answer(record, Event.FETCH_FAILED, str(error), passing=True)
-        else:
-            self._answer(record, Event.DOWNLOADED)
-
-    def _verify(self, record: Record) -> None:
-        assert record.candidate is not None
-        try:
-            manifest = verify(self._releases.folder(record.candidate), record.candidate)
-        except BadRelease as error:
-            self._answer(record, Event.VERIFY_FAILED, str(error))
-            return
-        if (manifest.kind == "lora") != record.is_adapter:
-            self._answer(record, Event.VERIFY_FAILED, f"a release of kind {manifest.kind} cannot go to {record.target}")
-            return
-        live = self._slots[record.slot].live
-        if live is not None and not record.is_adapter and live.manifest.kind != manifest.kind:
-            reason = f"{record.target} runs releases of kind {live.manifest.kind}, this one is of kind {manifest.kind}"
-            self._answer(record, Event.VERIFY_FAILED, reason)
-            return
-        self._answer(record, Event.VERIFIED)
-
-    def _base(self, record: Record) -> Path | None:
-        """The folder of the base that an adapter goes onto; None for a whole model. Raises BadRelease."""
-        if not record.is_adapter:
-            return None
-        assert record.candidate is not None
-        live = self._slots[record.slot].live
-        wanted = read_manifest(self._releases.folder(record.candidate)).base
-        if live is None or wanted != live.ref:
-            raise BadRelease(
-                f"adapter {record.candidate.release} is for {wanted.release if wanted else 'no base'}, "
-                f"but {record.slot} runs {live.ref.release if live else 'nothing'}"
-            )
-        return self._releases.folder(live.ref)
-
-    def _prove(self, record: Record) -> None:
-        assert record.candidate is not None
-        config = self._configs[record.slot]
-        try:
-            folder = self._releases.folder(record.candidate)
-            proof = prove(folder, self._options(record), config.prove_s_max, self._base(record),
-                          lambda: self._unwanted(record))  # fmt: skip
-        except (ProveFailed, BadRelease) as error:
-            self._answer(record, Event.PROVE_FAILED, str(error))
-            return
-        log.info("update %s: proved on %d golden inputs in %.1f s", record.target, proof.golden, proof.golden_s)
-        self._answer(record, Event.PROVED)
-
-    def _flip(self, record: Record) -> None:
-        assert record.candidate is not None
-        slot, ref = self._slots[record.slot], record.candidate
-        if self._serves(record):
-            self._answer(record, Event.FLIPPED)
-            return
-        folder = self._releases.folder(ref)
-        try:
-            manifest = verify(folder, ref)
-            if record.is_adapter:
-                self._base(record)
-                swap_ms = slot.attach(ref, folder / manifest.files["adapter"].path)
-            else:
-                swap_ms = slot.flip(load(ref, folder, manifest, self._options(record)))
-                self._attach_if_it_fits(record.slot, ref)
-        except (BadRelease, EngineError) as error:
-            self._answer(record, Event.FLIP_FAILED, str(error))
-            return
-        self._answer(record, Event.FLIPPED, swap_ms=swap_ms)
-
-    def _flip_back(self, record: Record) -> None:
-        slot = self._slots[record.slot]
-        if record.is_adapter:
-            slot.attach(record.active, self._adapter_file(record.active) if record.active else None)
-        elif slot.live is None or slot.live.ref != record.active:
-            self._load_active(record)
-        self._answer(record, Event.BACK, record.reason)
-
-    def _adapter_file(self, adapter: ReleaseRef) -> Path:
-        folder = self._releases.folder(adapter)
-        return folder / read_manifest(folder).files["adapter"].path
-
     def _detach(self, adapter: Record) -> None:
         """Desired state names no adapter: take it off and forget it."""
         adapter.previous, adapter.active, adapter.candidate = adapter.active, None, None
         adapter.state, adapter.since = State.IDLE, self._clock.now()
         self._save(adapter)
-        self._work.submit(self._guard, self._take_off, adapter.model_copy())
-
-    def _take_off(self, record: Record) -> None:
-        self._slots[record.slot].attach(None, None)
-        self._report()
+        self._acts.detach(adapter)

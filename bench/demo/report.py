@@ -19,7 +19,7 @@ from bench.demo.scenes import LABELS, Scene
 from bench.demo.stream import Judged
 from edged.engines.base import Detections, Detector, Image
 
-ROLLING = 60  # frames in one point of a curve
+WINDOW = 25  # frames of a device in one point of a curve
 EXAMPLES = 4
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 
@@ -83,36 +83,46 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value * 100:.1f} %"
 
 
-def curves(rows: Sequence[Judged], swaps: dict[str, float], phases: dict[str, float]) -> bytes:
-    """PNG: escalation rate and accuracy of each device over time, with the swaps marked."""
+def curves(rows: Sequence[Judged], releases: tuple[str, str | None]) -> bytes:
+    """PNG: escalation rate and accuracy of each device over the stream, frame by frame, with phases and swaps marked.
+
+    `rows` in the order in which the frames were handed over; `releases`: the one before and the one after, if any.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, constrained_layout=True)
-    start = min(row.frame.sent for row in rows)
-    window = max(ROLLING // 3, 1)
+    order = {row.frame.name: number for number, row in enumerate(rows)}
     for number, device in enumerate(sorted({row.frame.device for row in rows})):
-        mine = sorted((row for row in rows if row.frame.device == device), key=lambda row: row.frame.sent)
-        times = [row.frame.sent - start for row in mine]
+        mine = [row for row in rows if row.frame.device == device]
+        at = [order[row.frame.name] for row in mine][WINDOW - 1 :]
         escalated = [float(row.result.decision == "escalate") for row in mine]
         colour = _COLOURS[number % len(_COLOURS)]
-        axes[0].plot(times, _rolling(escalated, window), color=colour, label=device, linewidth=1.4)
-        axes[1].plot(times, _rolling_f1(mine, window), color=colour, label=device, linewidth=1.4)
-        if device in swaps:
-            for axis in axes:
-                axis.axvline(swaps[device] - start, color=colour, linestyle="--", linewidth=1.2)
+        axes[0].plot(at, _rolling(escalated)[WINDOW - 1 :], color=colour, label=device, linewidth=1.4)
+        axes[1].plot(at, _rolling_f1(mine)[WINDOW - 1 :], color=colour, label=device, linewidth=1.4)
+        swap = next((order[row.frame.name] for row in mine if row.result.release == releases[1]), None)
+        for axis in axes if swap is not None else ():
+            axis.axvline(swap, color=colour, linestyle="--", linewidth=1.2)
+    starts: dict[str, int] = {}
+    for row in rows:
+        starts.setdefault(row.frame.phase, order[row.frame.name])
     for axis, title in zip(axes, ("escalation rate", "accuracy (F1 at IoU 0.5)"), strict=True):
-        axis.set_ylim(-0.03, 1.05)
+        axis.set_ylim(-0.03, 1.12)
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
-        for name, at in phases.items():
-            axis.axvline(at - start, color="#999999", linewidth=0.8)
-            axis.annotate(name, (at - start, 1.0), fontsize=8, color="#555555", rotation=90,
-                          ha="right", va="top", xytext=(-2, 0), textcoords="offset points")  # fmt: skip
-    axes[0].set_title(f"moving window of {window} frames; dashed: the device swaps its model", fontsize=9)
-    axes[1].set_xlabel("seconds")
+        for name, start in starts.items():
+            axis.axvline(start, color="#888888", linewidth=0.8)
+            axis.annotate(
+                name, (start, 1.06), xytext=(3, 0), textcoords="offset points", fontsize=8, color="#444444", va="center"
+            )
+    axes[0].set_title(
+        f"{releases[0]} to {releases[1] or '(no release)'}; moving window of {WINDOW} frames; "
+        "dashed: the device swaps its model",
+        fontsize=9,
+    )
+    axes[1].set_xlabel("frames of all devices, in the order in which they were handed over")
     axes[1].legend(loc="lower right")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
@@ -120,14 +130,14 @@ def curves(rows: Sequence[Judged], swaps: dict[str, float], phases: dict[str, fl
     return out.getvalue()
 
 
-def _rolling(values: Sequence[float], window: int) -> list[float]:
-    return [float(np.mean(values[max(0, n - window + 1) : n + 1])) for n in range(len(values))]
+def _rolling(values: Sequence[float]) -> list[float]:
+    return [float(np.mean(values[max(0, n - WINDOW + 1) : n + 1])) for n in range(len(values))]
 
 
-def _rolling_f1(rows: Sequence[Judged], window: int) -> list[float]:
+def _rolling_f1(rows: Sequence[Judged]) -> list[float]:
     out = []
     for n in range(len(rows)):
-        part = rows[max(0, n - window + 1) : n + 1]
+        part = rows[max(0, n - WINDOW + 1) : n + 1]
         tp, wrong = sum(row.tp for row in part), sum(row.fp + row.fn for row in part)
         out.append(2 * tp / (2 * tp + wrong) if tp + wrong else math.nan)
     return out
@@ -156,8 +166,10 @@ def _drawn(scene: Scene, found: Detections) -> Image:
         x1, y1, x2, y2 = (int(v * 2) for v in box)
         cv2.rectangle(picture, (x1, y1), (x2, y2), (0, 200, 255), 2)
         text = f"{LABELS[int(k)]} {score:.2f}"
-        cv2.putText(picture, text, (x1, max(12, y1 - 4)), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.putText(picture, text, (x1, max(12, y1 - 4)), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 220, 255), 1, cv2.LINE_AA)
+        (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)
+        top = max(y1 - height - 6, 0)
+        cv2.rectangle(picture, (x1, top), (x1 + width + 6, top + height + 6), (0, 200, 255), cv2.FILLED)
+        cv2.putText(picture, text, (x1 + 3, top + height + 3), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     return np.asarray(cv2.copyMakeBorder(picture, 3, 3, 3, 3, cv2.BORDER_CONSTANT, value=(60, 60, 60)), np.uint8)
 
 

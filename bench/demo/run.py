@@ -49,7 +49,6 @@ class Demo:
         self._seed, self._shift, self._ablate, self._plan = seed, shift, ablate, plan
         self._started = time.monotonic()
         self._seconds: dict[str, float] = {}
-        self._phases: dict[str, float] = {}
 
     def run(self) -> bool:
         """Everything, from models to report."""
@@ -138,12 +137,11 @@ class Demo:
         with self._stage("adapter of the language model"):
             self._swap_adapter(observer, line)
             adapted = self._ask(observer)
-        with self._stage("train, export, gate"), self._trickle(feeder, idle, plan.rate_idle):
+        with self._stage("train, export, gate"), self._trickle(feeder, idle, plan.rate_idle, "training"):
             job = self._wait_for_job(config, line)
         rolled = None
         if job["status"] not in ("refused", "failed"):
-            self._phases["rollout"] = time.time()
-            with self._stage("canary and rollout"), self._trickle(feeder, idle[::-1], plan.rate):
+            with self._stage("canary and rollout"), self._trickle(feeder, idle[::-1], plan.rate, "rollout"):
                 rolled = self._wait_for_rollout(config, observer, line)
         if rolled is not None and rolled["status"] == "done":
             with self._stage("frames after"):
@@ -162,7 +160,6 @@ class Demo:
         return clean, shifted[:first], shifted[first:second], shifted[second:]
 
     def _feed(self, feeder: Feeder, observer: Observer, line: Line, phase: str, scenes: Sequence[Scene]) -> None:
-        self._phases[phase] = time.time()
         names = feeder.feed(phase, scenes, self._plan.rate)
         wanted = set(names)
         if not observer.wait_for(lambda: wanted <= observer.results.keys(), 60, line.check):
@@ -170,13 +167,13 @@ class Demo:
             self._say(f"{len(lost)} frames of phase {phase} are not answered yet, the first is {lost[0]}")
 
     @contextmanager
-    def _trickle(self, feeder: Feeder, scenes: Sequence[Scene], rate: float) -> Iterator[None]:
+    def _trickle(self, feeder: Feeder, scenes: Sequence[Scene], rate: float, phase: str) -> Iterator[None]:
         """Frames go on at `rate` while the block runs, from the start again when they are used up."""
         stop = threading.Event()
 
         def feed() -> None:
             while not stop.is_set():
-                feeder.feed("meanwhile", scenes, rate, lambda: not stop.is_set())
+                feeder.feed(phase, scenes, rate, lambda: not stop.is_set())
 
         thread = threading.Thread(target=feed, name="trickle", daemon=True)
         thread.start()
@@ -310,7 +307,7 @@ class Demo:
         }
         checks = list(self._checks(out, job, rolled))
         out["checks"] = [{"name": c.name, "passed": c.passed, "text": c.text} for c in checks]
-        figures = {"curves": report.curves(scorer.judged(), swaps, self._phases)}
+        figures = {"curves": report.curves(scorer.judged(), ("digits@1.0", released))}
         if released:
             new = Registry(config.releases).get(released)
             old = read_manifest(assets.base)

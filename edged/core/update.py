@@ -99,6 +99,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]]] = {
     #
     (S.VERIFYING, E.VERIFIED): (S.PROVING, (F.PROVE, F.REPORT)),
     (S.VERIFYING, E.VERIFY_FAILED): _BAD,
+    (S.VERIFYING, E.REFUSED): (S.FAILED, (F.REPORT,)),  # an adapter whose base is not here: nothing is wrong with it
     (S.VERIFYING, E.DESIRED): _ANEW,
     (S.VERIFYING, E.WITHDRAWN): (S.IDLE, (F.DISCARD, F.REPORT)),
     (S.VERIFYING, E.RESTARTED): (S.VERIFYING, (F.VERIFY,)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from edged.engines.base import GenerateRequest
 from edged.wire.messages import Escalation
@@ -32,6 +32,16 @@ class Item:
     asked: Asked | None = None
     # Called once, after everything about the item is committed; the argument is why it was rejected, or empty.
     settle: Callable[[str], None] = field(default=lambda _reason: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Somebody waits for the answer to `request`: the verdict on its sample, or the local `reply` from `answer_by` on."""
+
+    request: str
+    reply: dict[str, Any]
+    answer_by: float
+    settle: Callable[[str], None]
 
 
 class Source(Protocol):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edged.store.database import fsync_folder
+from edged.files import sync
 from edged.store.records import StorageFull
 
 _TEMPORARY = ".tmp"
@@ -34,8 +34,8 @@ class Blobs:
         if not (folder / "ff").is_dir():
             for number in range(256):
                 (folder / f"{number:02x}").mkdir(parents=True, exist_ok=True)
-            fsync_folder(folder)
-            fsync_folder(folder.parent)
+            sync(folder)
+            sync(folder.parent)
 
     def path(self, sha256: str) -> Path:
         """Where this content is or would be."""
@@ -64,7 +64,7 @@ class Blobs:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
-            fsync_folder(target.parent)
+            sync(target.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             if error.errno in _FULL:

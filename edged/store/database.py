@@ -6,7 +6,6 @@ may be undone, whole transactions from the end, by a power cut: only for what is
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edged.files import sync
 from edged.store.records import BrokenStore, StorageFull, StoreError
 from edged.store.schema import migrate
 
@@ -24,15 +24,6 @@ BUSY_TIMEOUT_S = 10  # another process, such as the command line, may hold the w
 WAL_BYTES_MAX = 16 << 20  # what a checkpoint leaves of the log file
 
 Row = sqlite3.Row
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; a renamed file is not there after a power cut before this."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Connection:
@@ -69,7 +60,7 @@ class Database:
                 raise self._broken("; ".join(str(row[0]) for row in rows))
             with self.write() as tables:
                 migrate(tables)
-        fsync_folder(path.parent)
+        sync(path.parent)
 
     def close(self) -> None:
         """Close the connections of all threads."""

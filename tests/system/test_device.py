@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edged.fetch import file_sha256
+from edged.files import sha256_of
 from edged.wire import messages, topics
 from edged.wire.manifest import ReleaseRef
 from edged.wire.messages import Escalation, Event, InferReply, Result, SampleEntry, State, Verdict
@@ -321,7 +321,7 @@ def test_a_device_without_a_model_waits_for_it_and_still_stops(tmp_path: Path, b
         device.start()
         make_release(tmp_path / "first")
         with file_server() as server:
-            ref = ReleaseRef(release="toy@1.0", sha256=file_sha256(tmp_path / "first" / "release.json"))
+            ref = ReleaseRef(release="toy@1.0", sha256=sha256_of(tmp_path / "first" / "release.json"))
             server.publish(tmp_path / "first", ref)
             bus.say(topics.HOST(trainer="t1"), messages.HostState(**bus.stamp(), state="online", url=server.url))
             bus.desire("dev1", 1, {"eye": ref})

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from edged.core.update import RESTARTS_MAX
-from edged.fetch import file_sha256
+from edged.files import sha256_of
 from edged.releases import reference
 from edged.wire import messages
 from edged.wire.manifest import ReleaseRef
@@ -126,7 +126,7 @@ def altered(name: str, data: bytes) -> Make:
         (folder / "whole" / name).write_bytes(data)
         for entry in manifest["files"].values():
             if entry["path"] == name:
-                entry |= {"sha256": file_sha256(folder / "whole" / name), "bytes": len(data)}
+                entry |= {"sha256": sha256_of(folder / "whole" / name), "bytes": len(data)}
         ref = copy_release(folder / "whole", folder / "altered", {"files": manifest["files"]})
         files.publish(folder / "altered", ref)
         return ref

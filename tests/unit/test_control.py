@@ -16,6 +16,7 @@ from edged.control import Control
 from edged.link import Connected, Inbound
 from edged.metrics import Window
 from edged.outgoing import Outgoing
+from edged.sources import Waiting
 from edged.stamp import Stamp
 from edged.store import NewSample, Store
 from edged.wire import messages, topics
@@ -108,7 +109,7 @@ class Bench:
 
     def wait(self, sample: str, seconds: float) -> None:
         reply = {"confidence": 0.2, "release": "toy@1.0", "decided_by": "dev1"}
-        self.control.wait(f"r-{sample}", sample, reply, self.clock.now() + seconds, self.settled.append)
+        self.control.wait(sample, Waiting(f"r-{sample}", reply, self.clock.now() + seconds, self.settled.append))
 
     def replies(self) -> dict[str, InferReply]:
         self.link.free = 100

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from edged.fetch import FetchCancelled, Fetcher, FetchError, FetchOptions, WrongContent, file_sha256
+from edged.fetch import FetchCancelled, Fetcher, FetchError, FetchOptions, WrongContent
+from edged.files import sha256_of
 
 CONTENT = b"".join(hashlib.sha256(str(n).encode()).digest() for n in range(10_000))  # 320 kB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -269,7 +270,7 @@ def test_an_upload_carries_the_file_with_its_digest_and_may_be_repeated(
     path = tmp_path / "image"
     path.write_bytes(CONTENT)
     for _ in range(2):
-        fetcher.upload(f"{server.url}/samples/{SHA256}", path, file_sha256(path))
+        fetcher.upload(f"{server.url}/samples/{SHA256}", path, sha256_of(path))
     digest = base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()
     assert server.uploads == {f"/samples/{SHA256}": (CONTENT, f"sha-256=:{digest}:")}
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from edged import updater as module
+from edged import acts as module
+from edged.acts import Carrier, UpdateEvent
 from edged.config import Slot as SlotConfig
 from edged.core.update import RESTARTS_MAX
 from edged.fetch import FetchError
@@ -18,7 +19,7 @@ from edged.prove import Proof
 from edged.releases import Releases, reference
 from edged.slot import Slot
 from edged.store import Store
-from edged.updater import Carrier, UpdateEvent, Updater
+from edged.updater import ERRORS_MAX, Updater
 from edged.wire.manifest import ReleaseRef
 from edged.wire.messages import Desired, ModelReport
 
@@ -156,7 +157,7 @@ def test_errors_end_a_probation_and_the_next_one_starts_from_zero(tmp_path: Path
     box.desire(reference(toy2))
     box.wait(1)
     assert box.eye.update == "switched"
-    for _ in range(module.ERRORS_MAX):
+    for _ in range(ERRORS_MAX):
         box.updater.engine_error("eye")
     box.wait(1)
     assert (box.eye.active, box.eye.update) == ("toy@1.0", "reverted")

@@ -1,0 +1,123 @@
+"""The trainer's commands about samples, on a real store; the carrier alone is replaced, to hold it in the middle."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edged.clock import SystemClock
+from edged.handover import Handover
+from edged.outgoing import Outgoing
+from edged.stamp import Stamp
+from edged.store import NewSample, OutboxMessage, Store
+from edged.wire import messages
+from edged.wire.messages import CommandState, SamplesCommand
+
+HOST = "https://trainer.example:8443"
+WAIT_S = 10.0
+
+
+class HeldCarrier:
+    """Notes what it is asked to upload, and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.uploads: list[tuple[str, str]] = []
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def upload(self, url: str, path: Path, sha256: str) -> None:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        self.uploads.append((url, sha256))
+        self.begun.set()
+        assert self.go_on.wait(WAIT_S)
+
+
+class Desk:
+    """A handover with two labelled samples."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store, self.carrier = Store(folder), HeldCarrier()
+        outgoing = Outgoing("plant", "dev1", Stamp(SystemClock()))
+        self.sent: list[CommandState] = []
+        self.answered = threading.Condition()
+        self.handover = Handover(self.store, outgoing, self.carrier, lambda: HOST, self._note)  # type: ignore[arg-type]
+        for name in ("s1", "s2"):
+            image = name.encode()
+            self.store.capture(
+                NewSample(
+                    id=name, pipeline="p", task="detect", model="eye", release="toy@1.0", state="escalated",
+                    reason="unsure", decision="escalate", confidence=0.2, inclusion_probability=1.0,
+                    sha256=hashlib.sha256(image).hexdigest(), bytes=len(image), prediction=[], item=name,
+                    captured=1.0, label_by=1e12,
+                ),
+                image,
+            )  # fmt: skip
+            provenance = {"kind": "model", "who": "big", "release": "t@1.0"}
+            self.store.label(name, "labelled", [], 0.9, provenance, "", 2.0)
+
+    def _note(self, message: OutboxMessage) -> None:
+        state = messages.decode(message.topic, message.payload)[2]
+        assert isinstance(state, CommandState)
+        with self.answered:
+            self.sent.append(state)
+            self.answered.notify_all()
+
+    def answers(self, count: int) -> list[CommandState]:
+        with self.answered:
+            assert self.answered.wait_for(lambda: len(self.sent) >= count, WAIT_S), self.sent
+            return list(self.sent)
+
+
+def command(**fields: object) -> SamplesCommand:
+    return SamplesCommand(id="m", ts=1.0, boot="b", seq=1, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path)
+    yield desk
+    desk.carrier.go_on.set()
+    desk.handover.close()
+
+
+def test_a_claim_that_is_repeated_while_it_uploads_uploads_once(desk: Desk) -> None:
+    claim = command(action="claim", job="j1", samples=["s1", "s2", "gone"], upload_url=f"{HOST}/samples")
+    desk.handover.submit("c1", claim)
+    assert desk.carrier.begun.wait(WAIT_S)
+    for _ in range(5):
+        desk.handover.submit("c1", claim)
+    desk.carrier.go_on.set()
+    (done,) = desk.answers(1)
+    assert (done.state, done.detail["moved"], done.detail["unknown"]) == ("done", ["s1", "s2"], ["gone"])
+    assert len(desk.carrier.uploads) == 2
+    assert desk.store.counts() == {"claimed": 2}
+    desk.handover.submit("c1", claim)  # after it ended: the same end again
+    assert desk.answers(2)[1].state == "done"
+
+
+def test_pixels_go_to_the_known_trainer_only(desk: Desk) -> None:
+    desk.carrier.go_on.set()
+    for number, url in enumerate(("https://thief.example/samples", f"{HOST}.thief.example/samples", ""), start=1):
+        desk.handover.submit(f"c{number}", command(action="claim", job="j1", samples=["s1"], upload_url=url))
+        answer = desk.answers(number)[-1]
+        assert answer.state == "failed"
+        assert "does not belong to the trainer" in answer.reason
+    assert desk.carrier.uploads == []
+
+
+def test_a_failed_training_gives_samples_back_and_a_good_one_uses_them_up(desk: Desk) -> None:
+    desk.carrier.go_on.set()
+    steps = [
+        ({"action": "claim", "job": "j1", "upload_url": f"{HOST}/samples"}, {"claimed": 2}),
+        ({"action": "release", "job": "j1"}, {"labelled": 2}),
+        ({"action": "claim", "job": "j2", "upload_url": f"{HOST}/samples"}, {"claimed": 2}),
+        ({"action": "used", "job": "j2", "release": "toy@1.1"}, {"used": 2}),
+        ({"action": "archive"}, {"archived": 2}),
+    ]
+    for number, (fields, counts) in enumerate(steps, start=1):
+        desk.handover.submit(f"c{number}", command(samples=["s1", "s2"], **fields))
+        assert desk.answers(number)[-1].state == "done"
+        assert desk.store.counts() == counts
