@@ -282,6 +282,10 @@ class Acts:
             slot.attach(record.active, self._adapter_file(record.active) if record.active else None)
         elif slot.live is None or slot.live.ref != record.active:
             self._load_active(record)
+            if slot.live is not None and slot.live.ref == record.candidate:
+                # Nothing else loads: the bad release goes on serving, and the next start tries again.
+                self._say("no_way_back", f"{record.slot}: neither the active nor the previous release loads")
+                return
         self._answer(record, Event.BACK, record.reason)
 
     def _adapter_file(self, adapter: ReleaseRef) -> Path:

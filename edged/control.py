@@ -57,6 +57,7 @@ class Control:
         self.link_state = "not connected yet"
         self._births: list[tuple[topics.Address, bytes]] = []  # announcements that the link has not taken yet
         self._attempts: dict[str, int] = {}
+        self._retry: list[Inbound] = []  # messages that found the store failing; at most what the broker may send
         self._report_due = False
         self._rev = {"own": -1, "group": -1}
         self._own_desired = False
@@ -136,17 +137,28 @@ class Control:
     def _drain(self, timeout_s: float) -> None:
         acked: list[str] = []
         try:
-            event = self._link.inbox.get(timeout=timeout_s)
-            for _ in range(BATCH_MAX):
+            for number in range(BATCH_MAX):
+                event = self._link.inbox.get_nowait() if number else self._link.inbox.get(timeout=timeout_s)
                 if isinstance(event, Published) and not event.error:
                     acked.append(event.ref)
                 else:
-                    self._guarded("inbox", lambda event=event: self._on_event(event))  # type: ignore[misc]
-                event = self._link.inbox.get_nowait()
+                    self._handle(event)
         except queue.Empty:
             pass
         if acked:
             self._guarded("outbox", lambda: self._on_acked(acked))
+
+    def _handle(self, event: Any) -> None:
+        try:
+            self._on_event(event)
+        except StoreError as error:
+            self._store.count("store_errors")
+            log.error("inbox: %s", error)
+            if isinstance(event, Inbound):  # not acknowledged, so it would come again only after a reconnect
+                self._retry.append(event)
+        except Exception:  # the loop outlives every bug in a handler; the fault is counted
+            self._store.count("control_faults")
+            log.exception("inbox")
 
     def _on_event(self, event: Any) -> None:
         match event:
@@ -171,9 +183,12 @@ class Control:
 
     def _on_acked(self, ids: list[str]) -> None:
         now = self._clock.now()
+        # An escalation's row stays until its verdict: how soon it is sent again grows with each attempt.
+        by_attempts: dict[int, list[str]] = {}
         for message_id in ids:
-            # An escalation's row stays until its verdict: how soon it is sent again grows with each attempt.
-            self._store.acked(message_id, now, now + self._retry_s(self._attempts.pop(message_id, 1)))
+            by_attempts.setdefault(self._attempts.pop(message_id, 1), []).append(message_id)
+        for attempts, group in by_attempts.items():
+            self._store.acked_many(group, now, now + self._retry_s(attempts))
 
     def _retry_s(self, attempts: int) -> float:
         d = self._settings.delivery
@@ -196,6 +211,9 @@ class Control:
     def _tick(self) -> None:
         now = self._clock.now()
         self._link.ensure_alive()
+        again, self._retry = self._retry, []
+        for message in again:
+            self._handle(message)
         self._questions.tick(now)
         self._store.expire(now, self._outgoing.catalogue)
         self._store.drop_expired(now)
@@ -238,7 +256,7 @@ class Control:
         if not room:
             return
         now = self._clock.now()
-        for row in self._store.due(now, room):
+        for row in self._store.due(now, room + len(self._attempts)):
             m = row.message
             if m.id in self._attempts:
                 continue  # the link still holds it
@@ -324,8 +342,10 @@ class Control:
 
     def _on_responder(self, message: Inbound, _fields: dict[str, str], responder: messages.ResponderState) -> None:
         self._link.acknowledge(message)
-        if responder.state == "online":
-            self._store.resend_all(self._clock.now())  # whoever waited for an answer asks at once
+        if (
+            responder.state == "online" and not message.retain
+        ):  # it has just come: who waited for an answer asks at once
+            self._store.resend_all(self._clock.now())
 
     def _on_command(self, message: Inbound, fields: dict[str, str], command: messages.SamplesCommand) -> None:
         self._link.acknowledge(message)  # the trainer repeats a command until it hears `done`

@@ -8,6 +8,7 @@ with one `{boxes, scores, classes}` an image, what scores at least the release's
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +33,13 @@ def check(engine: Detector | Generator, folder: Path, manifest: ReleaseManifest)
     return _check_generator(engine, folder, manifest)
 
 
-def generate_all(engine: Generator, request: GenerateRequest) -> tuple[str, Finished]:
-    """The whole answer to a request, and how it ended."""
+def generate_all(
+    engine: Generator, request: GenerateRequest, go_on: Callable[[], None] = lambda: None
+) -> tuple[str, Finished]:
+    """The whole answer to a request, and how it ended; `go_on` is called for each token and may raise."""
     parts: list[str] = []
     for event in engine.generate(request):
+        go_on()
         if isinstance(event, Token):
             parts.append(event.text)
         else:

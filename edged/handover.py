@@ -34,6 +34,7 @@ class Handover:
         self._host, self._enqueue = host, enqueue
         self._under_way: set[str] = set()
         self._lock = threading.Lock()
+        self._closing = False
         self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="handover")
 
     def submit(self, command_id: str, command: messages.SamplesCommand) -> None:
@@ -45,7 +46,8 @@ class Handover:
         self._work.submit(self._run, command_id, command)
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Begin nothing more; what is under way ends after the image in hand."""
+        self._closing = True
         self._work.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, command_id: str, command: messages.SamplesCommand) -> None:
@@ -71,8 +73,10 @@ class Handover:
             return {"listed": len(listed)}
         if command.action == "claim":
             moved = store.claim(command.samples, command.job)
-            for sample in moved.samples:
-                self._upload(sample, command.upload_url)
+            gone = [s for s in moved.samples if not self._upload(s, command.upload_url)]
+            for sample in gone:  # the others are handed over all the same
+                moved.samples.remove(sample)
+                moved.refused[sample.id] = "its image is gone or damaged"
         elif command.action == "used":
             moved = store.used(command.samples, command.release)
         elif command.action == "release":
@@ -81,16 +85,25 @@ class Handover:
             moved = store.archive(command.samples)
         return {"moved": [s.id for s in moved.samples], "unknown": moved.unknown, "refused": moved.refused}
 
-    def _upload(self, sample: Sample, url: str) -> None:
+    def _upload(self, sample: Sample, url: str) -> bool:
+        """Hand one image over; false when there is nothing to hand over. Raises FetchError for now or ValueError."""
+        if self._closing:
+            raise FetchError("the device is stopping: ask again")
         host = self._host()
         # A command only points: pixels go to the trainer that this device knows, and nowhere else.
         if not host or not url.startswith(host.rstrip("/") + "/"):
             raise ValueError(f"upload_url {url!r} does not belong to the trainer at {host}: nothing was sent")
         path = self._store.blob(sample.sha256)
-        if path is None:
-            raise FetchError(f"sample {sample.id}: its image is gone")
-        self._carrier.upload(url, path, sample.sha256)
+        try:
+            if path is None:
+                raise WrongContent(f"sample {sample.id}: its image is gone")
+            self._carrier.upload(url, path, sample.sha256)
+        except WrongContent as error:
+            log.error("%s", error)
+            self._store.count("samples_damaged")
+            return False
         self._store.count("samples_uploaded")
+        return True
 
     def _say(
         self, command_id: str, state: Literal["accepted", "done", "failed"], reason: str, detail: dict[str, Any]

@@ -75,7 +75,7 @@ class Outgoing:
             bytes=len(item.image),
             prediction=plain(answer),
             item=item.name,
-            captured=item.captured,
+            captured=min(item.captured, self.stamp.clock.now()),  # a camera's clock may be ahead
             answer_by=answer_by if escalated else None,
             label_by=label_by if escalated else None,
         )

@@ -14,6 +14,7 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from edged import images
@@ -27,7 +28,7 @@ from edged.metrics import Window
 from edged.outgoing import Outgoing, boxes
 from edged.slot import Loaded, Slot, SlotStopped, WrongKind
 from edged.sources import Item, Waiting
-from edged.store import OutboxFull, OutboxMessage, StorageFull, Store
+from edged.store import OutboxFull, OutboxMessage, StorageFull, Store, StoreError
 from edged.wire.messages import INLINE_IMAGE_BYTES_MAX
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Pipeline:
         self._prepared: queue.Queue[tuple[Item, Prepared | None, str]] = queue.Queue(PREPARED_MAX)
         self._stopping = threading.Event()
         self._random = random.Random()
+        self._said_too_large = False
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=f"{what}-{name}", daemon=True)
             for what, body in (("preparer", self._prepare_all), ("worker", self._work_all))
@@ -124,7 +126,7 @@ class Pipeline:
                 body()
             except SlotStopped:
                 return
-            except Exception:  # a bug of ours costs the item in hand its turn, never the pipeline
+            except Exception:  # the threads outlive every bug
                 log.exception("pipeline %s", self.name)
                 self._s.store.count("pipeline_faults")
 
@@ -136,20 +138,20 @@ class Pipeline:
                 item = self._queue.get(timeout=0.2)
             except queue.Empty:
                 continue
-            if item.prompt is not None:
-                self._hand_on((item, None, ""))
-                continue
-            try:
-                image = images.decode(item.image)
-            except images.BadImage as error:
-                self._reject(item, "bad_image", str(error))
-                continue
-            try:
-                with self.slot.lease() as loaded:
-                    prepared = loaded.detector.prepare(image)
-                    self._hand_on((item, prepared, loaded.ref.sha256))
-            except EngineError as error:
-                self._refuse(item, error)
+            self._see_through(item, partial(self._prepare, item))
+
+    def _prepare(self, item: Item) -> None:
+        if item.prompt is not None:
+            self._hand_on((item, None, ""))
+            return
+        try:
+            image = images.decode(item.image)
+        except images.BadImage as error:
+            self._reject(item, "bad_image", str(error))
+            return
+        with self.slot.lease() as loaded:
+            prepared = loaded.detector.prepare(image)
+            self._hand_on((item, prepared, loaded.ref.sha256))
 
     def _hand_on(self, ready: tuple[Item, Prepared | None, str]) -> None:
         while not self._stopping.is_set():
@@ -168,22 +170,56 @@ class Pipeline:
             except queue.Empty:
                 continue
             item, prepared, prepared_for = ready
+            if prepared is None:
+                self._see_through(item, partial(self._handle_prompt, item))
+            else:
+                self._see_through(item, partial(self._handle_image, item, prepared, prepared_for))
+            self._s.wake()
+
+    def _see_through(self, item: Item, act: Callable[[], None]) -> None:
+        """Do `act` for an item until it is done or the item is set aside: no error leaves an item in nobody's hands.
+
+        What the store could not take is tried again: every commit knows its repetition by the item's id.
+        """
+        given_up = False
+        while True:
             try:
-                if prepared is None:
-                    self._handle_prompt(item)
-                else:
-                    self._handle_image(item, prepared, prepared_for)
-                self._s.wake()
+                act()
+                return
             except EngineError as error:
-                self._refuse(item, error)
+                act = partial(self._refuse, item, error)
+            except StoreError as error:
+                self._s.store.count("store_errors")
+                log.error("pipeline %s: %s waits: %s", self.name, item.name, error)
+                if self._stopping.wait(self._s.clock.real(FULL_RETRY_S)):
+                    raise SlotStopped(self.name) from None
+            except SlotStopped:
+                raise
+            except Exception as error:  # a bug of ours costs this item its answer, never the pipeline
+                log.exception("pipeline %s: %s", self.name, item.name)
+                self._s.store.count("pipeline_faults")
+                reason = f"{type(error).__name__}: {error}"
+                if given_up:
+                    item.settle(reason)
+                    return
+                given_up, act = True, partial(self._reject, item, "fault", reason)
 
     def _refuse(self, item: Item, error: EngineError) -> None:
         """The engine did not answer; probation hears of it unless the item is to blame."""
-        if isinstance(error, PromptTooLong | WrongKind):
-            self._reject(item, "unsuitable", str(error))
-        else:
+        unsuitable = isinstance(error, PromptTooLong | WrongKind)
+        if not unsuitable:
             self._s.engine_error(self.slot.name)
-            self._reject(item, "engine_error", str(error))
+        if item.asked is not None:
+            # Nothing is wrong with the sample: no verdict. Its owner keeps the question and asks again.
+            self._s.store.count("escalations_unanswered")
+            log.warning("pipeline %s: %s is not answered: %s", self.name, item.name, error)
+            item.settle("")
+            return
+        self._reject(item, "unsuitable" if unsuitable else "engine_error", str(error))
+
+    def _go_on(self) -> None:
+        if self._stopping.is_set():  # the request is not settled: it comes again
+            raise SlotStopped(self.name)
 
     def _handle_image(self, item: Item, prepared: Prepared, prepared_for: str) -> None:
         answer = self._answer(item, prepared, prepared_for)
@@ -239,6 +275,13 @@ class Pipeline:
         too_large = len(item.image) > INLINE_IMAGE_BYTES_MAX
         if too_large:
             s.store.count("escalations_too_large")
+            if not self._said_too_large:
+                self._said_too_large = True
+                text = (
+                    f"{self.name}: {item.name} has {len(item.image)} bytes; up to {INLINE_IMAGE_BYTES_MAX} can be "
+                    "escalated: use smaller or more compressed images"
+                )
+                self._enqueue(s.outgoing.event("escalation_too_large", text))
         sample = s.outgoing.sample(
             item, self.name, config.task, self.slot.name, answer.loaded.ref.release, answer.decision,
             answer.confidence.p, labelled, escalated=tier is not None and not too_large,
@@ -273,7 +316,7 @@ class Pipeline:
         assert item.prompt is not None
         started = s.clock.monotonic()
         with self.slot.lease() as loaded, loaded.use:
-            text, end = generate_all(loaded.generator, item.prompt)
+            text, end = generate_all(loaded.generator, item.prompt, self._go_on)
             adapter = loaded.adapter.release if loaded.adapter else None
         p = answer_probability(end.mean_logprob)
         latency_ms = (s.clock.monotonic() - started) * 1000

@@ -8,17 +8,22 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from edged.clock import Clock
 from edged.engines.base import GenerateRequest
-from edged.link import Inbound, Link
+from edged.link import RECEIVE_MAX, Inbound, Link
 from edged.outgoing import Outgoing
 from edged.pipeline import Pipeline
 from edged.sources import Asked, Item, Waiting
 from edged.store import OutboxMessage, Store
 from edged.wire import messages, topics
+
+# Questions are acknowledged when they are answered, so those that wait fill the window in which the broker may send: the
+# other half of it stays free for desired state, verdicts and commands.
+OPEN_MAX = RECEIVE_MAX // 2
 
 
 class Questions:
@@ -34,6 +39,8 @@ class Questions:
         self._waiting: dict[str, Waiting] = {}  # sample -> who waits for its verdict
         # Requests being answered, so that a repetition is not answered twice; the newest copy is the one to acknowledge.
         self._open: dict[str, Inbound] = {}
+        self._asked: set[tuple[str, str]] = set()  # (device, sample) that a responder here has in hand
+        self._lock = threading.Lock()  # workers take out what the control loop puts in
 
     # Who waits.
 
@@ -73,21 +80,26 @@ class Questions:
 
     def on_infer(self, message: Inbound, fields: dict[str, str], request: messages.InferRequest) -> None:
         """`down/infer/{pipeline}`."""
-        if request.id in self._open:
-            self._open[request.id] = message
-            return
+        with self._lock:
+            if request.id in self._open:
+                self._open[request.id] = message
+                return
         name = fields["pipeline"]
         item, error = self._item(name, request)
         if self._store.seen(request.id, self._clock.now(), record=False):
             self._link.acknowledge(message)
             return
         if item is not None:
-            self._open[request.id] = message
-            if self._pipelines[name].offer(item):
-                return
-            del self._open[request.id]
-            self._store.count("requests_busy")
-            error = f"{name}: its queue of {self._pipelines[name].config.queue_max} is full"
+            pipeline = self._pipelines[name]
+            if pipeline.slot.live is None:
+                error = f"{name}: no model is loaded yet in slot {pipeline.slot.name}"
+            else:
+                self._open[request.id] = message
+                if not self._full() and pipeline.offer(item):
+                    return
+                del self._open[request.id]
+                self._store.count("requests_busy")
+                error = f"{name}: busy, {len(self._open)} requests wait; ask again later"
         self._store.count("requests_refused")
         self._enqueue(self._outgoing.reply(request.id, error=error, generation_prompt=request.generation_prompt))
         self._link.acknowledge(message)
@@ -109,7 +121,9 @@ class Questions:
 
         def settle(_reason: str) -> None:
             self._store.seen(request.id, self._clock.now())
-            self._link.acknowledge(self._open.pop(request.id))
+            with self._lock:
+                newest = self._open.pop(request.id)
+            self._link.acknowledge(newest)
             self._wake()
 
         common: dict[str, Any] = {"id": request.id, "name": request.id, "captured": self._clock.now(),
@@ -132,6 +146,10 @@ class Questions:
         if pipeline is None or fields["dev"] == self._outgoing.device:
             self._link.acknowledge(message)
             return
+        key = (fields["dev"], escalation.sample)
+        if key in self._asked:  # its owner lost patience: one answer will do
+            self._link.acknowledge(message)
+            return
         asked = Asked(fields["site"], fields["dev"], escalation)
         try:
             image = base64.b64decode(escalation.image or "", validate=True)
@@ -145,11 +163,18 @@ class Questions:
             return
 
         def settle(_reason: str) -> None:
+            self._asked.discard(key)
             self._link.acknowledge(message)
             self._wake()
 
         item = Item(escalation.sample, escalation.sample, self._clock.now(), image, asked=asked, settle=settle)
-        if not pipeline.offer(item):
+        self._asked.add(key)
+        if pipeline.slot.live is None or self._full() or not pipeline.offer(item):
             # Its owner keeps the question until it is answered and will ask again.
+            self._asked.discard(key)
             self._store.count("escalations_busy")
             self._link.acknowledge(message)
+
+    def _full(self) -> bool:
+        """Whether so many questions wait that desired state could be stuck in the broker behind them."""
+        return len(self._open) + len(self._asked) > OPEN_MAX

@@ -53,7 +53,7 @@ def table(report: dict[str, Any]) -> None:
     for name, key in (("escalation rate", "escalation_rate"), ("accuracy (F1)", "accuracy"),
                       ("error among accepted", "accepted_error")):  # fmt: skip
         teacher = _percent(report["accuracy_teacher"]) if key == "accuracy" else ""
-        rows.add_row(name, _percent(report[f"{key}_before"]), _percent(report[f"{key}_after"]), teacher)
+        rows.add_row(name, _cell(report, key, "before"), _cell(report, key, "after"), teacher)
     console.print(rows)
     devices = Table(title="devices")
     for name in ("device", "releases it ran", "swap", "escalated before -> after", "F1 before -> after"):
@@ -77,6 +77,12 @@ def table(report: dict[str, Any]) -> None:
 
 def _ablated(report: dict[str, Any]) -> str:
     return f", ablated: {report['ablate']}" if report["ablate"] else ""
+
+
+def _cell(report: dict[str, Any], key: str, when: str) -> str:
+    """A figure of the main table; the error among accepted frames with how many those were."""
+    text = _percent(report[f"{key}_{when}"])
+    return f"{text} of {report[f'accepted_{when}']}" if key == "accepted_error" else text
 
 
 def _percent(value: float | None) -> str:
@@ -189,8 +195,8 @@ def _page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
     main = "".join(
         row(
             name,
-            _percent(report[f"{key}_before"]),
-            _percent(report[f"{key}_after"]),
+            _cell(report, key, "before"),
+            _cell(report, key, "after"),
             _percent(report["accuracy_teacher"]) if key == "accuracy" else "",
         )
         for name, key in (

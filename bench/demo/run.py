@@ -397,9 +397,10 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
 
 
-def _totals(score: Score, when: str) -> dict[str, float | None]:
+def _totals(score: Score, when: str) -> dict[str, float | int | None]:
     return {
         f"escalation_rate_{when}": _number(score.escalation_rate),
         f"accuracy_{when}": _number(score.f1),
         f"accepted_error_{when}": _number(score.accepted_error),
+        f"accepted_{when}": score.accepted,
     }

@@ -58,8 +58,11 @@ class Score:
 
     @property
     def accepted_error(self) -> float:
-        """Share of accepted frames whose answer is wrong; NaN when none was accepted."""
-        return self.accepted_wrong / self.accepted if self.accepted else float("nan")
+        """Share of accepted frames whose answer is wrong; 0 when none was accepted, because then no wrong one was;
+        NaN without frames."""
+        if not self.frames:
+            return float("nan")
+        return self.accepted_wrong / self.accepted if self.accepted else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from edged.wire.ids import uuid7
 log = logging.getLogger(__name__)
 
 RESCAN_S = 2.0  # a lost notification (queue overflow, network file system) costs this much, never a file
-SETTLED_S = 0.5  # a file whose close was not seen counts as whole when it has not changed for this long
+SETTLED_S = 0.5  # a file whose close was not seen counts as whole when it has not changed for this long,
+STALLED_S = 10.0  # and for this long when it was seen being written: its writer may only be slow
 PARTIAL = (".part", ".tmp", ".crdownload")
 
 
@@ -31,6 +32,7 @@ class DirectorySource(FileSystemEventHandler):
         self._path, self._after, self._put, self._clock = path, after, put, clock
         self._taken: set[str] = set()  # handed over, not settled yet
         self._whole: set[str] = set()  # closed or moved here: no need to wait until it settles
+        self._writing: set[str] = set()  # changed, and not closed yet
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
@@ -49,13 +51,21 @@ class DirectorySource(FileSystemEventHandler):
         """End both threads; files not settled yet stay where they are."""
         self._stopping = True
         self._wake.set()
-        self._observer.stop()
-        self._observer.join()
-        self._thread.join()
+        for thread in (self._observer, self._thread):
+            if thread.ident is not None:  # it was started
+                if thread is self._observer:
+                    self._observer.stop()
+                thread.join()
 
     def alive(self) -> bool:
         """Whether both threads run."""
         return self._thread.is_alive() and self._observer.is_alive()
+
+    def on_modified(self, event: FileSystemEvent) -> None:
+        """Somebody writes to a file."""
+        if not event.is_directory:
+            with self._lock:
+                self._writing.add(Path(str(event.src_path)).name)
 
     def on_closed(self, event: FileSystemEvent) -> None:
         """A writer closed a file: it is whole."""
@@ -66,8 +76,10 @@ class DirectorySource(FileSystemEventHandler):
         self._note(event.dest_path)
 
     def _note(self, path: str | bytes) -> None:
+        name = Path(str(path)).name
         with self._lock:
-            self._whole.add(Path(str(path)).name)
+            self._whole.add(name)
+            self._writing.discard(name)
         self._wake.set()
 
     def _run(self) -> None:
@@ -96,10 +108,12 @@ class DirectorySource(FileSystemEventHandler):
             with self._lock:
                 if self._stopping or name in self._taken:
                     continue
-                if name not in whole and 0 <= now - mtime_ns / 1e9 < SETTLED_S:
+                quiet_s = STALLED_S if name in self._writing else SETTLED_S
+                if name not in whole and 0 <= now - mtime_ns / 1e9 < quiet_s:
                     waiting = True
                     continue
                 self._taken.add(name)
+                self._writing.discard(name)
             if not self._hand_over(self._path / name, mtime_ns, size):
                 with self._lock:
                     self._taken.discard(name)
@@ -113,7 +127,9 @@ class DirectorySource(FileSystemEventHandler):
             # What is too large is read one byte past the limit: enough for the decoder to refuse it by its size.
             with path.open("rb") as file:
                 data = file.read(IMAGE_BYTES_MAX + 1)
-        except FileNotFoundError:
+        except OSError as error:  # gone again, or not readable now: the next scan sees
+            if not isinstance(error, FileNotFoundError):
+                log.error("%s: %s; trying again in %.0f s", path, error.strerror, RESCAN_S)
             with self._lock:
                 self._taken.discard(path.name)
             return True

@@ -6,6 +6,7 @@ cut, and then a message goes out again. At least once, never lost; receivers dro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
 
 DEAD_LETTERS_MAX = 200
 DEAD_LETTER_BYTES_MAX = 64 << 10  # of one payload
+QUESTIONS_SHARE = 0.8  # of the outbox's limits, for what waits for a verdict
 
 
 def insert_message(tables: Tables, limits: StoreLimits, message: OutboxMessage, now: float) -> None:
     """Add a message to the transaction that is open; raises OutboxFull. An id that is there already stays as it is."""
     row = tables.execute("SELECT n, bytes FROM total WHERE name = 'outbox'").fetchone()
     size = len(message.payload)
-    if row["n"] + 1 > limits.outbox_rows_max or row["bytes"] + size > limits.outbox_bytes_max:
+    # Questions may wait for days: they leave room for everything that is on its way today.
+    share = QUESTIONS_SHARE if message.keep == "verdict" else 1.0
+    rows_max, bytes_max = math.ceil(share * limits.outbox_rows_max), math.ceil(share * limits.outbox_bytes_max)
+    if row["n"] + 1 > rows_max or row["bytes"] + size > bytes_max:
         raise OutboxFull(
             f"{message.topic}: the outbox holds {row['n']} messages of {row['bytes']} bytes; the limits are "
             f"outbox_rows_max={limits.outbox_rows_max} and outbox_bytes_max={limits.outbox_bytes_max}"

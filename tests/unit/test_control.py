@@ -12,13 +12,13 @@ import pytest
 
 from edged.clock import SystemClock
 from edged.config import Settings
-from edged.control import Control
+from edged.control import BATCH_MAX, Control
 from edged.link import Connected, Inbound
 from edged.metrics import Window
 from edged.outgoing import Outgoing
 from edged.sources import Waiting
 from edged.stamp import Stamp
-from edged.store import NewSample, Store
+from edged.store import NewSample, StorageFull, Store
 from edged.wire import messages, topics
 from edged.wire.messages import InferReply, ResponderState, State, Verdict
 
@@ -188,4 +188,31 @@ def test_the_loop_outlives_what_it_does_not_expect(bench: Bench, caplog: pytest.
     bench.capture("s1")
     bench.verdict("s1", "labelled")
     bench.turn()
+    assert bench.store.counts() == {"labelled": 1}
+
+
+def test_a_burst_is_handled_to_the_last_event(bench: Bench) -> None:
+    count = 3 * BATCH_MAX + 1
+    for number in range(count):
+        bench.capture(f"s{number}")
+        bench.verdict(f"s{number}", "labelled")
+    bench.turn()
+    assert len(bench.link.acknowledged) == count
+    assert bench.store.counts() == {"labelled": count}
+
+
+def test_a_verdict_that_finds_the_store_failing_is_taken_in_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise StorageFull("disk full")
+
+    bench.capture("s1")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store, "label", full)
+        bench.verdict("s1", "labelled")
+        bench.turn()
+        assert not bench.link.acknowledged
+    bench.control._tick()
+    assert len(bench.link.acknowledged) == 1
     assert bench.store.counts() == {"labelled": 1}
