@@ -94,6 +94,10 @@ def train(
     if model not in settings.models:
         fail(f"--model {model}: configured are {', '.join(sorted(settings.models)) or 'none'}; add [models.{model}]")
     if manifest is None:
+        given = {"--samples": samples, "--output-dir": output_dir, "--ablate": ablate or None}
+        for option, value in given.items():
+            if value is not None:
+                fail(f"{option} {value}: needs --manifest; without it the running `trainer serve` trains as configured")
         if require_threshold or dry_run or min_samples is not None:
             check_counts(settings, model, require_threshold, min_samples, dry_run)
         _order(settings, "train", {"model": model}, wait, as_json=True)

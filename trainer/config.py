@@ -74,6 +74,14 @@ class Http(Tls):
     sample_bytes_max: Annotated[int, Field(gt=0)] = 64 << 20
 
     @model_validator(mode="after")
+    def _reachable(self) -> Http:
+        if self.host in {"0.0.0.0", "::"} and not self.url:
+            raise ValueError(
+                f"host {self.host!r} without `url`: set url to the address that devices reach this host at"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _encrypted(self) -> Http:
         if self.ca is None and self.host not in _LOOPBACK:
             raise ValueError(

@@ -130,11 +130,12 @@ def prune(connection: Connection, now: float) -> None:
     connection.execute(delete(seen).where(seen.c.ts < now - SEEN_S_MAX))
     connection.execute(delete(windows).where(windows.c.end < now - WINDOWS_S_MAX))
     connection.execute(delete(commands).where(commands.c.state.in_(ENDED), commands.c.created < now - COMMAND_S_MAX))
-    connection.execute(
-        update(commands)
-        .where(commands.c.state.notin_(ENDED), commands.c.created < now - COMMAND_S_MAX)
-        .values(state="expired")
+    old = select(commands.c.id, commands.c.body).where(
+        commands.c.state.notin_(ENDED), commands.c.created < now - COMMAND_S_MAX
     )
+    # What ends a claim is sent until it is heard, however long the device is away: else its samples stay claimed.
+    given_up = [row.id for row in connection.execute(old) if row.body["action"] not in ("release", "used")]
+    connection.execute(update(commands).where(commands.c.id.in_(given_up)).values(state="expired"))
     newest = select(events.c.id).order_by(events.c.ts.desc()).limit(EVENTS_MAX)
     connection.execute(delete(events).where(events.c.id.notin_(newest)))
 

@@ -24,7 +24,7 @@ from trainer.core.rollout import Phase, Rollout
 from trainer.core.triggers import Fire, Wait, decide
 from trainer.database import commands, jobs, rollouts, samples
 from trainer.files import write_whole
-from trainer.fleet import current_release, members, trainable, training_counts
+from trainer.fleet import ENDED, current_release, members, trainable, training_counts
 from trainer.host import Host, new_id
 from trainer.releases import ReleaseError
 from trainer.rollouts import start_rollout
@@ -185,6 +185,8 @@ class Jobs:
             if len(kept) <= needed:
                 self._end(connection, row, "failed", f"{text}; {len(kept)} are left, more than {needed} are needed")
                 return
+            if host.now() >= row["claim_until"]:
+                self._end_claims(connection, row["id"])
             self._give_back(connection, row["id"], [each for each in manifest.samples if each.id in lost])
             reduced = manifest.model_copy(update={"samples": kept})
             _set(connection, row["id"], manifest=reduced.model_dump(mode="json"))
@@ -294,6 +296,7 @@ class Jobs:
     ) -> None:
         """A job that changes nothing in the fleet: its samples may train again."""
         manifest = TrainingManifest.model_validate(row["manifest"])
+        self._end_claims(connection, row["id"])
         self._give_back(connection, row["id"], manifest.samples)
         changes: dict[str, Any] = {"status": status, "detail": reason, "finished": row["finished"] or self._host.now()}
         if summary is not None:
@@ -301,6 +304,13 @@ class Jobs:
         _set(connection, row["id"], **changes)
         self._host.announce(connection, f"training_{status}", f"{row['target']}: {reason}", job=row["id"])
         self._forget_pixels(connection, manifest)
+
+    def _end_claims(self, connection: Connection, job: str) -> None:
+        """No claim of the job is sent any more: a device that comes back late must not keep its samples for nobody."""
+        query = select(commands.c.id, commands.c.body).where(commands.c.job == job, commands.c.state.notin_(ENDED))
+        claims = [row.id for row in connection.execute(query) if row.body["action"] == "claim"]
+        for part in _parts(claims):
+            connection.execute(update(commands).where(commands.c.id.in_(part)).values(state="expired"))
 
     def _give_back(self, connection: Connection, job: str, given: Sequence[TrainingSample]) -> None:
         for part in _parts([each.id for each in given]):

@@ -18,7 +18,7 @@ from trainer.candidate import ENGINE, MODEL_FILE, detector, export_int8, golden_
 from trainer.evaluate import Labelled, calibration_items, observe
 from trainer.files import write_whole
 from trainer.golden import write_detect_golden, write_prompt_golden
-from trainer.releases import MANIFEST, build_manifest, canonical_bytes
+from trainer.releases import MANIFEST, ReleaseError, build_manifest, canonical_bytes
 
 
 def package_detector(
@@ -91,6 +91,8 @@ def package_language(
 
 def _finish(beside: Path, folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:
     write_whole(beside / MANIFEST, canonical_bytes(manifest))
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ReleaseError(f"{folder} is not empty and no release: name a new folder (the release lies in {beside})")
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     return manifest

@@ -44,11 +44,19 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
     settings = host.config.models.get(model)
     fleet = members(connection, model, settings.tier if settings else "")
     now = host.now()
+    online = [member.device for member in fleet if member.online]
+    devices = [member.device for member in fleet]
     try:
-        rollout = begin(new_id(), ref.release, [member.device for member in fleet], host.config.rollout.rules(), now)
+        rollout = begin(new_id(), ref.release, devices, host.config.rollout.rules(), now, online)
     except ValueError as error:
         return str(error)
     previous = {member.device: _reference(host, connection, member.device, model) for member in fleet}
+    for member in fleet:
+        if member.active is not None and previous[member.device] is None:
+            return (
+                f"{member.device} runs {member.active}, which is not registered, so there would be no way back: "
+                "`trainer release add` its folder first"
+            )
     row = {"id": rollout.id, "model": model, "release": ref.release, "sha256": ref.sha256, "previous": previous}
     state = {"phase": rollout.phase.value, "state": rollout.to_dict(), "created": now, "updated": now}
     connection.execute(insert(rollouts).values(**row, **state))

@@ -116,6 +116,12 @@ def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple
     settings = job.config.model(job.model)
     current = Registry(job.config.releases).get(job.manifest.source)
     checkpoint = job.config.checkpoint(job.manifest.source, job.model)
+    first = Registry(job.config.releases).list(job.model)[0].ref.release
+    if checkpoint == settings.checkpoint and job.manifest.source != first:
+        raise DatasetError(
+            f"models.{job.model}.checkpoint belongs to {first}, the first release; the weights of {job.manifest.source} "
+            f"are wanted: put its .pt at {job.config.checkpoints / (job.manifest.source + '.pt')}"
+        )
     if not checkpoint.is_file():
         raise DatasetError(
             f"checkpoint {checkpoint} of {job.manifest.source} does not exist; "

@@ -20,6 +20,7 @@ from pathlib import Path
 from bench.demo.scenes import SHIFTS
 
 BUILD = Path("build")
+MARKER = ".edged-demo"  # in a folder that the demo made, and may make anew
 
 
 def _arguments() -> argparse.Namespace:
@@ -59,8 +60,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, interrupt)
     random.seed(arguments.seed)
     work = arguments.out.resolve()
+    if work.is_dir() and any(work.iterdir()) and not (work / MARKER).is_file():
+        print(f"demo: --out {work}: is not empty and holds no earlier run; name a new folder", file=sys.stderr)
+        return 2
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    (work / MARKER).touch()
     started = time.monotonic()
     demo = Demo(
         work, arguments.cache.resolve(), arguments.device_python.absolute(), arguments.seed, arguments.shift,

@@ -236,7 +236,7 @@ small {{ color: #666; }}
 <h1>One turn of the loop: shift {esc(report["shift"])}, seed {esc(report["seed"])}{esc(_ablated(report))}</h1>
 <p>Three devices look at a stream that shifts. They become unsure, ask a larger model, and the trainer makes release
 {esc(report["release_after"] or "(none)")} out of {report["labels_used"]} labels. Before and after are frames of the same
-distribution, drawn in one go and divided at random; only the scorer knows the truth.</p>
+distribution; what is scored after shows digits that nothing was trained on. Only the scorer knows the truth.</p>
 <table>{row("", "before", "after", "teacher", tag="th")}{main}</table>
 <ul>{checks}</ul>
 <p>Frames: {report["frames_in"]} in, {report["frames_out"]} out, {report["frames_lost"]} lost, as an independent

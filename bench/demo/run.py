@@ -151,13 +151,13 @@ class Demo:
             return self._finish(assets, config, observer, feeder, scorer, job, rolled, language, adapted)
 
     def _scenes(self) -> tuple[list[Scene], list[Scene], list[Scene], list[Scene]]:
-        """Clean frames, and three parts of one shifted draw: before and after are of equal difficulty by chance alone."""
+        """Clean frames, then shifted ones before, after and meanwhile: one distribution, and frames after show digits
+        that no frame before did, because what comes before trains."""
         plan = self._plan
         clean = make_scenes("stream", plan.frames_clean, self._seed + 31, None, DIGITS)
-        count = plan.frames_before + plan.frames_after + SPARE
-        shifted = make_scenes("stream", count, self._seed + 32, self._shift, DIGITS)
-        first, second = plan.frames_before, plan.frames_before + plan.frames_after
-        return clean, shifted[:first], shifted[first:second], shifted[second:]
+        before = make_scenes("stream", plan.frames_before + SPARE, self._seed + 32, self._shift, DIGITS)
+        after = make_scenes("after", plan.frames_after, self._seed + 33, self._shift, DIGITS)
+        return clean, before[: plan.frames_before], after, before[plan.frames_before :]
 
     def _feed(self, feeder: Feeder, observer: Observer, line: Line, phase: str, scenes: Sequence[Scene]) -> None:
         names = feeder.feed(phase, scenes, self._plan.rate)
@@ -279,6 +279,7 @@ class Demo:
             "frames_out": len(feeder.frames) - len(missing),
             "frames_lost": len(missing),
             "frames_repeated": observer.repeated,
+            "frames_failed": len(scorer.failed()),
             "labels_used": job["metrics"]["samples_used"] if rolled else 0,
             "canary": {
                 "devices": rolled["canary"] if rolled else [],
@@ -345,17 +346,19 @@ class Demo:
         yield Check("released", rolled is not None, f"release {out['release_after']} passed the gate" if rolled
                     else f"no release: {job['status']}: {job['reason']}")  # fmt: skip
         done = rolled is not None and rolled["status"] == "done"
+        done = done and all(out["release_after"] in device["versions"] for device in out["devices"].values())
         yield Check("rolled_out", done, f"canary {', '.join(out['canary']['devices'])} passed, then every device got it"
                     if done else f"not rolled out: {out['canary']['reason'] or out['canary']['result']}")  # fmt: skip
         before, after = out["accuracy_before"], out["accuracy_after"]
         teacher = out["accuracy_teacher"]
-        regained = (after - before) / (teacher - before) if after is not None and teacher > before else math.nan
+        known = before is not None and after is not None and teacher is not None and teacher > before
+        regained = (after - before) / (teacher - before) if known else math.nan
         yield Check(
             "accuracy", regained >= REGAINED_MIN,
             f"accuracy regained {regained:.0%} of the way from before to the teacher (at least {REGAINED_MIN:.0%})",
         )  # fmt: skip
-        rate = out["escalation_rate_after"]
-        fall = 1 - rate / out["escalation_rate_before"] if rate is not None else math.nan
+        rate, rate_before = out["escalation_rate_after"], out["escalation_rate_before"]
+        fall = 1 - rate / rate_before if rate is not None and rate_before else math.nan
         yield Check("escalations", fall >= FALL_MIN, f"escalations fell by {fall:.0%} (at least {FALL_MIN:.0%})")
         yield Check("frames", out["frames_lost"] == 0, f"{out['frames_lost']} of {out['frames_in']} frames were lost")
         examples = out["language"]["examples"]

@@ -212,8 +212,13 @@ class Scorer:
         for name, frame in self._feeder.frames.items():
             if (phases is None or frame.phase in phases) and name in self._observer.results:
                 result, at, _ = self._observer.results[name]
-                out.append(self._judge(frame, result, at))
+                if result.error is None:
+                    out.append(self._judge(frame, result, at))
         return out
+
+    def failed(self) -> list[str]:
+        """Frames whose answer is an error."""
+        return [name for name, (result, _, _) in self._observer.results.items() if result.error is not None]
 
     def _judge(self, frame: Frame, result: Result, at: float) -> Judged:
         boxes = np.array([box.box for box in result.prediction], np.float32).reshape(-1, 4)
@@ -224,7 +229,8 @@ class Scorer:
 
     def missing(self) -> list[str]:
         """Frames that were handed over and never answered."""
-        return [name for name in self._feeder.frames if name not in self._observer.results]
+        results = self._observer.results  # an answer counts when it comes from the device that got the frame
+        return [n for n, f in self._feeder.frames.items() if n not in results or results[n][2] != f.device]
 
     @staticmethod
     def total(rows: Sequence[Judged]) -> Score:

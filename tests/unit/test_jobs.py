@@ -20,7 +20,7 @@ from trainer.host import Host, new_id
 from trainer.jobs import Jobs
 from trainer.orders import Orders, await_answer, place
 from trainer.releases import MANIFEST, Registry, build_manifest, canonical_bytes
-from trainer.rollouts import Rollouts
+from trainer.rollouts import Rollouts, start_rollout
 from trainer.status import job_status
 
 CONFIG = """
@@ -320,3 +320,38 @@ def test_a_fetch_that_broke_off_gets_another_try_and_a_revert_does_not(
         world.report(canary, "digits@1.1", "committed")
         world.rollouts.tick()
         assert world.job()["shown"]["deployment"]["status"] == "watching"
+
+
+def open_commands(world: World) -> list[str]:
+    with world.host.database.read() as connection:
+        rows = connection.execute(select(commands).where(commands.c.state.notin_(fleet.ENDED))).all()
+    return sorted(row.body["action"] for row in rows)
+
+
+def test_an_ended_job_claims_nothing_any_more(world: World) -> None:
+    """A device that comes back late must hear the release alone, else its samples stay claimed by a job that is gone."""
+    world.jobs.tick()
+    assert open_commands(world) == ["claim", "claim"]
+    with world.host.database.write() as connection:
+        connection.execute(update(jobs).values(claim_until=0.0))
+    world.jobs.tick()
+    assert world.job()["status"] == "failed"
+    assert open_commands(world) == ["release", "release"]
+
+
+def test_what_ends_a_claim_is_sent_until_it_is_heard(world: World) -> None:
+    with world.host.database.write() as connection:
+        for action in ("claim", "list", "release", "used"):
+            world.host.command_samples(connection, "d1", action, ["d1-0"], job="j")  # type: ignore[arg-type]
+        fleet.prune(connection, world.host.now() + 10 * fleet.COMMAND_S_MAX)
+    assert open_commands(world) == ["release", "used"]
+
+
+def test_without_a_way_back_there_is_no_rollout(world: World) -> None:
+    world.report("d2", "digits@0.9")  # seeded by hand; nobody registered it
+    world.release(world.host.config.data_dir / "next", "digits@1.1", b"next")
+    ref = world.host.registry.add_folder(world.host.config.data_dir / "next")
+    with world.host.database.write() as connection:
+        answer = start_rollout(world.host, connection, ref)
+    assert isinstance(answer, str)
+    assert "d2 runs digits@0.9, which is not registered" in answer

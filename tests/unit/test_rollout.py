@@ -174,3 +174,12 @@ def test_rolling_waits_for_reachable_devices_only() -> None:
 def test_the_stored_form_is_read_back() -> None:
     state = rollout(P.WATCHING, watch_until=3.5, reason="x")
     assert Rollout.from_dict(state.to_dict()) == state
+
+
+def test_a_canary_is_a_device_that_is_there() -> None:
+    devices = [f"d{number}" for number in range(30)]
+    for online in (["d7"], ["d7", "d8", "d9"], devices):
+        canary = begin("r", "m@1.1", devices, RolloutRules(), 0.0, online).canary
+        assert len(canary) == 3
+        assert set(online[:3]) <= set(canary) or set(canary) <= set(online)
+    assert set(begin("r", "m@1.1", devices, RolloutRules(), 0.0, ["d7"]).canary) > {"d7"}

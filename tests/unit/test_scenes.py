@@ -29,7 +29,8 @@ def test_splits_share_no_digit_instance_and_use_all() -> None:
 
 
 def test_splits_share_no_photo_column() -> None:
-    bands = [photo_band(split, 640) for split in SPLITS]
+    assert photo_band("after", 640) == photo_band("stream", 640), "the line goes on looking at the same place"
+    bands = [photo_band(split, 640) for split in SPLITS if split != "after"]
     assert all(high - low >= 100 for low, high in bands)
     for (low, high), (other_low, other_high) in combinations(bands, 2):
         assert high <= other_low or other_high <= low

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,21 @@ def test_a_missing_file_and_an_unknown_model_are_named(tmp_path: Path) -> None:
 def test_gate_rules_come_over_as_the_gate_knows_them(tmp_path: Path) -> None:
     rules = load_config(write(tmp_path, GOOD + "gate = { images_min = 20, f1_min = 0.7 }")).model("digits").gate_rules()
     assert (rules.images_min, type(rules.images_min), rules.f1_min) == (20, int, 0.7)
+
+
+def test_the_example_loads_with_every_key_switched_on(tmp_path: Path) -> None:
+    text = Path("docs/trainer.example.toml").read_text()
+    lines = [re.sub(r"^# (?=[a-z_]+ = )", "", line) for line in text.splitlines()]
+    path = tmp_path / "trainer.toml"
+    path.write_text("\n".join(lines) + "\n")
+    config = load_config(path)
+    assert config.models["defects"].gate["forget_max"] == 0.03
+    assert config.models["defects"].threshold == 100
+
+
+def test_a_wildcard_host_needs_the_address_that_devices_use(tmp_path: Path) -> None:
+    path = tmp_path / "trainer.toml"
+    files = 'ca = "a"\ncertificate = "b"\nkey = "c"\n'
+    path.write_text(f'[http]\nhost = "0.0.0.0"\n{files}')
+    with pytest.raises(ConfigError, match="set url"):
+        load_config(path)

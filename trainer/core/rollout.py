@@ -169,17 +169,21 @@ class Observation:
     control: Window
 
 
-def begin(rollout_id: str, release: str, devices: Iterable[str], rules: RolloutRules, now: float) -> Rollout:
+def begin(
+    rollout_id: str, release: str, devices: Iterable[str], rules: RolloutRules, now: float, online: Iterable[str] = ()
+) -> Rollout:
     """A rollout to `devices` with its canary: the ceiling of the fraction, chosen by hash, the same at every call.
 
-    Raises ValueError without a device.
+    Devices that are `online` are chosen first: a canary that is away tells nothing. Raises ValueError without a device.
     """
+    there = frozenset(online)
     fleet = tuple(sorted(set(devices)))
     if not fleet:
         raise ValueError(f"rollout of {release}: no device runs this model; wait until devices report")
     # Ten per cent of 10 is exactly 1, though 0.1 * 10 may come out a little above.
     count = min(len(fleet), max(1, math.ceil(round(rules.canary_fraction * len(fleet), 9))))
-    canary = sorted(fleet, key=lambda device: sha256(f"{rollout_id}/{device}".encode()).digest())[:count]
+    order = sorted(fleet, key=lambda device: (device not in there, sha256(f"{rollout_id}/{device}".encode()).digest()))
+    canary = order[:count]
     return Rollout(rollout_id, release, fleet, tuple(sorted(canary)), since=now)
 
 
