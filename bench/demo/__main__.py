@@ -57,7 +57,8 @@ def main() -> int:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(number, interrupt)
     random.seed(arguments.seed)
     work = arguments.out.resolve()
     if work.is_dir() and any(work.iterdir()) and not (work / MARKER).is_file():

@@ -96,15 +96,15 @@ class Line:
         certificate, key = self.certificate(cn)
         return {"ca": str(self.ca), "certificate": str(certificate), "key": str(key)}
 
-    def start_device(self, name: str, tables: dict[str, Any]) -> Path:
-        """`edged run` in the device's own environment; returns its configuration file."""
+    def start_device(self, name: str, tables: dict[str, Any], comment: str = "") -> Path:
+        """`edged run` in the device's own environment; returns its configuration file, which begins with `comment`."""
         state = self.folder / name
         tables = {
             "device": {"id": name, "site": SITE, "state_dir": str(state / "state"), **tables.pop("device", {})},
             "broker": {"host": "127.0.0.1", "port": self.broker_port, **self.tls(name)},
             **tables,
         }
-        path = write_toml(state / "edged.toml", tables)
+        path = write_toml(state / "edged.toml", tables, comment)
         self._start(name, [str(self._device_bin / "edged"), "run", "--config", str(path)])
         return path
 
@@ -157,9 +157,9 @@ class Line:
         return f"last line: {lines[-1] if lines else '(nothing)'}; log: {self._log(name)}"
 
 
-def write_toml(path: Path, tables: dict[str, Any]) -> Path:
-    """Write nested tables of plain values as TOML."""
-    lines: list[str] = []
+def write_toml(path: Path, tables: dict[str, Any], comment: str = "") -> Path:
+    """Write nested tables of plain values as TOML, after a line of comment."""
+    lines = [f"# {comment}"] if comment else []
     _tables(lines, "", tables)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")

@@ -70,12 +70,16 @@ class Demo:
         for release in (assets.base, assets.teacher, assets.phi, assets.adapter):
             self._trainer(path, "release", "add", str(release))
         line.start_trainer(path)
-        # On a line of its own this would be a GPU host with a larger network; here it is a model that has seen more.
-        line.start_device(RESPONDER, {
+        responder = {
             "device": {"tier": TIER},
             "slots": {TEACHER_SLOT: {"seed": str(assets.teacher)}},
             "responders": {"larger": {"tier": TIER, "task": "detect", "slot": TEACHER_SLOT}},
-        })  # fmt: skip
+        }
+        comment = (
+            "The responder. In a plant this is a GPU host with a larger network in this slot; here it is a network of the "
+            "same size that has seen more."
+        )
+        line.start_device(RESPONDER, responder, comment)
         for name in DEVICES:
             slots: dict[str, Any] = {SLOT: {"seed": str(assets.base), "probation_s": 3.0}}
             pipelines: dict[str, Any] = {
