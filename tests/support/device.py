@@ -249,8 +249,16 @@ class Bus:
         address = topics.DESIRED(site=SITE, dev=device)
         self.say(address, messages.Desired(**self.stamp(), rev=rev, models=models, **more))
 
+    def online(self, device: str) -> None:
+        """Wait for the device's birth: from then on it is subscribed."""
+        until(f"{device} is online", lambda: any(s.state == "online" for s in self.of(messages.State, device)))  # type: ignore[attr-defined]
+
     def ask(self, device: str, pipeline: str, **fields: Any) -> str:
-        """Send a request to a pipeline; its id."""
+        """Send a request to a pipeline, once the device has announced itself; its id.
+
+        Before its first birth nobody is subscribed, and the broker drops what it cannot deliver.
+        """
+        self.online(device)
         request = messages.InferRequest(**self.stamp(), **fields)
         self.say(topics.INFER(site=SITE, dev=device, pipeline=pipeline), request)
         return request.id

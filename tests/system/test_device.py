@@ -167,6 +167,7 @@ def test_a_request_that_comes_twice_is_answered_once(tmp_path: Path, broker: Bro
     request = messages.InferRequest(**bus.stamp(), image=base64.b64encode(picture()).decode())
     address = topics.INFER(site=SITE, dev="dev1", pipeline="ask")
     with Device(tmp_path, tables(tmp_path, "dev1", broker, toy)):
+        bus.online("dev1")
         bus.say(address, request)
         bus.say(address, request)
         bus.reply(request.id)
@@ -180,6 +181,7 @@ def test_invalid_messages_are_dropped_counted_and_said_once(
 ) -> None:
     down = {route: route(site=SITE, dev="dev1") for route in (topics.DESIRED, topics.VERDICT)}
     with Device(tmp_path, tables(tmp_path, "dev1", broker, toy)) as device:
+        bus.online("dev1")
         for _ in range(3):
             bus.say(down[topics.DESIRED], b"\xff\x00 nothing")
         bus.say(down[topics.DESIRED], json.dumps({**bus.stamp(), "rev": -1}).encode())
@@ -238,6 +240,7 @@ def test_an_escalation_whose_image_is_damaged_is_refused_by_the_responder(
             **bus.stamp(), sample="s1", pipeline="line", task="detect", release="toy@1.0", reason="unsure",
             confidence=0.2, image="AAAA", sha256="0" * 64, label_by=2e9, origin="other",
         )  # fmt: skip
+        bus.online("big1")
         bus.say(address, question)
         verdict = until("a verdict", lambda: next(iter(bus.of(Verdict, "other")), None))
         assert (verdict.sample, verdict.status) == ("s1", "rejected")

@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Make, str]] = {
     "not ONNX": (altered("model.onnx", b"junk" * 99), "does not load"),
     "a damaged golden set": (altered("golden_inputs.npz", b"junk"), "pickle"),
     "other answers than promised": (made(golden_label=2), "golden input 0: expected class 2"),
-    "it never answers": (made(products=-1), "it did not prove itself within 3 s"),
+    "it never answers": (made(products=-1), "it did not prove itself within 8 s"),
     "another kind": (with_field(kind="llm"), "eye runs releases of kind detect, this one is of kind llm"),
     "an adapter": (with_field(kind="lora"), "a release of kind lora cannot go to eye"),
     "an unknown engine": (with_field(engine="abacus"), "engine 'abacus' is unknown; known: llama, onnx_detect"),
@@ -217,7 +217,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Iterator[Line]:
         bus = Bus(broker)
         try:
             files.publish(toy, reference(toy))
-            with Device(folder, configured(folder, broker, toy, files.url, prove_s_max=3.0)) as device:
+            with Device(folder, configured(folder, broker, toy, files.url, prove_s_max=8.0)) as device:
                 yield Line(device, bus, files)
         finally:
             bus.close()
