@@ -160,7 +160,7 @@ def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple
     with _stage(job, record, "evaluate"):
         target = [item.decode(settings.labels) for item in sets.target]
         base = [item.decode(settings.labels) for item in sets.base]
-        new, old = _evidence(job, manifest, current, target, base, ece)
+        new, old = _evidence(job, manifest, current, checkpoint, target, base, ece)
     shutil.rmtree(job.run / "fp32")  # only what ships is kept
     seen = [*training, *sets.calibration]
     holdout = Holdout(
@@ -285,6 +285,7 @@ def _evidence(
     job: TrainJob,
     manifest: ReleaseManifest,
     current: StoredRelease,
+    checkpoint: Path,
     target: list[Labelled],
     base: list[Labelled],
     ece: float | None,
@@ -303,8 +304,11 @@ def _evidence(
         old_base = evaluate(engine, base, current.manifest.thresholds, current.ref.release)
     method = manifest.calibration.method
     model = sha256_of(folder / manifest.files["model"].path)
-    new = Evidence(model, new_target, new_base, method, ece, before, new_target.map50)
-    return new, Evidence(current.manifest.files["model"].sha256, old_target, old_base)
+    from trainer.tuners.yolo import weights_sha256
+
+    trained, source = weights_sha256(job.run / "model.pt"), weights_sha256(checkpoint)
+    new = Evidence(model, trained, new_target, new_base, method, ece, before, new_target.map50)
+    return new, Evidence(current.manifest.files["model"].sha256, source, old_target, old_base)
 
 
 def _evaluations(new: Evidence, old: Evidence) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bench.demo.scenes import LABELS, encode_png, make_scenes
 from trainer.export.onnx import export_onnx
 from trainer.export.quantize import decoder_nodes, quantize_static_int8
 from trainer.tuners.settings import LoraSettings, SettingsError
-from trainer.tuners.yolo import Trained, TrainSettings, train_full, tune_lora, write_yolo_dataset
+from trainer.tuners.yolo import Trained, TrainSettings, train_full, tune_lora, weights_sha256, write_yolo_dataset
 
 ONE = ("model.3.conv",)  # 64 -> 64 channels, 3x3, with batch-norm behind it
 SMALL = TrainSettings(epochs=1, imgsz=64, batch=8, seed=3)
@@ -81,6 +81,7 @@ def test_the_same_seed_gives_the_same_weights(base: Path, dataset: Path, one_lay
     first, second, third = (_weights(run.path) for run in (one_layer, again, other))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], third[name]) for name in first)
+    assert weights_sha256(one_layer.path) == weights_sha256(again.path) != weights_sha256(other.path)
 
 
 def test_rank_sets_how_much_is_trained(

@@ -40,9 +40,10 @@ def evaluation(kind: str, hit_rate: float, seed: int = 1, missing_class: int | N
     )
 
 
-CURRENT = Evidence("a" * 64, evaluation("t", 0.6), evaluation("b", 0.97))
+CURRENT = Evidence("a" * 64, "1" * 64, evaluation("t", 0.6), evaluation("b", 0.97))
 CANDIDATE = Evidence(
     "b" * 64,
+    "2" * 64,
     evaluation("t", 0.9, seed=2),
     evaluation("b", 0.97, seed=3),
     calibration_method="logistic",
@@ -105,7 +106,21 @@ FAILURES: dict[str, tuple[Evidence, Evidence, Holdout, set[str], str]] = {
         {"gain", "f1", "forgetting", *(f"class {label} ({what})" for label in LABELS for what in ("target", "base"))},
         "F1 on the target holdout (at least)",
     ),
-    "the same weights again, exported anew": (
+    "the same weights again, and chance was kind": (
+        replace(CANDIDATE, weights_sha256=CURRENT.weights_sha256),
+        CURRENT,
+        HOLDOUT,
+        {"new_weights"},
+        "must be known and differ",
+    ),
+    "weights unknown": (
+        replace(CANDIDATE, weights_sha256=""),
+        CURRENT,
+        HOLDOUT,
+        {"new_weights"},
+        "must be known and differ",
+    ),
+    "no better than before": (
         replace(CANDIDATE, target=CURRENT.target, base=CURRENT.base),
         CURRENT,
         HOLDOUT,
@@ -117,7 +132,7 @@ FAILURES: dict[str, tuple[Evidence, Evidence, Holdout, set[str], str]] = {
         CURRENT,
         HOLDOUT,
         {"new_bytes"},
-        "must differ",
+        "must be known and differ",
     ),
     "training data in the holdout": (
         CANDIDATE,

@@ -7,6 +7,7 @@ network. A training belongs in a process of its own: ultralytics seeds and confi
 from __future__ import annotations
 
 import atexit
+import hashlib
 import math
 import os
 import re
@@ -133,6 +134,23 @@ def tune_lora(
     `target_modules` match nothing or a layer that cannot be adapted.
     """
     return _run(dataset, base, out, settings, lora, on_epoch)
+
+
+def weights_sha256(checkpoint: Path) -> str:
+    """Identity of the weights in a .pt file: its tensors by name. The file's own hash changes with every save.
+
+    Raises FileNotFoundError for a missing file.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"model {checkpoint} does not exist; give the path of a .pt file")
+    prepare_process()
+    from ultralytics import YOLO
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(YOLO(str(checkpoint)).model.state_dict().items()):
+        values = tensor.float().cpu().numpy()
+        digest.update(f"{name}{values.shape}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def prepare_process() -> None:
