@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from edged.engines.base import EngineError, EngineOptions
 from edged.fetch import FetchError, WrongContent
 from edged.prove import ProveCancelled, ProveFailed, prove
 from edged.releases import BadRelease, Releases, read_manifest, verify
-from edged.slot import Slot, SlotStopped, load
+from edged.slot import Loaded, Slot, SlotStopped, load
 from edged.store import Store
-from edged.wire.manifest import ReleaseRef
+from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +81,12 @@ class Acts:
     def __init__(
         self, slots: dict[str, Slot], configs: dict[str, SlotConfig], releases: Releases, store: Store, carrier: Carrier,
         post: Callable[[UpdateEvent], None], report: Callable[[], None], say: Callable[..., None],
-        current: Callable[[str], Record],
+        current: Callable[[str], Record], engine_error: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """`current`: the record of a target as the control loop has it now."""
+        """`current`: the record of a target as the control loop has it now. `engine_error`: counts one for a slot."""
         self._slots, self._configs, self._releases, self._store = slots, configs, releases, store
         self._carrier, self._post, self._report, self._say, self._current = carrier, post, report, say, current
+        self._engine_error = engine_error
         self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="updater")
         self._stopping = False
         self._slow: dict[Effect, Callable[[Record], None]] = {
@@ -157,13 +159,26 @@ class Acts:
         config = self._configs[record.slot]
         return EngineOptions(config.threads, tuple(config.providers), config.extra)
 
+    def _loaded(self, record: Record, ref: ReleaseRef, manifest: ReleaseManifest) -> Loaded:
+        """Load a release as its slot is configured; raises EngineError."""
+        isolation = self._configs[record.slot].isolation
+        ended = partial(self._process_ended, record.slot, ref.release)
+        return load(ref, self._releases.folder(ref), manifest, self._options(record), isolation, ended)
+
+    def _process_ended(self, slot: str, release: str, how: str, in_hand: bool) -> None:
+        """An engine's process died and is started again. Called by the thread that supervises it."""
+        self._store.count("engine_ends")
+        if not in_hand:  # else the pipeline that had the request reports it
+            self._engine_error(slot)
+        self._say("engine_ended", f"{slot}: {how}", release=release)
+
     def _load_active(self, record: Record) -> None:
         for ref in (record.active, record.previous):
             if ref is None:
                 continue
             try:
                 manifest = verify(self._releases.folder(ref), ref)
-                loaded = load(ref, self._releases.folder(ref), manifest, self._options(record))
+                loaded = self._loaded(record, ref, manifest)
             except (BadRelease, EngineError) as error:
                 log.error("slot %s: %s does not load: %s", record.slot, ref.release, error)
                 self._say("model_not_loaded", f"{record.slot}: {ref.release}: {error}", release=ref.release)
@@ -269,7 +284,7 @@ class Acts:
                 self._base(record)
                 swap_ms = slot.attach(ref, folder / manifest.files["adapter"].path)
             else:
-                swap_ms = slot.flip(load(ref, folder, manifest, self._options(record)))
+                swap_ms = slot.flip(self._loaded(record, ref, manifest))
                 self._attach_if_it_fits(record.slot, ref)
         except (BadRelease, EngineError) as error:
             self._answer(record, Event.FLIP_FAILED, str(error))

@@ -23,11 +23,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 samples_app = typer.Typer(help="The samples that this device keeps.", no_args_is_help=True)
+requests_app = typer.Typer(help="The language requests that this device answered.", no_args_is_help=True)
 models_app = typer.Typer(help="The releases on this device.", no_args_is_help=True)
 app.add_typer(samples_app, name="samples")
 app.add_typer(models_app, name="models")
+app.add_typer(requests_app, name="requests")
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (TOML).", envvar="EDGED_CONFIG")]
+Pipeline = Annotated[str | None, typer.Option("--pipeline", help="Only those of this pipeline.")]
+Since = Annotated[str | None, typer.Option("--since", help="Only those from this time on (ISO 8601, UTC if no zone).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -94,7 +98,9 @@ def status(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
         reason = f": {model['reason']}" if model.get("reason") else ""
         typer.echo(f"  model {name}: {model.get('active') or 'none'}{adapter}   update: {model['update']}{reason}")
     for name, pipeline in answer["pipelines"].items():
-        typer.echo(f"  pipeline {name}: {'running' if pipeline['alive'] else 'DEAD'}, {pipeline['waiting']} waiting")
+        heard = "" if pipeline["breaker"] == "closed" else ", nobody answers its questions: nobody is kept waiting"
+        running = "running" if pipeline["alive"] else "DEAD"
+        typer.echo(f"  pipeline {name}: {running}, {pipeline['waiting']} waiting{heard}")
     typer.echo(f"  samples: {_counts(answer['samples'])}")
     typer.echo(f"  outbox: {answer['outbox']['messages']} messages, {answer['outbox']['bytes']} bytes")
     typer.echo(f"  counters: {_counts(answer['counters'])}")
@@ -124,20 +130,44 @@ def infer(
     slot: Annotated[str, typer.Argument(help="Slot whose model answers.")],
     image: Annotated[Path | None, typer.Option("--image", help="Picture to look at.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
+    messages: Annotated[
+        Path | None, typer.Option("--messages", help="Conversation: a JSON list of {role, content}.")
+    ] = None,
+    schema: Annotated[Path | None, typer.Option("--schema", help="JSON Schema that the answer must follow.")] = None,
+    tokens_max: Annotated[int, typer.Option(min=0, help="End the answer here; 0: where the context ends.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the chance at a temperature above 0.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print each piece as it is made: a JSON line each.")] = False,
     release: Annotated[
         Path | None, typer.Option("--release", help="Release folder, instead of the active one.")
     ] = None,
     config: Config = DEFAULT_CONFIG,
 ) -> None:
-    """Answer one image or prompt with a slot's model, without the daemon; prints JSON."""
-    if (image is None) == (prompt is None):
-        raise _fail("give exactly one of --image FILE and --prompt TEXT", 2)
+    """Answer one image, prompt or conversation with a slot's model, without the daemon; prints JSON. Exit status 1 when
+    there is no whole answer."""
+    if sum(given is not None for given in (image, prompt, messages)) != 1:
+        raise _fail("give exactly one of --image FILE, --prompt TEXT and --messages FILE", 2)
+    if image is not None and (schema or tokens_max or temperature or seed or stop or stream):
+        raise _fail("--image takes none of the options of language: leave them out", 2)
     from edged import once
 
+    def hear(piece: str) -> None:
+        typer.echo(json.dumps({"text": piece}))
+
     try:
-        typer.echo(json.dumps(once.answer(_settings(config), slot, image, prompt, release), indent=2))
+        request = None
+        if image is None:
+            request = once.language(
+                prompt, messages, schema, tokens_max=tokens_max, temperature=temperature, seed=seed,
+                stop=tuple(stop or ()),
+            )  # fmt: skip
+        answer = once.answer(_settings(config), slot, image, request, release, hear if stream else None)
     except once.CannotAnswer as error:
         raise _fail(str(error)) from None
+    typer.echo(json.dumps(answer, indent=None if stream else 2))
+    if "error" in answer:
+        raise typer.Exit(1)
 
 
 @samples_app.command("list")
@@ -163,6 +193,24 @@ def samples_list(
     typer.echo(f"{len(rows)} samples", err=True)
 
 
+@app.command()
+def why(
+    sample: Annotated[str, typer.Argument(help="Id of the sample, as `edged samples list` shows it.")],
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Why a sample was kept: what was seen, how sure that was, what the rule said, and what has become of it."""
+    from edged.why import document, screen
+
+    with _store(config) as store:
+        found = store.sample(sample)
+        listed = store.samples(limit=1)
+    if found is None:
+        example = f", for example {listed[0].id}" if listed else "; none is kept here yet"
+        raise _fail(f"no sample {sample!r} on this device: `edged samples list` shows the ids{example}")
+    typer.echo(json.dumps(document(found), indent=2) if as_json else "\n".join(screen(found)))
+
+
 @samples_app.command("counts")
 def samples_counts(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """How many samples are in which state."""
@@ -183,6 +231,75 @@ def _store(config: Path) -> Any:
         return closing(Store(folder))
     except StoreError as error:
         raise _fail(str(error)) from None
+
+
+@requests_app.command("list")
+def requests_list(
+    config: Config = DEFAULT_CONFIG,
+    pipeline: Pipeline = None,
+    since: Since = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """List language requests: id, outcome, pipeline, release, confidence, tokens, prompt."""
+    from dataclasses import asdict
+
+    start = _seconds(since)
+    with _store(config) as store:
+        rows = store.requests(limit, since=start, pipeline=pipeline)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    for row in rows:
+        sure = "-" if row.confidence is None else f"{row.confidence:.2f}"
+        asked = json.dumps(row.prompt or [turn["content"] for turn in row.messages], ensure_ascii=False)
+        typer.echo(
+            f"{row.id}  {row.outcome:<9} {row.pipeline} {row.adapter or row.release or '-'} p={sure} "
+            f"{row.prompt_tokens}+{row.answer_tokens} tokens  {asked[:60]}"
+        )
+    typer.echo(f"{len(rows)} requests", err=True)
+
+
+@requests_app.command("export")
+def requests_export(
+    file: Annotated[Path, typer.Argument(help="dataset.jsonl to write, replaced as a whole; - for standard output.")],
+    config: Config = DEFAULT_CONFIG,
+    pipeline: Pipeline = None,
+    since: Since = None,
+    as_json: Json = False,
+) -> None:
+    """Write the whole answers as examples for fine-tuning, oldest first: one JSON object a line with goal,
+    context_summary, plan, execution and summary."""
+    from edged import dataset
+    from edged.store import StoreLimits
+
+    start = _seconds(since)
+    with _store(config) as store:
+        rows = store.requests(StoreLimits().requests_max, since=start, pipeline=pipeline)
+    lines = dataset.lines(reversed(rows))
+    if str(file) == "-":
+        sys.stdout.writelines(lines)
+    else:
+        try:
+            dataset.write(file, lines)
+        except OSError as error:
+            raise _fail(f"{file}: {error.strerror}; nothing was written") from None
+    summary = {"file": str(file), "written": len(lines), "left_out": len(rows) - len(lines)}
+    text = f"{file}: {len(lines)} examples; {len(rows) - len(lines)} requests have no whole answer"
+    typer.echo(json.dumps(summary) if as_json else text, err=str(file) == "-")
+
+
+def _seconds(since: str | None) -> float:
+    """Seconds since the epoch of an ISO 8601 time, in UTC unless it says otherwise."""
+    from datetime import UTC, datetime
+
+    if since is None:
+        return 0.0
+    try:
+        when = datetime.fromisoformat(since)
+    except ValueError:
+        raise _fail(f"--since {since!r}: no ISO 8601 time; write 2026-01-31 or 2026-01-31T12:00:00Z", 2) from None
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
 @models_app.command("list")

@@ -5,14 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from edged.core.policy import Policy
+from edged.core.providers import long_name
+from edged.wire.messages import BEAT_S_MAX
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Seconds = Annotated[float, Field(gt=0)]
+TIERS_MAX = 8
+# One tier, or several in order of preference.
+Tiers = Annotated[
+    tuple[Name, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Field(max_length=TIERS_MAX),
+]
 MIB = 1 << 20
+
+
+def _policy(value: Any) -> Any:
+    if isinstance(value, dict):
+        unknown = set(value) - set(Policy.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known: {', '.join(Policy.__dataclass_fields__)}")
+        return Policy(**value)
+    return value
+
+
+PolicyTable = Annotated[Policy, BeforeValidator(_policy)]
+
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # a region of interest: left, top, right, bottom as shares of the frame's sides
+
+
+def _roi(value: Any) -> Any:
+    numbers = isinstance(value, list | tuple) and [v for v in value if type(v) in (int, float)]
+    if not numbers or not len(numbers) == len(value) == 4:
+        raise ValueError("must be four numbers: left, top, right, bottom, for example [0.25, 0.0, 0.75, 1.0]")
+    left, top, right, bottom = numbers
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(
+            "left, top, right, bottom are shares of the frame's sides: 0 <= left < right <= 1 and 0 <= top < bottom <= 1, "
+            "for example [0.25, 0.0, 0.75, 1.0]"
+        )
+    return (float(left), float(top), float(right), float(bottom))
+
+
+Roi = Annotated[tuple[float, float, float, float], BeforeValidator(_roi)]
 
 
 class ConfigError(Exception):
@@ -57,14 +97,26 @@ class Broker(Section):
         return self
 
 
+def _provider(name: str) -> str:
+    long_name(name)
+    return name
+
+
+Provider = Annotated[str, AfterValidator(_provider)]
+
+
 class Slot(Section):
-    """A place for one live model. `seed` is the release folder that a device starts with before the fleet says more."""
+    """A place for one live model. `seed` is the release folder that a device starts with before the fleet says more.
+
+    `isolation`: whether the engine lives in a process of its own or in the daemon; None: in its own for a language model.
+    """
 
     seed: Path | None = None
     threads: Annotated[int, Field(ge=1, le=256)] = 1
-    providers: list[str] = ["CPUExecutionProvider"]
+    providers: list[Provider] = ["cpu"]
     probation_s: Seconds = 60.0
     prove_s_max: Seconds = 60.0
+    isolation: Literal["process", "daemon"] | None = None
     extra: dict[str, Any] = {}
 
 
@@ -89,30 +141,32 @@ class Pipeline(Section):
     source: Annotated[DirectorySource | MqttSource, Field(discriminator="type")]
     task: Name = "detect"
     results: Literal["off", "durable"] = "off"  # publish every answer on up/result
-    policy: Policy = Policy()
-    escalate_to: Name | None = None  # the tier that is asked; none: nothing leaves the device
+    policy: PolicyTable = Policy()
+    escalate_to: Tiers = ()  # the tiers that are asked, the first that lives; none: nothing leaves the device
     answer_by_s: Seconds = 5.0  # whoever waits gets the local answer after this
     label_by_s: Seconds = 7 * 86400.0  # a verdict is wanted for this long
     queue_max: Annotated[int, Field(ge=1, le=10_000)] = 64
-
-    @field_validator("policy", mode="before")
-    @classmethod
-    def _policy(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            unknown = set(value) - set(Policy.__dataclass_fields__)
-            if unknown:
-                raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known: {', '.join(Policy.__dataclass_fields__)}")
-            return Policy(**value)
-        return value
+    roi: Roi = WHOLE  # the part of the frame that the model sees
+    ordered: bool = False  # the items are the frames of one stream, in order: objects are followed through them
 
 
 class Responder(Section):
-    """This device answers the escalations of others on `up/esc/{tier}/{task}` with the model in `slot`."""
+    """This device answers the escalations of others on `up/esc/{tier}/{task}` with the model in `slot`, and asks the next
+    tier where that is unsure itself."""
 
     tier: Name
     task: Name = "detect"
     slot: Name
     queue_max: Annotated[int, Field(ge=1, le=10_000)] = 64
+    escalate_to: Tiers = ()  # none: it always answers itself
+    wait_s: Seconds = 60.0  # for the next tier, before it answers itself; less where somebody waits at the origin
+    policy: PolicyTable = Policy()
+
+    @model_validator(mode="after")
+    def _not_itself(self) -> Responder:
+        if self.tier in self.escalate_to:
+            raise ValueError(f"escalate_to names its own tier {self.tier!r}: name the next one")
+        return self
 
 
 class Host(Section):
@@ -136,6 +190,8 @@ class Delivery(Section):
     retry_s: Seconds = 20.0
     retry_s_max: Seconds = 900.0
     window_s: Seconds = 60.0  # length of a metrics window
+    # Between two heartbeats of a responder here; after three missed ones it counts as gone.
+    presence_s: Annotated[float, Field(gt=0, le=BEAT_S_MAX)] = 30.0
 
 
 class Settings(BaseSettings):

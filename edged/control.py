@@ -16,13 +16,17 @@ from edged.carrier import HttpCarrier
 from edged.clock import Clock
 from edged.config import Settings
 from edged.core.policy import Policy
+from edged.core.tiers import Presence
 from edged.handover import Handover
-from edged.link import Connected, Disconnected, Inbound, Link, Published, TooLarge
+from edged.link import RECEIVE_MAX, Connected, Disconnected, Inbound, Link, Published
 from edged.metrics import Window
 from edged.outgoing import Outgoing
 from edged.pipeline import Pipeline
 from edged.questions import Questions
-from edged.sources import Waiting
+from edged.responders import Responders, presences
+from edged.routes import Routes
+from edged.sending import Sending
+from edged.sources import Unsure, Waiting
 from edged.store import OutboxFull, OutboxMessage, StorageFull, Store, StoreError
 from edged.updater import Updater
 from edged.wire import messages, topics
@@ -32,6 +36,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 BATCH_MAX = 64  # messages handled before the outbox gets its turn
+# Questions are acknowledged when they are answered, so those that wait fill the window in which the broker may send: the
+# other half of it stays free for desired state, verdicts and commands.
+OPEN_MAX = RECEIVE_MAX // 2
 COMPLAINT_S = 60.0  # an invalid payload is logged once a topic and this long; every one is counted
 
 
@@ -51,23 +58,32 @@ class Control:
     ) -> None:  # fmt: skip
         self._settings, self._store, self._link, self._outgoing = settings, store, link, outgoing
         self._clock, self._window, self._carrier = clock, window, carrier
-        self._pipelines, self._responders = pipelines, responders
+        self._pipelines = pipelines
         self.updater: Updater  # set by the composition root: each knows the other
         self.host_url: str | None = None
         self.link_state = "not connected yet"
-        self._births: list[tuple[topics.Address, bytes]] = []  # announcements that the link has not taken yet
-        self._attempts: dict[str, int] = {}
         self._retry: list[Inbound] = []  # messages that found the store failing; at most what the broker may send
         self._report_due = False
         self._rev = {"own": -1, "group": -1}
         self._own_desired = False
         self._complained: dict[str, float] = {}
         self._stopping = False
-        self._ticked = self._window_closed = clock.monotonic()
+        self._ticked = self._window_closed = self._beat_at = clock.monotonic()
+        self._beat_of: dict[str, str] = {}  # slot -> release at the last heartbeat of the responders
         self._handover = Handover(
             store, outgoing, carrier, lambda: settings.host.url or self.host_url, self._enqueue_and_wake
         )
-        self._questions = Questions(store, link, outgoing, clock, pipelines, responders, self._enqueue, self.wake)
+        self._questions = Questions(
+            store, link, outgoing, clock, pipelines, self._enqueue, self.wake, self._full,
+            expects=lambda slot: self.updater.expects(slot),
+        )  # fmt: skip
+        presence = Presence()
+        self._routes = Routes(presence, outgoing, clock, settings.pipelines)
+        self._sending = Sending(store, link, clock, settings.delivery, self._routes)
+        self._responding = Responders(
+            store, link, outgoing, clock, settings.responders, responders, presence,
+            self._enqueue, self.wake, self._full,
+        )  # fmt: skip
         self._handlers: dict[topics.Route, Callable[[Inbound, dict[str, str], Any], None]] = {
             topics.DESIRED: self._on_desired,
             topics.GROUP_DESIRED: self._on_desired,
@@ -76,7 +92,7 @@ class Control:
             topics.COMMAND: self._on_command,
             topics.HOST: self._on_host,
             topics.RESPONDER: self._on_responder,
-            topics.ESCALATION: self._questions.on_escalation,
+            topics.ESCALATION: self._responding.on_escalation,
         }
 
     # For other threads.
@@ -93,6 +109,10 @@ class Control:
     def wait(self, sample: str, waiting: Waiting) -> None:
         """Somebody waits for the verdict on `sample`."""
         self._link.inbox.put((sample, waiting))
+
+    def ask_on(self, unsure: Unsure) -> None:
+        """A responder here is not sure of its answer."""
+        self._link.inbox.put(unsure)
 
     def stop(self) -> None:
         """End `run`, within TICK_S: called by a signal handler, which may have interrupted the inbox in its own lock."""
@@ -112,15 +132,15 @@ class Control:
             if now - self._ticked >= TICK_S:
                 self._ticked = now
                 self._guarded("tick", self._tick)
-            self._guarded("outbox", self._pump)
+            self._guarded("outbox", self._sending.pump)
         self._handover.close()
 
     def flush(self, seconds: float) -> None:
         """Before the end: hand over what is in the outbox, as far as that goes in this time."""
         deadline = self._clock.monotonic() + seconds
         while self._clock.monotonic() < deadline and self._link.connected:
-            self._pump()
-            if not self._store.due(self._clock.now(), 1) and not self._attempts:
+            self._sending.pump()
+            if self._sending.idle():
                 return
             self._drain(0.05)
 
@@ -146,7 +166,7 @@ class Control:
         except queue.Empty:
             pass
         if acked:
-            self._guarded("outbox", lambda: self._on_acked(acked))
+            self._guarded("outbox", lambda: self._sending.acked(acked))
 
     def _handle(self, event: Any) -> None:
         try:
@@ -174,34 +194,19 @@ class Control:
                 self.link_state = event.reason
                 self._store.count("broker_disconnects")
             case Published():
-                log.warning("broker refused message %s: %s", event.ref, event.error)
-                self._store.count("broker_refusals")
-                attempts = self._attempts.pop(event.ref, 1)
-                self._store.refused(event.ref, event.error, self._clock.now() + self._retry_s(attempts))
+                self._sending.refused(event)
             case (str() as sample, Waiting() as waiting):
                 self._questions.wait(sample, waiting)
-
-    def _on_acked(self, ids: list[str]) -> None:
-        now = self._clock.now()
-        # An escalation's row stays until its verdict: how soon it is sent again grows with each attempt.
-        by_attempts: dict[int, list[str]] = {}
-        for message_id in ids:
-            by_attempts.setdefault(self._attempts.pop(message_id, 1), []).append(message_id)
-        for attempts, group in by_attempts.items():
-            self._store.acked_many(group, now, now + self._retry_s(attempts))
-
-    def _retry_s(self, attempts: int) -> float:
-        d = self._settings.delivery
-        return float(min(d.retry_s * 2 ** min(attempts - 1, 16), d.retry_s_max))
+            case Unsure():
+                self._responding.ask_on(event)
 
     def _on_connected(self, event: Connected) -> None:
         log.info("broker: connected%s", "" if event.session else " (new session)")
         self.link_state = "connected"
         self._store.count("broker_connects")
-        self._attempts.clear()  # what was under way is sent again when it is due: receivers know repetitions by their id
-        if not event.session:  # whatever the broker had queued or we had sent may be gone
-            self._store.resend_all(self._clock.now())
-        self._births = announcements(self._settings, self._outgoing, "online", self.live())
+        self._sending.connected(session=event.session)
+        self._beat_at, self._beat_of = self._clock.monotonic(), self.live()
+        self._sending.announce(announcements(self._settings, self._outgoing, "online", self._beat_of))
         self._report_due = True
 
     def live(self) -> dict[str, str]:
@@ -215,6 +220,10 @@ class Control:
         for message in again:
             self._handle(message)
         self._questions.tick(now)
+        self._responding.tick()
+        if self._routes.changed():  # who was to answer is gone, and somebody else could
+            self._store.resend_all(now)
+        self._beat()
         self._store.expire(now, self._outgoing.catalogue)
         self._store.drop_expired(now)
         self.updater.tick()
@@ -228,6 +237,14 @@ class Control:
                 models=self.updater.reports(), health={"counters": self._store.counters()},
             )  # fmt: skip
             self._report_due = not self._link.publish(address, messages.encode(report))
+
+    def _beat(self) -> None:
+        """The responders' heartbeat, when it is due or their models have changed, and what was announced before is out."""
+        now, models = self._clock.monotonic(), self.live()
+        due = now - self._beat_at >= self._settings.delivery.presence_s or models != self._beat_of
+        if due and not self._sending.announcing:
+            self._beat_at, self._beat_of = now, models
+            self._sending.announce(presences(self._settings, self._outgoing, "online", models))
 
     def close_window(self) -> None:
         """End the metrics window and send what it counted."""
@@ -247,31 +264,6 @@ class Control:
     def _enqueue_and_wake(self, message: OutboxMessage) -> None:
         self._enqueue(message)
         self.wake()
-
-    def _pump(self) -> None:
-        """Hand due rows to the link, never more than it may hold; who we are goes first."""
-        while self._births and self._link.publish(*self._births[0]):
-            del self._births[0]
-        room = self._link.room()
-        if not room:
-            return
-        now = self._clock.now()
-        for row in self._store.due(now, room + len(self._attempts)):
-            m = row.message
-            if m.id in self._attempts:
-                continue  # the link still holds it
-            expiry = None if m.expires is None else max(1, int(m.expires - now))
-            address = topics.Address(m.topic, m.qos, m.retain, expiry)
-            try:
-                if not self._link.publish(address, m.payload, m.id, correlation=m.correlation):
-                    return
-            except TooLarge as error:
-                log.error("%s", error)
-                self._store.count("messages_too_large")
-                self._store.bury(m.id, str(error))
-                continue
-            self._attempts[m.id] = row.attempts + 1
-            self._store.sent(m.id, now, now + self._retry_s(row.attempts + 1))
 
     # Messages.
 
@@ -323,9 +315,13 @@ class Control:
         self.say("bad_policy", f"desired policy of {pipeline!r}: {reason}")
 
     def _on_verdict(self, message: Inbound, _fields: dict[str, str], verdict: messages.Verdict) -> None:
+        if self._responding.on_verdict(verdict):
+            self._link.acknowledge(message)
+            return
         sample = self._store.label(
             verdict.sample, verdict.status, [box.model_dump(mode="json") for box in verdict.label], verdict.confidence,
             verdict.provenance.model_dump(mode="json"), verdict.reason, self._clock.now(), self._outgoing.catalogue,
+            [opinion.model_dump(mode="json") for opinion in verdict.opinions],
         )  # fmt: skip
         # Acknowledge after commit: a crash before it means that the verdict comes again, never that it is lost.
         self._link.acknowledge(message)
@@ -333,21 +329,27 @@ class Control:
             self._store.count("verdicts_unknown")
             return
         self._store.count("verdicts" if sample.changed else "verdicts_repeated")
-        self._questions.decided(verdict)
+        self._questions.decided(verdict, sample.pipeline)
 
     def _on_host(self, message: Inbound, _fields: dict[str, str], host: messages.HostState) -> None:
         self._link.acknowledge(message)
         if host.state == "online" and host.url:
             self.host_url = host.url
 
-    def _on_responder(self, message: Inbound, _fields: dict[str, str], responder: messages.ResponderState) -> None:
+    def _on_responder(self, message: Inbound, fields: dict[str, str], responder: messages.ResponderState) -> None:
         self._link.acknowledge(message)
-        if (
-            responder.state == "online" and not message.retain
-        ):  # it has just come: who waited for an answer asks at once
+        if self._routes.heard(fields, responder, retained=message.retain):  # who waits for an answer asks at once
             self._store.resend_all(self._clock.now())
 
-    def _on_command(self, message: Inbound, fields: dict[str, str], command: messages.SamplesCommand) -> None:
+    def _full(self) -> bool:
+        return self._questions.in_hand() + self._responding.in_hand() > OPEN_MAX
+
+    def _on_command(
+        self, message: Inbound, fields: dict[str, str], command: messages.SamplesCommand | messages.CancelCommand
+    ) -> None:
+        if isinstance(command, messages.CancelCommand):
+            self._questions.on_cancel(message, fields, command)
+            return
         self._link.acknowledge(message)  # the trainer repeats a command until it hears `done`
         self._handover.submit(fields["id"], command)
 
@@ -361,9 +363,4 @@ def announcements(
         tier=settings.device.tier, models=models, capabilities=sorted(settings.pipelines),
     )  # fmt: skip
     out = [(topics.STATE(site=outgoing.site, dev=outgoing.device), messages.encode(body))]
-    for name, responder in settings.responders.items():
-        address = topics.RESPONDER(tier=responder.tier, task=responder.task, responder=f"{outgoing.device}.{name}")
-        release = models.get(responder.slot, "")
-        presence = messages.ResponderState(**outgoing.stamp(), state=state, release=release)  # type: ignore[arg-type]
-        out.append((address, messages.encode(presence)))
-    return out
+    return out + presences(settings, outgoing, state, models)

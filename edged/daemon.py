@@ -19,7 +19,6 @@ from edged.config import DirectorySource as DirectoryConfig
 from edged.config import MqttSource, Responder, Settings
 from edged.config import Pipeline as PipelineConfig
 from edged.control import Control, announcements
-from edged.core.policy import Policy
 from edged.fetch import Fetcher, FetchOptions
 from edged.link import Link, LinkOptions
 from edged.metrics import Window
@@ -78,7 +77,9 @@ class Daemon:
             self.store, outgoing, clock, window,
             wait=lambda *waiting: self.control.wait(*waiting),
             engine_error=lambda slot: self.updater.engine_error(slot),
+            unsure=lambda unsure: self.control.ask_on(unsure),
             wake=lambda: self.control.wake(),
+            publish=self.link.publish,
         )  # fmt: skip
         self.pipelines = {
             name: Pipeline(name, config, self.slots[config.slot], services)
@@ -158,7 +159,10 @@ class Daemon:
             "boot": self.stamp.boot,
             "broker": self.control.link_state,
             "models": {name: r.model_dump(mode="json") for name, r in self.updater.reports().items()},
-            "pipelines": {name: {"alive": p.alive(), "waiting": p.waiting()} for name, p in self.pipelines.items()},
+            "pipelines": {
+                name: {"alive": p.alive(), "waiting": p.waiting(), "breaker": p.answers.state.value}
+                for name, p in self.pipelines.items()
+            },
             "sources_alive": all(source.alive() for source in self._sources),
             "samples": self.store.counts(),
             "outbox": {"messages": rows, "bytes": size},
@@ -177,10 +181,10 @@ def _lock(state: Path) -> Any:
 
 
 def _responding(responder: Responder) -> PipelineConfig:
-    """A responder is a pipeline whose items are other devices' questions; it decides nothing."""
+    """A responder is a pipeline whose items are other devices' questions."""
     return PipelineConfig(
         slot=responder.slot, source=MqttSource(), task=responder.task, queue_max=responder.queue_max,
-        policy=Policy(escalate=False),
+        policy=responder.policy, escalate_to=responder.escalate_to,
     )  # fmt: skip
 
 
@@ -196,7 +200,8 @@ def _link(settings: Settings, outgoing: Outgoing, inbox: queue.Queue[Any]) -> Li
     ]
     if device.group:
         subscriptions.append(topics.GROUP_DESIRED.filter(site=device.site, group=device.group))
-    for tier in {p.escalate_to for p in settings.pipelines.values() if p.escalate_to}:
+    asked = [p.escalate_to for p in settings.pipelines.values()] + [r.escalate_to for r in settings.responders.values()]
+    for tier in sorted(set().union(*asked)):
         subscriptions.append(topics.RESPONDER.filter(tier=tier))
     for r in settings.responders.values():
         subscriptions.append(topics.ESCALATION.shared(f"{r.tier}-{r.task}", site=device.site, tier=r.tier, task=r.task))

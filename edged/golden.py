@@ -34,14 +34,15 @@ def check(engine: Detector | Generator, folder: Path, manifest: ReleaseManifest)
 
 
 def generate_all(
-    engine: Generator, request: GenerateRequest, go_on: Callable[[], None] = lambda: None
+    engine: Generator, request: GenerateRequest, hear: Callable[[str], None] | None = None
 ) -> tuple[str, Finished]:
-    """The whole answer to a request, and how it ended; `go_on` is called for each token and may raise."""
+    """The whole answer to a request, and how it ended; `hear` gets each piece of it as it is made."""
     parts: list[str] = []
     for event in engine.generate(request):
-        go_on()
         if isinstance(event, Token):
             parts.append(event.text)
+            if hear is not None:
+                hear(event.text)
         else:
             return "".join(parts), event
     raise EngineError("the generator ended without saying why")

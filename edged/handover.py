@@ -15,7 +15,7 @@ from edged.carrier import HttpCarrier
 from edged.fetch import FetchError, WrongContent
 from edged.outgoing import Outgoing
 from edged.store import OutboxMessage, Sample, Store, StoreError
-from edged.wire import messages, topics
+from edged.wire import messages
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +108,4 @@ class Handover:
     def _say(
         self, command_id: str, state: Literal["accepted", "done", "failed"], reason: str, detail: dict[str, Any]
     ) -> None:
-        address = topics.COMMAND_STATE(
-            site=self._outgoing.site, dev=self._outgoing.device, type="samples", id=command_id
-        )
-        body = messages.CommandState(
-            **self._outgoing.stamp(), command=command_id, state=state, reason=reason, detail=detail
-        )
-        self._enqueue(self._outgoing.message(address, body))
+        self._enqueue(self._outgoing.command_state("samples", command_id, state, reason, detail))

@@ -21,6 +21,14 @@ class BadImage(ValueError):
     """The bytes are no picture that can be used; the message says what is wrong with them."""
 
 
+def encode(image: Image) -> bytes:
+    """The pixels as a PNG file, without loss; the same pixels give the same bytes."""
+    done, data = cv2.imencode(".png", image)
+    if not done:
+        raise BadImage(f"{image.shape[1]}x{image.shape[0]} pixels cannot be encoded as PNG")
+    return data.tobytes()
+
+
 def decode(data: bytes) -> Image:
     """The (height, width, 3) uint8 BGR pixels of a JPEG, PNG, WebP, BMP or TIFF file; raises BadImage."""
     if not data:

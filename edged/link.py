@@ -33,6 +33,7 @@ from edged.wire.topics import Address
 log = logging.getLogger(__name__)
 
 IN_FLIGHT_MAX = 16  # on reconnect paho sends all it holds, ignoring both windows: it never holds more than this
+UNWRITTEN_MAX = 16  # QoS 0 messages handed to paho that are not on the wire yet: it would queue them without end
 RECEIVE_MAX = 64  # QoS 1 messages the broker may send before we acknowledge one
 INBOX_MAX = 4096  # beyond this, QoS 0 messages are dropped and counted
 PACKET_OVERHEAD = 1024  # topic, properties and header, on the safe side
@@ -215,10 +216,15 @@ class Link:
             flying = sum(qos for qos, _ in self._flying.values())
             return max(0, self._window - flying) if self.connected else 0
 
+    def _unwritten(self) -> int:
+        with self._lock:
+            return sum(1 for qos, _ in self._flying.values() if qos == 0)
+
     def publish(self, address: Address, payload: bytes, ref: Any = None, *, correlation: bytes | None = None) -> bool:
         """Hand a message over; false when there is no room (nothing was done: keep it and try later).
 
-        A QoS 1 message is answered by a `Published` with this `ref`. Raises TooLarge.
+        A QoS 1 message is answered by a `Published` with this `ref`; only the owner of the inbox sends such. QoS 0 may be
+        sent from any thread. Raises TooLarge.
         """
         if self._packet_max and len(payload) + PACKET_OVERHEAD > self._packet_max:
             raise TooLarge(
@@ -229,7 +235,7 @@ class Link:
             properties.MessageExpiryInterval = address.expiry_s
         if correlation is not None:
             properties.CorrelationData = correlation
-        if self.room() == 0:
+        if self.room() == 0 or (address.qos == 0 and self._unwritten() >= UNWRITTEN_MAX):
             return False
         info = self._client.publish(address.topic, payload, address.qos, address.retain, properties)
         if info.rc not in (mqtt.MQTT_ERR_SUCCESS, mqtt.MQTT_ERR_NO_CONN):

@@ -18,6 +18,8 @@ class _Row:
     escalated: int = 0
     errors: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    suppressed: dict[str, int] = field(default_factory=dict)
+    unheard: int = 0
     histogram: list[int] = field(default_factory=lambda: [0] * 10)
     latencies: list[float] = field(default_factory=list)
 
@@ -30,8 +32,12 @@ class Window:
         self._rows: dict[tuple[str, str], _Row] = {}
         self._lock = threading.Lock()
 
-    def answer(self, pipeline: str, release: str, action: str, reason: str, p: float, latency_ms: float) -> None:
-        """Count one answered item; an escalation counts when the policy wants it, before any budget."""
+    def answer(
+        self, pipeline: str, release: str, action: str, reason: str, p: float, latency_ms: float, *,
+        suppressed: str = "", unheard: bool = False,
+    ) -> None:  # fmt: skip
+        """Count one answered item; an escalation counts when the policy wants it, before any limit holds it back
+        (`suppressed`: which)."""
         with self._lock:
             row = self._rows.setdefault((pipeline, release), _Row())
             row.items += 1
@@ -39,6 +45,9 @@ class Window:
             row.audited += action == "audit"
             row.escalated += action == "escalate"
             row.reasons[reason] = row.reasons.get(reason, 0) + 1
+            if suppressed:
+                row.suppressed[suppressed] = row.suppressed.get(suppressed, 0) + 1
+            row.unheard += unheard
             row.histogram[min(9, int(p * 10))] += 1
             if len(row.latencies) < LATENCIES_MAX:
                 row.latencies.append(latency_ms)
@@ -65,6 +74,8 @@ class Window:
                 "escalated": row.escalated,
                 "errors": row.errors,
                 "reasons": row.reasons,
+                "suppressed": row.suppressed,
+                "unheard": row.unheard,
                 "confidence_histogram": row.histogram,
                 "latency_ms_p50": _quantile(row.latencies, 0.5),
                 "latency_ms_p95": _quantile(row.latencies, 0.95),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 from edged.core.policy import Decision
 from edged.engines.base import Detections
-from edged.sources import Asked, Item
+from edged.sources import Asked, Item, Unsure
 from edged.stamp import Stamp
 from edged.store import NewSample, OutboxMessage, Sample
 from edged.wire import messages, topics
-from edged.wire.messages import Box, Message
+from edged.wire.messages import Box, Message, Opinion
 from edged.wire.topics import Address
 
 
@@ -22,9 +22,24 @@ def boxes(found: Detections, labels: list[str]) -> list[Box]:
     return [Box(label=labels[k], box=tuple(box), score=min(max(score, 0.0), 1.0)) for box, score, k in rows]
 
 
+def moved(label: list[Box], corner: tuple[int, int]) -> list[Box]:
+    """A label about a part of an image, about the whole image: `corner` is where the part lies in it."""
+    x, y = corner
+
+    def to(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        return box[0] + x, box[1] + y, box[2] + x, box[3] + y
+
+    return [part.model_copy(update={"box": to(part.box)}) for part in label]
+
+
 def plain(parts: list[Box]) -> list[dict[str, Any]]:
     """Boxes as the store keeps them."""
     return [part.model_dump(mode="json") for part in parts]
+
+
+def had(asked: Asked) -> list[str]:
+    """The devices that have had a question, the origin first."""
+    return asked.escalation.path or [asked.device]
 
 
 class Outgoing:
@@ -50,6 +65,14 @@ class Outgoing:
         address = topics.REPLY(site=self.site, dev=self.device, id=request)
         return self.message(address, messages.InferReply(**self.stamp(), request=request, **fields))
 
+    def command_state(
+        self, kind: str, command: str, state: Literal["accepted", "done", "failed"], reason: str, detail: dict[str, Any]
+    ) -> OutboxMessage:
+        """How far the command `down/cmd/{kind}/{command}` is."""
+        address = topics.COMMAND_STATE(site=self.site, dev=self.device, type=kind, id=command)
+        body = messages.CommandState(**self.stamp(), command=command, state=state, reason=reason, detail=detail)
+        return self.message(address, body)
+
     def event(self, kind: str, text: str, **detail: Any) -> OutboxMessage:
         """Something that a person should see."""
         address = topics.EVENT(site=self.site, dev=self.device)
@@ -57,7 +80,7 @@ class Outgoing:
 
     def sample(
         self, item: Item, pipeline: str, task: str, slot: str, release: str, decision: Decision, p: float,
-        answer: list[Box], *, escalated: bool, answer_by: float, label_by: float,
+        answer: list[Box], *, escalated: bool, answer_by: float, label_by: float, evidence: dict[str, Any],
     ) -> NewSample:  # fmt: skip
         """The sample that `item` becomes."""
         return NewSample(
@@ -76,8 +99,9 @@ class Outgoing:
             prediction=plain(answer),
             item=item.name,
             captured=min(item.captured, self.stamp.clock.now()),  # a camera's clock may be ahead
-            answer_by=answer_by if escalated else None,
+            answer_by=answer_by if escalated and item.request is not None else None,  # else nobody waits
             label_by=label_by if escalated else None,
+            evidence=evidence,
         )
 
     def escalation(self, sample: NewSample, image: bytes, tier: str) -> OutboxMessage:
@@ -95,7 +119,9 @@ class Outgoing:
             sha256=sample.sha256,
             prediction=[Box(**row) for row in sample.prediction],
             label_by=sample.label_by,
+            answer_by=sample.answer_by,
             origin=self.device,
+            path=[self.device],
         )
         address = topics.ESCALATION(site=self.site, dev=self.device, tier=tier, task=sample.task)
         address = address.expiring(sample.label_by - message.ts)
@@ -107,18 +133,60 @@ class Outgoing:
     def verdict(
         self, asked: Asked, status: str, label: list[Box], p: float, release: str, reason: str
     ) -> OutboxMessage:
-        """Our answer to another device's escalation. The address follows from the question's topic, never from what the
-        question says about itself."""
-        message = messages.Verdict(
+        """Our own answer to another device's escalation."""
+        own = self.opinion(asked, status, label, p, release)
+        return self.answer(asked, own, [own], reason)
+
+    def opinion(self, asked: Asked, status: str, label: list[Box], p: float, release: str) -> Opinion:
+        """What this device's model makes of a question."""
+        return Opinion(
+            who=self.device, release=release, tier=asked.tier, status=status, confidence=p, label=label  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def answer(self, asked: Asked, own: Opinion, opinions: list[Opinion], reason: str) -> OutboxMessage:
+        """The verdict that our own opinion is the one that counts; `opinions` are all there are."""
+        verdict = messages.Verdict(
             **self.stamp(),
             sample=asked.escalation.sample,
-            status=status,  # type: ignore[arg-type]  # validated by the model
-            label=label,
-            confidence=p,
-            provenance=messages.Provenance(kind="model", who=self.device, release=release),
+            status=own.status,
+            label=own.label,
+            confidence=own.confidence,
+            provenance=messages.Provenance(kind="model", who=own.who, release=own.release),
             reason=reason,
+            opinions=opinions,
         )
-        return self.message(topics.VERDICT(site=asked.site, dev=asked.device), message)
+        return self._to(asked, verdict)
+
+    def relayed(self, asked: Asked, verdict: messages.Verdict, opinions: list[Opinion]) -> OutboxMessage:
+        """The next tier's verdict, passed on to the one who asked us."""
+        update = {**self.stamp(), "sample": asked.escalation.sample, "opinions": opinions}
+        return self._to(asked, verdict.model_copy(update=update))
+
+    def _to(self, asked: Asked, verdict: messages.Verdict) -> OutboxMessage:
+        """The address follows from the question's topic, never from what the question says about itself."""
+        return self.message(topics.VERDICT(site=asked.site, dev=asked.device), verdict)
+
+    def onward(self, unsure: Unsure, tier: str, answer_within_s: float | None, keep_s: float) -> OutboxMessage:
+        """The question that `unsure` was asked, as one of our own to the next tier; wanted for `keep_s`. It has an id of
+        its own: whose sample it is about is known here, so the answers to two devices' samples cannot be mixed up."""
+        stamp = self.stamp()
+        question = unsure.asked.escalation
+        message = question.model_copy(
+            update={
+                **stamp,
+                "sample": stamp["id"],
+                "release": unsure.own.release,
+                "reason": unsure.reason,
+                "confidence": unsure.own.confidence,
+                "image": base64.b64encode(unsure.image).decode(),
+                "prediction": unsure.own.label,
+                "answer_within_s": answer_within_s,
+                "hops": question.hops + 1,
+                "path": [*had(unsure.asked), self.device],
+            }
+        )
+        address = topics.ESCALATION(site=self.site, dev=self.device, tier=tier, task=unsure.asked.task)
+        return self.message(address.expiring(keep_s), message)
 
     def catalogue(self, sample: Sample) -> OutboxMessage:
         """The catalogue entry of a sample as it stands."""

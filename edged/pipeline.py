@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import logging
 import queue
-import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
-from edged import images
+from edged import images, regions
+from edged.answers import Answers
+from edged.capture import Admission, Answer, Capture, Kept
 from edged.clock import Clock
 from edged.config import Pipeline as PipelineConfig
-from edged.core.confidence import Confidence, answer_probability, probability
-from edged.core.policy import Decision, Policy, decide
-from edged.engines.base import Detections, EngineError, Prepared, PromptTooLong
-from edged.golden import generate_all
+from edged.core.policy import Policy, judge, lot
+from edged.core.tracks import Lost, Track, follow
+from edged.engines.base import Detections, EngineError, Prepared, Unsuitable
 from edged.metrics import Window
 from edged.outgoing import Outgoing, boxes
-from edged.slot import Loaded, Slot, SlotStopped, WrongKind
-from edged.sources import Item, Waiting
+from edged.prompts import Prompts
+from edged.slot import Loaded, Slot, SlotStopped
+from edged.sources import Item, Unsure, Waiting
 from edged.store import OutboxFull, OutboxMessage, StorageFull, Store, StoreError
 from edged.wire.messages import INLINE_IMAGE_BYTES_MAX
+from edged.wire.topics import Address
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +39,14 @@ PREPARED_MAX = 2  # one being inferred, one ready: more would only grow old
 FULL_RETRY_S = 5.0  # how soon a commit that found the store full is tried again
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The local answer to one image: boxes, how sure, what the policy makes of it, and how long it took."""
+class Ready(NamedTuple):
+    """An item on its way to the worker. Of an image: prepared for the model with this SHA-256, and where the pixels that
+    the model sees lie in it (left, top)."""
 
     item: Item
-    loaded: Loaded
-    found: Detections
-    confidence: Confidence
-    decision: Decision
-    latency_ms: float
+    prepared: Prepared | None = None
+    prepared_for: str = ""
+    corner: tuple[int, int] = (0, 0)
 
 
 @dataclass(slots=True)
@@ -59,7 +59,9 @@ class Services:
     window: Window
     wait: Callable[[str, Waiting], None]  # for the verdict on this sample
     engine_error: Callable[[str], None]  # slot name: probation wants to know
+    unsure: Callable[[Unsure], None]  # a responder's own answer does not do: ask the next tier
     wake: Callable[[], None]  # the outbox has something new
+    publish: Callable[[Address, bytes], bool]  # now or not at all, for what may be lost
 
 
 class Pipeline:
@@ -69,9 +71,15 @@ class Pipeline:
         self.name, self.config, self.slot, self._s = name, config, slot, services
         self.policy: Policy = replace(config.policy, escalate=config.policy.escalate and bool(config.escalate_to))
         self._queue: queue.Queue[Item] = queue.Queue(config.queue_max)
-        self._prepared: queue.Queue[tuple[Item, Prepared | None, str]] = queue.Queue(PREPARED_MAX)
+        self._prepared: queue.Queue[Ready] = queue.Queue(PREPARED_MAX)
         self._stopping = threading.Event()
-        self._random = random.Random()
+        self.answers = Answers(config.answer_by_s)
+        self._capture = Capture(
+            name, config, slot.name, services.store, services.outgoing, services.clock, self.answers
+        )
+        self._tracks: tuple[Track, ...] | None = None
+        self._tracked_for = ""
+        self._prompts = Prompts(name, slot, services, self._stopping.is_set, self._enqueue, self._see_through)
         self._said_too_large = False
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=f"{what}-{name}", daemon=True)
@@ -142,18 +150,18 @@ class Pipeline:
 
     def _prepare(self, item: Item) -> None:
         if item.prompt is not None:
-            self._hand_on((item, None, ""))
+            self._hand_on(Ready(item))
             return
         try:
-            image = images.decode(item.image)
+            image, corner = regions.cut(images.decode(item.image), self.config.roi)
         except images.BadImage as error:
             self._reject(item, "bad_image", str(error))
             return
         with self.slot.lease() as loaded:
             prepared = loaded.detector.prepare(image)
-            self._hand_on((item, prepared, loaded.ref.sha256))
+            self._hand_on(Ready(item, prepared, loaded.ref.sha256, corner))
 
-    def _hand_on(self, ready: tuple[Item, Prepared | None, str]) -> None:
+    def _hand_on(self, ready: Ready) -> None:
         while not self._stopping.is_set():
             try:
                 self._prepared.put(ready, timeout=0.2)
@@ -169,11 +177,10 @@ class Pipeline:
                 ready = self._prepared.get(timeout=0.2)
             except queue.Empty:
                 continue
-            item, prepared, prepared_for = ready
-            if prepared is None:
-                self._see_through(item, partial(self._handle_prompt, item))
+            if ready.prepared is None:
+                self._see_through(ready.item, partial(self._prompts.handle, ready.item))
             else:
-                self._see_through(item, partial(self._handle_image, item, prepared, prepared_for))
+                self._see_through(ready.item, partial(self._handle_image, ready, ready.prepared))
             self._s.wake()
 
     def _see_through(self, item: Item, act: Callable[[], None]) -> None:
@@ -206,7 +213,7 @@ class Pipeline:
 
     def _refuse(self, item: Item, error: EngineError) -> None:
         """The engine did not answer; probation hears of it unless the item is to blame."""
-        unsuitable = isinstance(error, PromptTooLong | WrongKind)
+        unsuitable = isinstance(error, Unsuitable)
         if not unsuitable:
             self._s.engine_error(self.slot.name)
         if item.asked is not None:
@@ -217,122 +224,93 @@ class Pipeline:
             return
         self._reject(item, "unsuitable" if unsuitable else "engine_error", str(error))
 
-    def _go_on(self) -> None:
-        if self._stopping.is_set():  # the request is not settled: it comes again
-            raise SlotStopped(self.name)
-
-    def _handle_image(self, item: Item, prepared: Prepared, prepared_for: str) -> None:
-        answer = self._answer(item, prepared, prepared_for)
-        if item.asked is not None:
+    def _handle_image(self, ready: Ready, prepared: Prepared) -> None:
+        answer = self._answer(ready, prepared)
+        if answer.item.asked is not None:
             self._commit_verdict(answer)
-        else:
-            self._commit_answer(answer)
+            return
+        admission = None if answer.judged.decision.action == "accept" else self._capture.admit(answer)
+        # From here on only the store can fail: what was decided and spent is neither decided nor spent again.
+        self._see_through(answer.item, partial(self._commit_answer, answer, admission))
 
-    def _answer(self, item: Item, prepared: Prepared, prepared_for: str) -> Answer:
+    def _answer(self, ready: Ready, prepared: Prepared) -> Answer:
         started = self._s.clock.monotonic()
         with self.slot.lease() as loaded:
-            if prepared_for != loaded.ref.sha256:  # a swap came between: the new model may want another input
+            if ready.prepared_for != loaded.ref.sha256:  # a swap came between: the new model may want another input
                 prepared = loaded.detector.prepare(prepared.image)
             with loaded.use:
                 found = loaded.detector.infer([prepared])[0]
-        manifest = loaded.manifest
-        confidence = probability(found, manifest.thresholds, prepared.stats, manifest.calibration)
-        decision = decide(confidence, self.policy, self._random.random())
+        policy, draw = self.policy, lot(ready.item.id)
+        lost = self._follow(found, prepared, loaded) if self.config.ordered else ()
+        judged = judge(found, prepared.stats, loaded.manifest, policy, draw, bool(lost))
         latency_ms = (self._s.clock.monotonic() - started) * 1000
-        return Answer(item, loaded, found.above(manifest.thresholds.score), confidence, decision, latency_ms)
+        return Answer(ready.item, loaded, prepared, ready.corner, found, policy, draw, lost, judged, latency_ms)
 
-    def _commit_answer(self, answer: Answer) -> None:
-        s, config, item = self._s, self.config, answer.item
-        release = answer.loaded.ref.release
-        labelled = boxes(answer.found, answer.loaded.manifest.labels)
-        kept = answer.decision.action != "accept" and self._capture(answer, labelled)
-        s.window.answer(
-            self.name, release, answer.decision.action, answer.decision.reason, answer.confidence.p, answer.latency_ms
-        )
-        if config.results == "durable":
+    def _follow(self, found: Detections, prepared: Prepared, loaded: Loaded) -> tuple[Lost, ...]:
+        """What should be in this frame by those before it."""
+        if self._tracked_for != loaded.ref.sha256:  # what another model saw says nothing about what this one misses
+            self._tracks, self._tracked_for = None, loaded.ref.sha256
+        height, width = prepared.image.shape[:2]
+        self._tracks, lost = follow(self._tracks, found, loaded.manifest.thresholds.score, (height, width))
+        return lost
+
+    def _commit_answer(self, answer: Answer, admission: Admission | None) -> None:
+        s, item, decision = self._s, answer.item, answer.judged.decision
+        kept = self._capture.keep(answer, admission) if admission else Kept(None, "")
+        asked = kept.sample is not None and not kept.suppressed
+        waits = asked and item.request is not None and self.answers.may_wait(s.clock.monotonic())
+        if kept.suppressed == "too_large" and admission:
+            self._say_too_large(item.name, len(admission.image))
+        manifest = answer.loaded.manifest
+        local = {
+            "prediction": boxes(regions.shifted(answer.answered, answer.corner), manifest.labels),
+            "confidence": answer.judged.confidence.p,
+            "release": manifest.release,
+        }
+        if self.config.results == "durable":
             self._enqueue(
                 s.outgoing.result(
-                    self.name, item=item.name, release=release, prediction=labelled, confidence=answer.confidence.p,
-                    decision=answer.decision.action, reason=answer.decision.reason,
-                    sample=item.id if kept else None, latency_ms=answer.latency_ms,
+                    self.name, item=item.name, **local, decision=decision.action, reason=decision.reason,
+                    sample=kept.sample, suppressed=kept.suppressed or None, latency_ms=answer.latency_ms,
                 )
             )  # fmt: skip
+        s.window.answer(
+            self.name, manifest.release, decision.action, decision.reason, answer.judged.confidence.p, answer.latency_ms,
+            suppressed=kept.suppressed, unheard=asked and item.request is not None and not waits,
+        )  # fmt: skip
+        reply = {**local, "decided_by": s.outgoing.device}
+        if item.request is not None and waits:
+            answer_by = s.clock.now() + self.config.answer_by_s
+            s.wait(item.id, Waiting(item.request, reply, answer_by, item.settle, answer.corner))
+            return
         if item.request is not None:
-            reply = {"prediction": labelled, "confidence": answer.confidence.p, "release": release,
-                     "decided_by": s.outgoing.device}  # fmt: skip
-            if kept:
-                s.wait(item.id, Waiting(item.request, reply, s.clock.now() + config.answer_by_s, item.settle))
-                return
             self._enqueue(s.outgoing.reply(item.request, **reply))
         item.settle("")
 
-    def _capture(self, answer: Answer, labelled: list[Any]) -> bool:
-        """Keep the item as a sample, with its question to the next tier in the same transaction; false when the store has
-        no room, which is counted and said, while answering goes on."""
-        s, item, config = self._s, answer.item, self.config
-        now = s.clock.now()
-        tier = config.escalate_to
-        too_large = len(item.image) > INLINE_IMAGE_BYTES_MAX
-        if too_large:
-            s.store.count("escalations_too_large")
-            if not self._said_too_large:
-                self._said_too_large = True
-                text = (
-                    f"{self.name}: {item.name} has {len(item.image)} bytes; up to {INLINE_IMAGE_BYTES_MAX} can be "
-                    "escalated: use smaller or more compressed images"
-                )
-                self._enqueue(s.outgoing.event("escalation_too_large", text))
-        sample = s.outgoing.sample(
-            item, self.name, config.task, self.slot.name, answer.loaded.ref.release, answer.decision,
-            answer.confidence.p, labelled, escalated=tier is not None and not too_large,
-            answer_by=now + config.answer_by_s, label_by=now + config.label_by_s,
-        )  # fmt: skip
-        question = s.outgoing.escalation(sample, item.image, tier) if tier and not too_large else None
-        try:
-            try:
-                s.store.capture(sample, item.image, question)
-            except StorageFull:
-                s.store.evict(len(item.image))
-                s.store.capture(sample, item.image, question)
-        except (StorageFull, OutboxFull) as error:
-            s.store.count("samples_not_kept")
-            log.warning("pipeline %s: %s: not kept as a sample: %s", self.name, item.name, error)
-            return False
-        return question is not None
+    def _say_too_large(self, name: str, size: int) -> None:
+        self._s.store.count("escalations_too_large")
+        if self._said_too_large:
+            return
+        self._said_too_large = True
+        text = (
+            f"{self.name}: {name} has {size} bytes; up to {INLINE_IMAGE_BYTES_MAX} can be escalated: use smaller or more "
+            "compressed images, or a smaller roi, which is kept as PNG"
+        )
+        self._enqueue(self._s.outgoing.event("escalation_too_large", text))
 
     def _commit_verdict(self, answer: Answer) -> None:
         asked = answer.item.asked
         assert asked is not None
         manifest = answer.loaded.manifest
-        label = boxes(answer.found, manifest.labels)
-        self._enqueue(self._s.outgoing.verdict(asked, "labelled", label, answer.confidence.p, manifest.release, ""))
-        self._s.window.answer(
-            self.name, manifest.release, "accept", "confident", answer.confidence.p, answer.latency_ms
-        )
-        answer.item.settle("")
-
-    def _handle_prompt(self, item: Item) -> None:
-        s = self._s
-        assert item.prompt is not None
-        started = s.clock.monotonic()
-        with self.slot.lease() as loaded, loaded.use:
-            text, end = generate_all(loaded.generator, item.prompt, self._go_on)
-            adapter = loaded.adapter.release if loaded.adapter else None
-        p = answer_probability(end.mean_logprob)
-        latency_ms = (s.clock.monotonic() - started) * 1000
-        s.store.record_request(
-            id=item.id, pipeline=self.name, release=loaded.ref.release, adapter=adapter or "", prompt=item.prompt.prompt,
-            answer=text, confidence=p, outcome="ok", ts=s.clock.now(),
-        )  # fmt: skip
-        s.window.answer(self.name, adapter or loaded.ref.release, "accept", "confident", p, latency_ms)
-        if item.request is not None:
-            self._enqueue(
-                s.outgoing.reply(
-                    item.request, generation_prompt=item.prompt.prompt, generated_response=text, confidence=p,
-                    release=loaded.ref.release, adapter=adapter, decided_by=s.outgoing.device,
-                )
-            )  # fmt: skip
-        item.settle("")
+        s, decision, p = self._s, answer.judged.decision, answer.judged.confidence.p
+        label = boxes(answer.answered, manifest.labels)
+        s.window.answer(self.name, manifest.release, decision.action, decision.reason, p, answer.latency_ms)
+        if decision.action == "accept":
+            self._enqueue(s.outgoing.verdict(asked, "labelled", label, p, manifest.release, ""))
+            answer.item.settle("")
+            return
+        own = s.outgoing.opinion(asked, "labelled", label, p, manifest.release)
+        s.unsure(Unsure(asked, answer.item.image, own, decision.reason, answer.item.settle))
 
     def _reject(self, item: Item, counter: str, reason: str) -> None:
         """An item that cannot be answered: counted, said, answered with the error where somebody waits, and set aside."""
@@ -345,7 +323,9 @@ class Pipeline:
         if item.asked is not None:
             self._enqueue(s.outgoing.verdict(item.asked, "rejected", [], 0.0, release, reason))
         elif item.request is not None:
-            prompt = item.prompt.prompt if item.prompt else None
+            if item.prompt is not None:
+                self._prompts.refused(item, release, reason)
+            prompt = (item.prompt and item.prompt.prompt) or None
             self._enqueue(s.outgoing.reply(item.request, error=reason, generation_prompt=prompt, release=release))
         elif self.config.results == "durable":
             self._enqueue(

@@ -1,4 +1,4 @@
-"""Questions that come over MQTT: requests to a pipeline, other devices' escalations, and who still waits for an answer.
+"""Requests to the pipelines, and who still waits for an answer.
 
 Law: a question is acknowledged after its answer is in the outbox. A crash before that brings the question again.
 """
@@ -7,23 +7,49 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
+import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from edged.clock import Clock
-from edged.engines.base import GenerateRequest
-from edged.link import RECEIVE_MAX, Inbound, Link
-from edged.outgoing import Outgoing
+from edged.core.breaker import State
+from edged.engines.base import ChatMessage, GenerateRequest
+from edged.link import Inbound, Link
+from edged.outgoing import Outgoing, moved
 from edged.pipeline import Pipeline
-from edged.sources import Asked, Item, Waiting
+from edged.sources import Item, Waiting
 from edged.store import OutboxMessage, Store
 from edged.wire import messages, topics
 
-# Questions are acknowledged when they are answered, so those that wait fill the window in which the broker may send: the
-# other half of it stays free for desired state, verdicts and commands.
-OPEN_MAX = RECEIVE_MAX // 2
+log = logging.getLogger(__name__)
+
+CONTENTS = ("image", "generation_prompt", "messages")  # of which a request has one
+LANGUAGE = ("tokens_max", "temperature", "seed", "stop", "answer_schema", "deadline_s", "stream")
+
+
+class Patience:
+    """Whether the answer to a language request is still wanted; asked by the engine while it works."""
+
+    def __init__(self, clock: Clock, deadline_s: float | None) -> None:
+        self._clock = clock
+        self._until = None if deadline_s is None else clock.monotonic() + deadline_s
+        self.cancelled = False
+
+    def __call__(self) -> str:
+        """Empty, or why the answer shall end."""
+        if self.cancelled:
+            return "cancelled"
+        return "deadline" if self._until is not None and self._clock.monotonic() >= self._until else ""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request being answered; the newest copy of it is the one to acknowledge."""
+
+    message: Inbound
+    patience: Patience | None  # of a language request
 
 
 class Questions:
@@ -31,16 +57,21 @@ class Questions:
 
     def __init__(
         self, store: Store, link: Link, outgoing: Outgoing, clock: Clock, pipelines: dict[str, Pipeline],
-        responders: dict[tuple[str, str], Pipeline], enqueue: Callable[[OutboxMessage], None], wake: Callable[[], None],
+        enqueue: Callable[[OutboxMessage], None], wake: Callable[[], None], full: Callable[[], bool],
+        expects: Callable[[str], bool],
     ) -> None:  # fmt: skip
+        """`full`: so many questions are not acknowledged that desired state could be stuck behind them; `expects`: whether
+        a slot has a model, or one on its way."""
         self._store, self._link, self._outgoing, self._clock = store, link, outgoing, clock
-        self._pipelines, self._responders = pipelines, responders
-        self._enqueue, self._wake = enqueue, wake
+        self._pipelines = pipelines
+        self._enqueue, self._wake, self._full, self._expects = enqueue, wake, full, expects
         self._waiting: dict[str, Waiting] = {}  # sample -> who waits for its verdict
-        # Requests being answered, so that a repetition is not answered twice; the newest copy is the one to acknowledge.
-        self._open: dict[str, Inbound] = {}
-        self._asked: set[tuple[str, str]] = set()  # (device, sample) that a responder here has in hand
+        self._open: dict[str, _Open] = {}  # requests being answered, so that a repetition is not answered twice
         self._lock = threading.Lock()  # workers take out what the control loop puts in
+
+    def in_hand(self) -> int:
+        """How many requests are not acknowledged."""
+        return len(self._open)
 
     # Who waits.
 
@@ -52,12 +83,14 @@ class Questions:
             return
         decided: dict[str, Any] = {}
         if known.provenance and known.state not in {"unresolved", "rejected"}:
-            decided = {"prediction": known.label, "confidence": known.label_confidence,
+            decided = {"prediction": [messages.Box(**row) for row in known.label], "confidence": known.label_confidence,
                        "release": known.provenance["release"], "decided_by": known.provenance["who"]}  # fmt: skip
         self._answer(sample, decided)
 
-    def decided(self, verdict: messages.Verdict) -> None:
-        """A verdict was stored: whoever waits for it gets it."""
+    def decided(self, verdict: messages.Verdict, pipeline: str) -> None:
+        """A verdict on a sample of `pipeline` was stored: whoever waits for it gets it."""
+        if pipeline in self._pipelines and verdict.provenance.kind == "model":  # a person says nothing of the tiers
+            self._on_breaker(pipeline, self._pipelines[pipeline].answers.answered(verdict.sample))
         decided: dict[str, Any] = {}
         if verdict.status == "labelled":
             decided = {"prediction": verdict.label, "confidence": verdict.confidence,
@@ -65,14 +98,30 @@ class Questions:
         self._answer(verdict.sample, decided)
 
     def tick(self, now: float) -> None:
-        """Who waited long enough gets the local answer."""
+        """Who waited long enough gets the local answer; where nobody answers, nobody is kept waiting from then on."""
+        for name, pipeline in self._pipelines.items():
+            self._on_breaker(name, pipeline.answers.tick(self._clock.monotonic()))
         for sample in [sample for sample, waiting in self._waiting.items() if waiting.answer_by <= now]:
             self._answer(sample, {})
+
+    def _on_breaker(self, pipeline: str, state: State | None) -> None:
+        """Whether the questions of a pipeline are answered has changed (None: it has not)."""
+        if state is State.OPEN:
+            self._store.count("breaker_opened")
+            text = f"{pipeline}: nobody answers its questions: whoever asks gets the local answer at once"
+        elif state is State.CLOSED:
+            text = f"{pipeline}: its questions are answered again"
+        else:
+            return
+        log.warning("%s", text)
+        self._enqueue(self._outgoing.event(f"breaker_{state}", text, pipeline=pipeline))
 
     def _answer(self, sample: str, decided: dict[str, Any]) -> None:
         waiting = self._waiting.pop(sample, None)
         if waiting is None:
             return
+        if decided:
+            decided["prediction"] = moved(decided["prediction"], waiting.corner)
         self._enqueue(self._outgoing.reply(waiting.request, **{**waiting.reply, **decided}))
         waiting.settle("")
 
@@ -82,19 +131,21 @@ class Questions:
         """`down/infer/{pipeline}`."""
         with self._lock:
             if request.id in self._open:
-                self._open[request.id] = message
+                self._open[request.id].message = message
                 return
         name = fields["pipeline"]
-        item, error = self._item(name, request)
+        patience = None if request.image is not None else Patience(self._clock, request.deadline_s)
+        item, error = self._item(name, request, patience)
         if self._store.seen(request.id, self._clock.now(), record=False):
             self._link.acknowledge(message)
             return
         if item is not None:
             pipeline = self._pipelines[name]
-            if pipeline.slot.live is None:
+            # After a start requests come before the model does: they wait for it in the queue.
+            if pipeline.slot.live is None and not self._expects(pipeline.slot.name):
                 error = f"{name}: no model is loaded yet in slot {pipeline.slot.name}"
             else:
-                self._open[request.id] = message
+                self._open[request.id] = _Open(message, patience)
                 if not self._full() and pipeline.offer(item):
                     return
                 del self._open[request.id]
@@ -112,69 +163,66 @@ class Questions:
             request = messages.readable_id(message.payload) or parsed[1]["pipeline"]
             self._enqueue(self._outgoing.reply(request, error=reason))
 
-    def _item(self, name: str, request: messages.InferRequest) -> tuple[Item | None, str]:
+    def on_cancel(self, message: Inbound, fields: dict[str, str], command: messages.CancelCommand) -> None:
+        """`down/cmd/cancel`: whoever has the request in hand ends it, now or when its turn comes. Not remembered across a
+        restart, where the request comes again."""
+        with self._lock:
+            found = self._open.get(command.request)
+        if found is not None and found.patience is not None:
+            found.patience.cancelled = True
+            text = "it ends, and is answered with the error `cancelled` unless its answer was just made"
+        elif found is not None:
+            text = "a request with an image is not cancelled: its answer is on its way"
+        else:
+            text = "no such request is open here: it was answered, or never came"
+        detail = {"request": command.request, "open": found is not None, "text": text}
+        self._enqueue(self._outgoing.command_state("cancel", fields["id"], "done", "", detail))
+        self._link.acknowledge(message)
+
+    def _item(self, name: str, request: messages.InferRequest, patience: Patience | None) -> tuple[Item | None, str]:
         """The request as an item of its pipeline, or why it is none."""
         pipeline = self._pipelines.get(name)
         if pipeline is None or pipeline.config.source.type != "mqtt":
             known = [n for n, p in self._pipelines.items() if p.config.source.type == "mqtt"]
             return None, f"pipeline {name!r} takes no requests here; those that do: {', '.join(known) or 'none'}"
 
+        given = [content for content in CONTENTS if getattr(request, content) is not None]
+        if not given:
+            return None, "the request has neither `image` (base64) nor `generation_prompt` nor `messages`"
+        if len(given) > 1:
+            return None, f"the request has `{'` and `'.join(given)}`: send one of them"
+
         def settle(_reason: str) -> None:
             self._store.seen(request.id, self._clock.now())
             with self._lock:
-                newest = self._open.pop(request.id)
+                newest = self._open.pop(request.id).message
             self._link.acknowledge(newest)
             self._wake()
 
         common: dict[str, Any] = {"id": request.id, "name": request.id, "captured": self._clock.now(),
                                   "request": request.id, "settle": settle}  # fmt: skip
-        if request.generation_prompt is not None:
-            return Item(**common, prompt=GenerateRequest(request.generation_prompt, tokens_max=request.tokens_max)), ""
+        if patience is not None:
+            return Item(**common, prompt=_prompt(request, patience), stream=request.stream), ""
+        useless = [key for key in LANGUAGE if getattr(request, key) != type(request).model_fields[key].default]
+        if useless:
+            return None, f"`{useless[0]}` is for language: a request with an `image` has no use for it"
         try:
             image = base64.b64decode(request.image or "", validate=True)
         except binascii.Error as error:
             return None, f"image: not base64: {error}"
         if not image:
-            return None, "the request has neither `image` (base64) nor `generation_prompt`"
+            return None, "image: empty; send the bytes of a picture in base64"
         return Item(**common, image=image), ""
 
-    # Other devices' escalations.
 
-    def on_escalation(self, message: Inbound, fields: dict[str, str], escalation: messages.Escalation) -> None:
-        """`up/esc/{tier}/{task}` of another device, for a responder here."""
-        pipeline = self._responders.get((fields["tier"], fields["task"]))
-        if pipeline is None or fields["dev"] == self._outgoing.device:
-            self._link.acknowledge(message)
-            return
-        key = (fields["dev"], escalation.sample)
-        if key in self._asked:  # its owner lost patience: one answer will do
-            self._link.acknowledge(message)
-            return
-        asked = Asked(fields["site"], fields["dev"], escalation)
-        try:
-            image = base64.b64decode(escalation.image or "", validate=True)
-        except binascii.Error:
-            image = b""
-        if hashlib.sha256(image).hexdigest() != escalation.sha256:
-            self._store.count("escalations_corrupt")
-            text = f"image of {len(image)} bytes does not have sha256 {escalation.sha256[:12]}"
-            self._enqueue(self._outgoing.verdict(asked, "rejected", [], 0.0, "", text))
-            self._link.acknowledge(message)
-            return
-
-        def settle(_reason: str) -> None:
-            self._asked.discard(key)
-            self._link.acknowledge(message)
-            self._wake()
-
-        item = Item(escalation.sample, escalation.sample, self._clock.now(), image, asked=asked, settle=settle)
-        self._asked.add(key)
-        if pipeline.slot.live is None or self._full() or not pipeline.offer(item):
-            # Its owner keeps the question until it is answered and will ask again.
-            self._asked.discard(key)
-            self._store.count("escalations_busy")
-            self._link.acknowledge(message)
-
-    def _full(self) -> bool:
-        """Whether so many questions wait that desired state could be stuck in the broker behind them."""
-        return len(self._open) + len(self._asked) > OPEN_MAX
+def _prompt(request: messages.InferRequest, patience: Patience) -> GenerateRequest:
+    return GenerateRequest(
+        request.generation_prompt or "",
+        messages=tuple(ChatMessage(turn.role, turn.content) for turn in request.messages or ()),
+        tokens_max=request.tokens_max,
+        temperature=request.temperature,
+        seed=request.seed,
+        stop=tuple(request.stop),
+        schema=request.answer_schema,
+        halt=patience,
+    )

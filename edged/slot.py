@@ -10,13 +10,15 @@ import ctypes
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from edged import golden
-from edged.engines.base import Detector, EngineError, EngineOptions, Generator, open_engine
+from edged.engines.base import Detector, EngineError, EngineOptions, Generator, Unsuitable, open_engine
+from edged.engines.host import ProcessGenerator
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,8 @@ class SlotStopped(Exception):
     """The daemon is shutting down: the item in hand is not lost, its source still has it."""
 
 
-class WrongKind(EngineError):
-    """The item is not for this kind of model: the fault of whoever sent it, not of the release."""
+class WrongKind(Unsuitable):
+    """The item is not for this kind of model."""
 
 
 @dataclass(slots=True)
@@ -41,13 +43,18 @@ class Loaded:
     use: threading.Lock = field(default_factory=threading.Lock)
     leases: int = 0
     retired: bool = False
+    # Decided once: looking for every method of a protocol takes a tenth of a millisecond, and this is asked for each item.
+    _detects: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._detects = isinstance(self.engine, Detector)
 
     @property
     def detector(self) -> Detector:
         """The engine as a detector; raises WrongKind when the release is of another kind."""
-        if not isinstance(self.engine, Detector):
+        if not self._detects:
             raise WrongKind(f"release {self.ref.release} is no detector (kind {self.manifest.kind})")
-        return self.engine
+        return cast(Detector, self.engine)
 
     @property
     def generator(self) -> Generator:
@@ -57,9 +64,25 @@ class Loaded:
         return self.engine
 
 
-def load(ref: ReleaseRef, folder: Path, manifest: ReleaseManifest, options: EngineOptions) -> Loaded:
-    """Load a release and let it answer its golden set; raises EngineError, and then nothing stays in memory."""
-    engine = open_engine(folder, manifest, options)
+def load(
+    ref: ReleaseRef, folder: Path, manifest: ReleaseManifest, options: EngineOptions, isolation: str | None = None,
+    ended: Callable[[str, bool], None] = lambda how, in_hand: None,
+) -> Loaded:  # fmt: skip
+    """Load a release and let it answer its golden set; raises EngineError, and then nothing stays in memory.
+
+    `isolation` is the slot's setting. `ended` is told (how, whether a request was in hand) when the process of an engine
+    that has one ends without having been asked.
+    """
+    if isolation == "process" and manifest.kind != "llm":
+        raise EngineError(
+            f"release {manifest.release} is of kind {manifest.kind}, and only language models run in a process of their "
+            'own: take isolation = "process" out of this slot'
+        )
+    engine: Detector | Generator
+    if manifest.kind == "llm" and isolation != "daemon":
+        engine = ProcessGenerator(folder, manifest, options, ended)
+    else:
+        engine = open_engine(folder, manifest, options)
     try:
         golden.check(engine, folder, manifest)
     except BaseException:

@@ -39,8 +39,9 @@ class Updater:
         self._desired: Desired | None = None
         self._errors: dict[str, int] = {}
         self._acts = Acts(
-            slots, configs, releases, store, carrier, post, report, say, lambda target: self._records[target]
-        )
+            slots, configs, releases, store, carrier, post, report, say, lambda target: self._records[target],
+            self.engine_error,
+        )  # fmt: skip
 
     # The control loop's calls.
 
@@ -107,6 +108,10 @@ class Updater:
     def engine_error(self, slot: str) -> None:
         """A worker's engine failed on an item; enough of them end a probation."""
         self._errors[slot] = self._errors.get(slot, 0) + 1
+
+    def expects(self, slot: str) -> bool:
+        """Whether a model serves in this slot or is on its way there."""
+        return self._records[slot].active is not None
 
     def reports(self) -> dict[str, ModelReport]:
         """What every slot runs and how its updates stand."""

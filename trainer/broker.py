@@ -27,7 +27,7 @@ class Clients:
 
     trainers: Sequence[str] = ()
     responders: Sequence[str] = ()  # answer escalations of every device
-    observers: Sequence[str] = ()  # read everything, and ask devices to infer
+    observers: Sequence[str] = ()  # read everything, ask devices to infer, and cancel
 
 
 def mosquitto_config(
@@ -117,7 +117,12 @@ def acl_text(clients: Clients) -> str:
         ]
     everything = topics.HOST.template.partition("_host")[0] + "#"
     for name in clients.observers:
-        lines += [f"user {name}", f"topic read {everything}", f"topic write {topics.INFER.filter()}"]
+        lines += [
+            f"user {name}",
+            f"topic read {everything}",
+            f"topic write {topics.INFER.filter()}",
+            f"topic write {topics.COMMAND.filter(type='cancel')}",
+        ]
     return "\n".join(lines) + "\n"
 
 

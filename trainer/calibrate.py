@@ -1,38 +1,65 @@
-"""Fits a release's calibration: how evidence becomes the probability of being right, on data used for nothing else."""
+"""Fits a release's calibration: how evidence becomes the probability of being right, on data used for nothing else.
+
+A fixed draw takes a third of the items aside. The others fit the probability and the novelty reference; this third only
+counts what each threshold would have cost (`core.risk`), which is what makes those bounds hold. See docs/confidence.md.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import minimize
 
-from edged.core.confidence import FEATURES, SIGNS, features, novelty, stats_vector
+from edged.core.confidence import (
+    FEATURES,
+    SIGNS,
+    answer_probability,
+    features,
+    novelty,
+    probability,
+    stats_vector,
+)
 from edged.engines.base import Detections, ImageStats
-from edged.wire.manifest import Calibration, Novelty, Thresholds
+from edged.wire.manifest import BoxCalibration, Calibration, Novelty, Thresholds
+from trainer.core.risk import risk_table
+from trainer.scaling import fit_boxes, fit_scaling
 
 ITEMS_MIN = 100  # fewer items cannot tell 90 % from 97 %
 PENALTIES = (1.0, 3.0, 10.0, 30.0)  # L2, chosen by cross-validation
 FOLDS = 5
-LIMIT_QUANTILE, LIMIT_MARGIN = 0.995, 1.1  # of the distances seen; the margin because the sample's tail is thin
+PARTS = 3  # one counts, the others fit
+# Of the distances seen: a higher quantile of a few hundred images is the distance of one odd image. The margin because
+# the sample's tail is thin.
+LIMIT_QUANTILE, LIMIT_MARGIN = 0.99, 1.1
 # Scenes come in kinds: one centre for all would call the space between them known.
-ITEMS_PER_CENTRE, CENTRES_MAX = 100, 8
+ITEMS_PER_CENTRE, CENTRES_MAX = 200, 8
 # The weights are pulled towards these, not towards 0: with few wrong answers to learn from, a weak score is doubted.
 PRIOR = {"min_logit": 0.5, "missed_logit": -0.5, "rival_logit": -0.25, "overlap": -0.25, "novelty": -0.25}
 # A feature that hardly varied in the fit must not become infinitely telling in the field.
 SCALE_MIN = 0.25
 DEVIATION_MIN = np.array([0.05, 0.05, 0.05, 0.05, 0.02])  # of what `stats_vector` holds
+NOT_ACCEPTED = -1.0  # the probability of a novel input, for counting: no threshold lets it pass
 
-Item = tuple[Detections, ImageStats, bool]
+
+class Item(NamedTuple):
+    """One image's answer with its weak candidates, its input, whether the whole answer was right, and which of its boxes
+    were: `boxes_right` (n,) in the order of the detections."""
+
+    detections: Detections
+    stats: ImageStats
+    right: bool
+    boxes_right: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """How well the probabilities hold on items left out of the fit, by cross-validation.
+    """How well the probabilities hold on items that did not fit them: each third judges the fit on the other two.
 
     `ece`: expected calibration error over 10 equally filled bins (Guo et al. 2017); `brier`: mean squared error of p.
     """
@@ -48,18 +75,71 @@ class CalibrationReport:
         return asdict(self)
 
 
-def fit(items: Sequence[Item], thresholds: Thresholds) -> Calibration:
-    """L2-regularised logistic regression with signed weights, and the novelty reference, from (answer, input, right).
+def fit(items: Sequence[Item], answered: Thresholds) -> Calibration:
+    """L2-regularised logistic regression with signed weights, the novelty reference, the boxes' scaling, the risk table.
 
     Fewer than ITEMS_MIN items give an `uncalibrated` calibration. Items that are all right (or all wrong) are fine: the
     targets are smoothed (Platt 1999), so that no number of right answers makes a probability of 1.
     """
     if len(items) < ITEMS_MIN:
         return Calibration(items=len(items))
-    reference = _reference([stats for _, stats, _ in items])
-    bare = Calibration(novelty=reference)
-    evidence = _evidence(items, thresholds, bare)
-    right = np.array([item[2] for item in items], dtype=bool)
+    counts = _parts(len(items)) == 0
+    counting, fitting = _split(items, counts)
+    model = _fit_frames(fitting, answered)
+    table = risk_table(*_probabilities(counting, answered, model))
+    # Boxes have no bound to keep: all items may fit them.
+    return model.model_copy(update={"items": len(items), "risk": table, "boxes": _boxes(items, answered)})
+
+
+def fit_answers(pairs: Sequence[tuple[float, bool]]) -> Calibration:
+    """The calibration of a language model from its answers' mean log-probability per token and whether each was right.
+
+    Fewer than ITEMS_MIN give an `uncalibrated` one. Raises ValueError for a log-probability that is NaN.
+    """
+    if len(pairs) < ITEMS_MIN:
+        return Calibration(items=len(pairs))
+    if any(math.isnan(logprob) for logprob, _ in pairs):
+        raise ValueError("an answer's mean log-probability is NaN; leave out answers without tokens")
+    raw = np.exp(np.minimum([logprob for logprob, _ in pairs], 0.0))
+    right, counts = np.array([each for _, each in pairs], dtype=bool), _parts(len(pairs)) == 0
+    model = Calibration(method="scaled", answers=fit_scaling(raw[~counts], right[~counts]), items=len(pairs))
+    p = np.array([answer_probability(logprob, model).p for logprob, _ in pairs])
+    return model.model_copy(update={"risk": risk_table(p[counts], right[counts])})
+
+
+def cross_validate(items: Sequence[Item], answered: Thresholds) -> CalibrationReport:
+    """What a fit on two thirds of the items says about the other third, for every third; needs ITEMS_MIN items.
+
+    Raises ValueError with fewer.
+    """
+    if len(items) < ITEMS_MIN:
+        raise ValueError(f"{len(items)} items cannot be cross-validated; at least {ITEMS_MIN} are needed")
+    parts, p = _parts(len(items)), np.empty(len(items))
+    for part in range(PARTS):
+        held, fitting = _split(items, parts == part)
+        model = _fit_frames(fitting, answered)
+        p[parts == part] = [probability(item.detections, answered, item.stats, model).p for item in held]
+    right = np.array([item.right for item in items], dtype=bool)
+    brier = float(((p - right) ** 2).mean())
+    return CalibrationReport(len(items), int(right.sum()), expected_calibration_error(p, right), brier, float(p.mean()))
+
+
+def _parts(count: int) -> NDArray[np.int64]:
+    """The part (0..PARTS-1) of each item, by a draw that depends on their number alone: items that come sorted (clean,
+    then shifted) fall evenly into all parts, and nothing about an item chooses its part."""
+    return np.random.default_rng(0).permutation(count) % PARTS
+
+
+def _split(items: Sequence[Item], aside: NDArray[np.bool_]) -> tuple[list[Item], list[Item]]:
+    marked = list(zip(items, aside.tolist(), strict=True))
+    return [item for item, away in marked if away], [item for item, away in marked if not away]
+
+
+def _fit_frames(items: Sequence[Item], answered: Thresholds) -> Calibration:
+    """The probability of a frame and the novelty reference, without a risk table."""
+    reference = _reference([item.stats for item in items])
+    evidence = _evidence(items, answered, Calibration(novelty=reference))
+    right = np.array([item.right for item in items], dtype=bool)
     penalty = min(PENALTIES, key=lambda each: _cross_validated_loss(evidence, right, each))
     model = _fit_logistic(evidence, right, penalty)
     return Calibration(
@@ -74,22 +154,25 @@ def fit(items: Sequence[Item], thresholds: Thresholds) -> Calibration:
     )
 
 
-def cross_validate(items: Sequence[Item], thresholds: Thresholds) -> CalibrationReport:
-    """What `fit` on four fifths of the items says about the other fifth, for every fifth; needs ITEMS_MIN items.
+def _probabilities(
+    items: Sequence[Item], answered: Thresholds, model: Calibration
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The probability of each item as a device computes it, NOT_ACCEPTED for novel inputs; and whether it was right."""
+    each = [probability(item.detections, answered, item.stats, model) for item in items]
+    p = np.array([NOT_ACCEPTED if confidence.novel else confidence.p for confidence in each])
+    return p, np.array([item.right for item in items], dtype=bool)
 
-    Raises ValueError with fewer.
-    """
-    if len(items) < ITEMS_MIN:
-        raise ValueError(f"{len(items)} items cannot be cross-validated; at least {ITEMS_MIN} are needed")
-    evidence = _evidence(items, thresholds, Calibration(novelty=_reference([stats for _, stats, _ in items])))
-    right = np.array([item[2] for item in items], dtype=bool)
-    p = np.empty(len(items))
-    for held in _folds(len(items)):
-        train, truth = evidence[~held], right[~held]
-        penalty = min(PENALTIES, key=lambda each: _cross_validated_loss(train, truth, each))
-        p[held] = _fit_logistic(train, truth, penalty).p(evidence[held])
-    brier = float(((p - right) ** 2).mean())
-    return CalibrationReport(len(items), int(right.sum()), expected_calibration_error(p, right), brier, float(p.mean()))
+
+def _boxes(items: Sequence[Item], answered: Thresholds) -> BoxCalibration | None:
+    scores: list[float] = []
+    classes: list[int] = []
+    right: list[bool] = []
+    for item in items:
+        kept = item.detections.scores >= answered.score
+        scores += item.detections.scores[kept].tolist()
+        classes += item.detections.classes[kept].tolist()
+        right += item.boxes_right[kept].tolist()
+    return fit_boxes(scores, classes, right)
 
 
 def expected_calibration_error(p: NDArray[np.float64], right: NDArray[np.bool_], bins: int = 10) -> float:
@@ -111,8 +194,8 @@ class _Logistic:
         return np.asarray(1 / (1 + np.exp(-np.clip(z, -700, 700))))
 
 
-def _evidence(items: Sequence[Item], thresholds: Thresholds, calibration: Calibration) -> NDArray[np.float64]:
-    rows = [list(features(detections, thresholds, stats, calibration).values()) for detections, stats, _ in items]
+def _evidence(items: Sequence[Item], answered: Thresholds, calibration: Calibration) -> NDArray[np.float64]:
+    rows = [list(features(item.detections, answered, item.stats, calibration).values()) for item in items]
     evidence = np.array(rows, dtype=np.float64)
     if not np.isfinite(evidence).all():
         bad = int(np.flatnonzero(~np.isfinite(evidence).all(axis=1))[0])

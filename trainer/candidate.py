@@ -71,19 +71,20 @@ def export_int8(
     imgsz: int,
     seed: int,
 ) -> None:
-    """Export `checkpoint` to `model.onnx` in the folder `single` (float32) and in the folder `out` (int8).
+    """Export `checkpoint` to `model.onnx` in the folder `single` (float32) and in the folder `out` (int8, takes uint8).
 
     `manifest` describes a folder with a `model.onnx`; `calibration` shows the activations' ranges. Raises EngineError.
     """
     from trainer.export.onnx import export_onnx
     from trainer.export.quantize import quantize_static_int8
+    from trainer.export.uint8 import take_uint8
 
     export_onnx(checkpoint, single / MODEL_FILE, imgsz)
     # A fixed draw: the folder may be sorted by kind, and every kind shapes the activations' ranges.
     order = np.random.default_rng(seed).permutation(len(calibration))[:QUANTISE_IMAGES_MAX]
     with detector(single, manifest(single)) as engine:
         inputs = [engine.prepare(calibration[index].image).tensor[None] for index in order]
-    quantize_static_int8(single / MODEL_FILE, out / MODEL_FILE, inputs)
+    take_uint8(quantize_static_int8(single / MODEL_FILE, out / MODEL_FILE, inputs), out / MODEL_FILE)
 
 
 def golden_images(calibration: Sequence[Labelled]) -> list[Image]:

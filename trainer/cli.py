@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trainer.checkpoints import MODEL_ID
 from trainer.terminal import fail, load, open_database, show
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def release_add(
     from trainer.releases import Registry, ReleaseError
 
     try:
-        ref = Registry(load(config).releases).add_folder(folder)
+        ref = Registry(load(config).releases).register(folder)
     except ReleaseError as error:
         fail(str(error))
     show(ref.model_dump(mode="json"), as_json)
@@ -157,6 +158,34 @@ def release_make(
     except (ConfigError, DatasetError, ValueError, OSError) as error:
         fail(str(error))
     typer.echo(f"{manifest.release}: {out}, calibrated on {manifest.calibration.items} images")
+
+
+@release_app.command("make-phi")
+def release_make_phi(
+    out: Annotated[Path, typer.Argument(help="Folder to write, made anew.")],
+    model_id: Annotated[str, typer.Option(help="A Phi of the Hugging Face hub, or a folder.")] = MODEL_ID,
+    name: Annotated[str | None, typer.Option(help="The release's name; none: the last part of the model's.")] = None,
+    version: Annotated[str, typer.Option(help="The release's version.")] = "1.0",
+    quantization: Annotated[str, typer.Option(help="As llama.cpp calls it.")] = "Q4_K_M",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Golden prompt, whose answer every device must give; may be repeated.")
+    ] = None,
+) -> None:
+    """Make the first release of a language model from its checkpoint: GGUF, quantised, golden set."""
+    from edged.engines.base import EngineError
+    from trainer.checkpoints import CheckpointError, find_checkpoint
+    from trainer.export.gguf import ExportError
+    from trainer.package import GOLDEN_PROMPTS, package_gguf
+    from trainer.releases import ReleaseError
+
+    try:
+        manifest = package_gguf(
+            find_checkpoint(model_id), out, f"{name or Path(model_id).name.lower()}@{version}",
+            prompts=prompt or GOLDEN_PROMPTS, quantization=quantization, lineage={"source": model_id},
+        )  # fmt: skip
+    except (CheckpointError, ExportError, EngineError, ReleaseError, ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"{manifest.release}: {out}, {manifest.files['model'].bytes} bytes ({quantization}) of {model_id}")
 
 
 @release_app.command("list")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edged.core.matching import frame_right, pair
 from edged.engines.base import Detections, Detector, EngineOptions, Image, ImageStats, open_engine
 from edged.wire.manifest import ReleaseManifest, Thresholds
+from trainer.calibrate import Item
 from trainer.core.evaluation import Counts, Evaluation
 
 
@@ -53,15 +54,15 @@ def observe(
     return observed
 
 
-def calibration_items(
-    observed: Sequence[Observed], items: Sequence[Labelled], thresholds: Thresholds
-) -> list[tuple[Detections, ImageStats, bool]]:
-    """What `trainer.calibrate.fit` takes: each answer, its input's statistics, and whether the frame was right."""
+def calibration_items(observed: Sequence[Observed], items: Sequence[Labelled], thresholds: Thresholds) -> list[Item]:
+    """What `trainer.calibrate.fit` takes: each answer, its input's statistics, and what of it was right."""
     rows = []
     for seen, (_, boxes, classes) in zip(observed, items, strict=True):
-        answer = seen.detections.above(thresholds.score)
+        found, answer = seen.detections, seen.detections.above(thresholds.score)
         right = frame_right(answer.boxes, answer.classes, answer.scores, boxes, classes)
-        rows.append((seen.detections, seen.stats, right))
+        # The best scored choose first, so the weak candidates take nothing from the answered boxes.
+        hits = pair(found.boxes, found.classes, found.scores, boxes, classes) >= 0
+        rows.append(Item(found, seen.stats, right, hits))
     return rows
 
 

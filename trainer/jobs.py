@@ -238,7 +238,7 @@ class Jobs:
             return
         try:
             # Both are idempotent: after a crash before the commit they are done again.
-            ref = host.registry.add_folder(run / "candidate")
+            ref = host.registry.register(run / "candidate")
             host.config.checkpoints.mkdir(parents=True, exist_ok=True)
             beside = host.config.checkpoints / f".{row['target']}.pt"
             shutil.copyfile(run / "model.pt", beside)

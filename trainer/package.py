@@ -7,11 +7,13 @@ Later releases come from training jobs, which do the same and pass the gate.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edged.engines.base import EngineOptions, GenerateRequest, Generator, Token, open_engine
 from edged.wire.manifest import ReleaseManifest, ReleaseRef, Thresholds
 from trainer import calibrate
 from trainer.candidate import ENGINE, MODEL_FILE, detector, export_int8, golden_images
@@ -19,6 +21,13 @@ from trainer.evaluate import Labelled, calibration_items, observe
 from trainer.files import write_whole
 from trainer.golden import write_detect_golden, write_prompt_golden
 from trainer.releases import MANIFEST, ReleaseError, build_manifest, canonical_bytes
+
+GOLDEN_PROMPTS = (
+    "The benefits of running a model on the device are",
+    "Instruct: Name three colours.\nOutput:",
+    "def add(a, b):\n",
+)
+GOLDEN_TOKENS = 32  # of an answer: as many as a device asks for when it checks a golden prompt
 
 
 def package_detector(
@@ -87,6 +96,85 @@ def package_language(
         beside, release, kind="llm" if base is None else "lora", engine="llama", roles=roles, base=base, lineage=lineage
     )
     return _finish(beside, folder, manifest)
+
+
+def package_phi(
+    checkpoint: Path,
+    folder: Path,
+    release: str,
+    *,
+    prompts: Sequence[str],
+    int8: bool = True,
+    lineage: dict[str, Any] | None = None,
+) -> ReleaseManifest:
+    """Export a Phi checkpoint (a Hugging Face folder) as an ONNX release into `folder` (made anew).
+
+    The golden set are `prompts` with what the exported file answers on the device's engine.
+    Raises ExportError, EngineError, ReleaseError, or ValueError for a prompt without an answer.
+    """
+    from trainer.export.onnx_phi import ENGINE as ONNX_PHI
+    from trainer.export.onnx_phi import export_phi
+
+    beside = folder.with_name(folder.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    roles = export_phi(checkpoint, beside, int8=int8)
+    engine = open_engine(
+        beside,
+        build_manifest(beside, release, kind="llm", engine=ONNX_PHI, roles=roles),
+        EngineOptions(threads=os.cpu_count() or 1),
+    )
+    assert isinstance(engine, Generator)
+    try:
+        roles |= write_prompt_golden(beside, [(prompt, _answer(engine, prompt)) for prompt in prompts])
+    finally:
+        engine.close()
+    return _finish(
+        beside, folder, build_manifest(beside, release, kind="llm", engine=ONNX_PHI, roles=roles, lineage=lineage)
+    )
+
+
+def package_gguf(
+    checkpoint: Path,
+    folder: Path,
+    release: str,
+    *,
+    prompts: Sequence[str],
+    quantization: str = "Q4_K_M",
+    lineage: dict[str, Any] | None = None,
+) -> ReleaseManifest:
+    """Export a Phi checkpoint (a Hugging Face folder) as a quantised GGUF release into `folder` (made anew).
+
+    The golden set are `prompts` with what the quantised file answers on the device's engine.
+    Raises ExportError, EngineError, ReleaseError, or ValueError for a prompt without an answer.
+    """
+    from trainer.export.gguf import export_gguf, quantize_gguf
+
+    beside = folder.with_name(folder.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    whole = beside.with_name(beside.name + ".f16.gguf")
+    try:
+        quantize_gguf(export_gguf(checkpoint, whole), beside / "model.gguf", quantization)
+    finally:
+        whole.unlink(missing_ok=True)
+    roles = {"model": "model.gguf"}
+    common: dict[str, Any] = {"kind": "llm", "engine": "llama"}
+    engine = open_engine(beside, build_manifest(beside, release, roles=roles, **common), EngineOptions())
+    assert isinstance(engine, Generator)
+    try:
+        roles |= write_prompt_golden(beside, [(prompt, _answer(engine, prompt)) for prompt in prompts])
+    finally:
+        engine.close()
+    return _finish(beside, folder, build_manifest(beside, release, roles=roles, lineage=lineage, **common))
+
+
+def _answer(engine: Generator, prompt: str) -> str:
+    events = engine.generate(GenerateRequest(prompt, tokens_max=GOLDEN_TOKENS))
+    answer = "".join(event.text for event in events if isinstance(event, Token))
+    if not answer.strip():
+        raise ValueError(f"golden prompt {prompt!r}: the model answers nothing, which proves nothing; choose another")
+    return answer
 
 
 def _finish(beside: Path, folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:

@@ -14,15 +14,15 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from edged.wire.manifest import (
     Calibration,
     FileEntry,
+    Kind,
     ReleaseId,
     ReleaseManifest,
     ReleaseRef,
@@ -47,21 +47,17 @@ class StoredRelease:
 
 
 def canonical_bytes(manifest: ReleaseManifest) -> bytes:
-    """The manifest's bytes as stored and hashed: sorted keys, no spaces, UTF-8."""
+    """The bytes of a manifest that is made now: sorted keys, no spaces, UTF-8. One that exists keeps the bytes that it was
+    written with, because they are what pins it: a later version of this program would write others."""
     value = manifest.model_dump(mode="json")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def reference(manifest: ReleaseManifest) -> ReleaseRef:
-    """The name and hash that pin `manifest`."""
-    return ReleaseRef(release=manifest.release, sha256=sha256(canonical_bytes(manifest)).hexdigest())
 
 
 def build_manifest(
     folder: Path,
     release: str,
     *,
-    kind: Literal["detect", "llm", "lora"],
+    kind: Kind,
     engine: str,
     roles: Mapping[str, str],
     labels: list[str] | None = None,
@@ -111,12 +107,14 @@ class Registry:
         self._known: dict[str, StoredRelease] = {}
         self._blobs: dict[str, Path] = {}
 
-    def register(self, source: Path, manifest: ReleaseManifest) -> ReleaseRef:
-        """Copy the manifest's files from `source` into the registry and return the reference that pins them.
+    def register(self, source: Path) -> ReleaseRef:
+        """Copy the release in the folder `source` into the registry, byte for byte; the reference that pins it.
 
         The same release again (whenever it was made) returns the first one's reference. Raises ReleaseError when the
-        version exists with other content, or when a file is not what the manifest says.
+        version exists with other content, or when a file is not what the folder's manifest says.
         """
+        written = _read_bytes(source / MANIFEST)
+        manifest = _parse(source / MANIFEST, written)
         existing = self._find(manifest.release)
         if existing is not None:
             return self._same(existing, manifest)
@@ -125,7 +123,7 @@ class Registry:
         try:
             for role, entry in manifest.files.items():
                 _copy_checked(source / entry.path, beside / entry.path, entry, f"{manifest.release} ({role})")
-            _write_synced(beside / MANIFEST, canonical_bytes(manifest))
+            _write_synced(beside / MANIFEST, written)
             sync_folder(beside)
             beside.chmod(0o755)
             try:
@@ -139,10 +137,6 @@ class Registry:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         return self.get(manifest.release).ref
-
-    def add_folder(self, source: Path) -> ReleaseRef:
-        """Register a folder that already holds a `release.json`; raises ReleaseError."""
-        return self.register(source, read_manifest(source))
 
     def get(self, release: str) -> StoredRelease:
         """The release called `name@version`; raises ReleaseError, naming those that exist."""
@@ -194,8 +188,7 @@ class Registry:
         manifest = read_manifest(folder)
         if manifest.release != folder.name:
             raise ReleaseError(f"{folder} holds release {manifest.release}: rename the folder back, or remove it")
-        digest = sha256_of(folder / MANIFEST)
-        stored = StoredRelease(ReleaseRef(release=manifest.release, sha256=digest), manifest, folder)
+        stored = StoredRelease(reference(folder), manifest, folder)
         with self._lock:
             self._known[manifest.release] = stored
             for entry in manifest.files.values():
@@ -214,11 +207,24 @@ class Registry:
 
 def read_manifest(folder: Path) -> ReleaseManifest:
     """The manifest in a release's folder; raises ReleaseError when it is missing or wrong."""
-    path = folder / MANIFEST
+    return _parse(folder / MANIFEST, _read_bytes(folder / MANIFEST))
+
+
+def reference(folder: Path) -> ReleaseRef:
+    """The name and hash that pin the release in `folder`; raises ReleaseError."""
+    return ReleaseRef(release=read_manifest(folder).release, sha256=sha256_of(folder / MANIFEST))
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return ReleaseManifest.model_validate_json(path.read_bytes())
+        return path.read_bytes()
     except OSError as error:
         raise ReleaseError(f"{path}: {error.strerror}; a release's folder holds its {MANIFEST}") from None
+
+
+def _parse(path: Path, data: bytes) -> ReleaseManifest:
+    try:
+        return ReleaseManifest.model_validate_json(data)
     except ValidationError as error:
         raise ReleaseError(f"{path}: {_first(error)}") from None
 

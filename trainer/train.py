@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from edged.core.confidence import accept_threshold
 from edged.engines.base import EngineError
 from edged.wire.manifest import Calibration, ReleaseManifest
 from trainer import calibrate
@@ -144,7 +145,7 @@ def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple
         raise DatasetError(f"none of {len(job.manifest.samples)} samples is usable: {sets.selected.left_out}")
     with _stage(job, record, "train"):
         training = _train_weights(job, settings, checkpoint, sets, record)
-    calibration = [item.decode(settings.labels) for item in sets.calibration]
+    calibration = _untrained(sets.calibration, training, settings)
     with _stage(job, record, "export"):
         export_int8(
             job.run / "model.pt",
@@ -207,6 +208,13 @@ def _read_sets(job: TrainJob, settings: Model) -> _Sets:
             f"{settings.calibration}: {len(shared)} of its images are in a holdout ({shared[0].sha256[:12]}...): "
             "what calibrates cannot judge; take them out of one of the two"
         )
+    past = read_folder(settings.replay) if settings.replay is not None else []
+    trained = {item.sha256 for item in past}.intersection(item.sha256 for item in folder)
+    if trained:
+        raise DatasetError(
+            f"{settings.calibration}: {len(trained)} of its images are in {settings.replay} ({min(trained)[:12]}...): "
+            "on what the weights have learned they look surer than they are; take them out of the calibration"
+        )
     selected = select_samples(
         job.manifest,
         job.samples,
@@ -215,12 +223,20 @@ def _read_sets(job: TrainJob, settings: Model) -> _Sets:
         held_out=held_out | frozenset(item.sha256 for item in folder),
         calibration_share=settings.calibration_share,
     )
-    replay: list[LabelledImage] = []
-    if settings.replay is not None:
-        count = round(settings.replay_ratio * len(selected.training))
-        excluded = held_out | frozenset(item.sha256 for item in folder)
-        replay = choose_replay(read_folder(settings.replay), count, settings.seed, excluded)
+    count = round(settings.replay_ratio * len(selected.training))
+    excluded = held_out | frozenset(item.sha256 for item in selected.calibration)
+    replay = choose_replay(past, count, settings.seed, excluded)
     return _Sets(selected, replay, [*folder, *selected.calibration], target, base, hashes)
+
+
+def _untrained(items: list[LabelledImage], trained: list[LabelledImage], settings: Model) -> list[Labelled]:
+    """The calibration's images, decoded, without those whose pixels were trained on under another file's hash."""
+    known = {image_sha256(item.decode(settings.labels).image) for item in trained}
+    decoded = [item.decode(settings.labels) for item in items]
+    fresh = [item for item in decoded if image_sha256(item.image) not in known]
+    if len(fresh) < len(decoded):
+        log.warning("%d calibration images are left out: their pixels are trained on", len(decoded) - len(fresh))
+    return fresh
 
 
 def _train_weights(
@@ -276,8 +292,15 @@ def _calibrate(
     ece = None
     if len(rows) >= calibrate.ITEMS_MIN:
         report = calibrate.cross_validate(rows, thresholds)
-        record.facts["calibration"] = report.to_dict()
+        threshold = accept_threshold(fitted, settings.target_risk)
+        record.facts["calibration"] = {**report.to_dict(), "target_risk": settings.target_risk, "threshold": threshold}
         ece = report.ece
+        if threshold > 1:
+            log.warning(
+                "no answer of this release may be accepted at a target risk of %g: its errors among %d images bound the "
+                "risk at %.3f at best; calibrate on more images, or allow more risk",
+                settings.target_risk, len(rows), min(fitted.risk.bounds) if fitted.risk else 1.0,
+            )  # fmt: skip
     return candidate_manifest(job, folder, calibration=fitted), ece
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.demo import models, phi
 from bench.demo.scenes import LABELS, SIZE, Scene, encode_png, make_scenes
-from edged.wire.manifest import ReleaseRef, Thresholds
+from edged.wire.manifest import Thresholds
 from trainer.datasets import LabelledBox, LabelledImage, write_folder
 from trainer.evaluate import Labelled
 from trainer.export.gguf import export_gguf
@@ -21,6 +21,11 @@ from trainer.releases import reference
 Say = Callable[[str], None]
 DIGITS = (1, 3)  # digits in a frame of the stream; training scenes hold more, to learn more from each
 SCORE = 0.45  # an answered box scores at least this
+# How a release is made is part of what it is: of older code it is made again.
+SOURCES = (
+    "package.py", "candidate.py", "calibrate.py", "scaling.py", "core/risk.py",
+    "export/onnx.py", "export/quantize.py", "export/uint8.py",
+)  # fmt: skip
 PROVENANCE = {"kind": "person", "who": "annotator"}  # the holdouts are labelled by hand, as it were: from the truth
 
 
@@ -35,7 +40,7 @@ class Plan:
     rate_idle: float = 3.0  # while the trainer works
     holdout: int = 400
     holdout_clean: int = 240
-    calibration: int = 200
+    calibration: int = 400  # a third of them only counts what accepting costs
     replay: int = 400
     epochs: int = 10
     threshold: int = 260  # train when there are more new labelled samples
@@ -69,16 +74,7 @@ def labelled(scenes: Sequence[Scene]) -> list[Labelled]:
 
 def prepare(cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say) -> Assets:
     """Make what is missing in `cache` (models, releases) and `work` (labelled folders of this run)."""
-    checkpoint = models.make_base(cache, seed, say)
-    teacher = models.make_teacher(cache, seed, say)
-    clean = labelled(make_scenes("calibration", plan.calibration, seed + 11, None, DIGITS))
-    # The teacher is calibrated on what it is asked about: shifted scenes.
-    mixed = [
-        *clean[: plan.calibration // 3],
-        *labelled(make_scenes("calibration", plan.calibration, seed + 12, "mix", DIGITS)),
-    ]
-    base_release = _detector(cache, checkpoint, "digits@1.0", clean, say)
-    teacher_release = _detector(cache, teacher, "digits-teacher@1.0", mixed, say)
+    checkpoint, base_release, teacher_release = detectors(cache, seed, plan.calibration, say)
     phi_release, adapter_release = _language(cache, seed, say)
     say("holdouts: drawing labelled folders")
     half = plan.holdout // 2
@@ -100,6 +96,21 @@ def prepare(cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say
     )  # fmt: skip
 
 
+def detectors(cache: Path, seed: int, calibration: int, say: Say) -> tuple[Path, Path, Path]:
+    """Make what is missing of the base's checkpoint, its release, and the teacher's release, each calibrated on
+    `calibration` scenes."""
+    checkpoint = models.make_base(cache, seed, say)
+    teacher = models.make_teacher(cache, seed, say)
+    clean = labelled(make_scenes("calibration", calibration, seed + 11, None, DIGITS))
+    # The teacher is calibrated on what it is asked about: shifted scenes.
+    mixed = [
+        *clean[: calibration // 3],
+        *labelled(make_scenes("calibration", calibration, seed + 12, "mix", DIGITS)),
+    ]
+    base_release = _detector(cache, checkpoint, "digits@1.0", clean, say)
+    return checkpoint, base_release, _detector(cache, teacher, "digits-teacher@1.0", mixed, say)
+
+
 def _image(scene: Scene) -> LabelledImage:
     data = encode_png(scene.image)
     boxes = tuple(
@@ -113,7 +124,7 @@ def _detector(cache: Path, checkpoint: Path, release: str, calibration: Sequence
     told = hashlib.sha256(f"{checkpoint.name} {SCORE}".encode())
     for item in calibration:
         told.update(item.image.tobytes())
-    for source in ("package.py", "calibrate.py", "export/quantize.py"):  # how a release is made is part of what it is
+    for source in SOURCES:
         told.update((Path(__file__).parents[2] / "trainer" / source).read_bytes())
     folder = cache / f"{release}-{told.hexdigest()[:12]}"
     if not folder.is_dir():
@@ -141,14 +152,11 @@ def _language(cache: Path, seed: int, say: Say) -> tuple[Path, Path]:
         gguf = cache / f".phi-style-{key}.gguf"
         export_lora_gguf(adapter, base, gguf)
         package_language(
-            gguf, lora, "phi-style@1.0", golden=[(e.prompt, e.adapter) for e in phi.EXAMPLES[:3]], base=ref(release)
+            gguf,
+            lora,
+            "phi-style@1.0",
+            golden=[(e.prompt, e.adapter) for e in phi.EXAMPLES[:3]],
+            base=reference(release),
         )
         gguf.unlink()
     return release, lora
-
-
-def ref(folder: Path) -> ReleaseRef:
-    """The reference of the release in `folder`."""
-    from trainer.releases import read_manifest
-
-    return reference(read_manifest(folder))

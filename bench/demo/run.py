@@ -86,7 +86,8 @@ class Demo:
                 PIPELINE: {
                     "slot": SLOT, "results": "durable", "escalate_to": TIER,
                     "source": {"type": "directory", "path": str(self._work / "line" / name / "in"), "after": "delete"},
-                    "policy": {"target_risk": TARGET_RISK},
+                    # A shift of work passes in minutes: limits by the clock would only measure the clock.
+                    "policy": {"target_risk": TARGET_RISK, "dedupe_s": 0.0, "messages_per_minute": 6000},
                 }
             }  # fmt: skip
             if name == LANGUAGE_DEVICE:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edged.core.matching import iou_matrix
 from edged.engines.base import Detections, ImageStats
-from edged.wire.manifest import Calibration, Thresholds
+from edged.wire.manifest import Calibration, Novelty, RiskTable, Scaling, Thresholds
 
 # Feature -> the sign that its weight may have (+1: more is better evidence, -1: worse, 0: the data decides). The signs
 # make the probability monotone in the answered scores and keep a fit on few items from learning nonsense.
@@ -37,6 +38,9 @@ STATS = 5  # numbers in `stats_vector`
 LEVEL_MIN = 0.004  # one grey level: below it a logarithm would only amplify rounding
 SAME_PLACE_IOU = 0.5  # a weak candidate that overlaps an answered box this much speaks about that box
 SCORE_MARGIN = 0.01  # scores are clipped to margin..1-margin before the logit
+LENIENCE = 2.0  # an accepted answer may be wrong with at most this many times the target risk
+ROUNDING = 1e-9  # 1 - 2 * 0.15 is not quite 0.7
+NOTHING = 2.0  # a threshold that no probability reaches
 NOVELTY_MAX = 1e6  # a distance is never infinite, so that it can be stored and sent
 _LOGIT_NONE = math.log(SCORE_MARGIN / (1 - SCORE_MARGIN))  # "no weak candidate at all" in logits
 
@@ -105,10 +109,7 @@ def features(
 
 
 def _strongest_logit(scores: NDArray[np.float64]) -> float:
-    if not len(scores):
-        return _LOGIT_NONE
-    score = min(max(float(scores.max()), SCORE_MARGIN), 1 - SCORE_MARGIN)
-    return math.log(score / (1 - score))
+    return logit(float(scores.max())) if len(scores) else _LOGIT_NONE
 
 
 def probability(
@@ -151,11 +152,64 @@ def sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
 
 
-def answer_probability(mean_logprob: float) -> float:
-    """A generated answer's confidence, 0..1: the geometric mean of its tokens' probabilities; 0 for NaN."""
+def answer_probability(mean_logprob: float, calibration: Calibration) -> Confidence:
+    """How probably a generated answer is right, from the mean log-probability of its tokens; 0 for NaN.
+
+    Without a fit it is the geometric mean of the tokens' probabilities, and says `calibrated=False`. Text has no novelty.
+    """
+    calibrated = calibration.method == "scaled"
     if math.isnan(mean_logprob):
-        return 0.0
-    return math.exp(min(mean_logprob, 0.0))
+        return Confidence(0.0, 0.0, False, calibrated)
+    mean = math.exp(min(mean_logprob, 0.0))
+    p = _scaled(mean, calibration.answers) if calibrated and calibration.answers is not None else mean
+    return Confidence(p, 0.0, False, calibrated)
+
+
+def box_probabilities(detections: Detections, calibration: Calibration) -> NDArray[np.float64]:
+    """How probably each box is right, (n,) in 0..1 in the order of the detections; 0 for NaN.
+
+    Without a fit it is the box's own score.
+    """
+    scalings = calibration.boxes
+    out = np.empty(len(detections))
+    for row, (score, label) in enumerate(zip(detections.scores.tolist(), detections.classes.tolist(), strict=True)):
+        if not (math.isfinite(score) and np.isfinite(detections.boxes[row]).all()):
+            out[row] = 0.0
+        elif scalings is None:
+            out[row] = min(max(score, 0.0), 1.0)
+        else:
+            out[row] = _scaled(score, scalings.classes.get(label, scalings.pooled))
+    return out
+
+
+def _scaled(score: float, scaling: Scaling) -> float:
+    return sigmoid(logit(score) / scaling.temperature + scaling.bias)
+
+
+def logit(score: float) -> float:
+    """ln(score / (1 - score)) of a score clipped to SCORE_MARGIN..1 - SCORE_MARGIN."""
+    clipped = min(max(score, SCORE_MARGIN), 1 - SCORE_MARGIN)
+    return math.log(clipped / (1 - clipped))
+
+
+def accept_threshold(calibration: Calibration, target_risk: float) -> float:
+    """The smallest probability from which on answers may be accepted so that at most `target_risk` of them are wrong.
+
+    From the release's risk table: the smallest threshold whose bound is no more than the target, NOTHING where none is.
+    The bound speaks about all accepted answers together, and about inputs like those that were counted. When doubtful
+    inputs become more frequent, p can hold and the average not: so no single answer that is more than LENIENCE times as
+    likely wrong as the target is accepted either.
+
+    Without a table it is Chow's rule (C. K. Chow, "On optimum recognition error and reject tradeoff", 1970): each answer
+    must be right with a probability of at least 1 - target_risk. Never rises with `target_risk`.
+    """
+    if calibration.method == "uncalibrated" or math.isnan(target_risk):
+        return NOTHING
+    if calibration.risk is None:
+        return 1.0 - target_risk
+    least = 1.0 - LENIENCE * target_risk - ROUNDING
+    rows = zip(calibration.risk.thresholds, calibration.risk.bounds, strict=True)
+    return next((threshold for threshold, bound in rows if bound <= target_risk and threshold >= least), NOTHING)
 
 
 def check_calibration(calibration: Calibration) -> None:
@@ -170,21 +224,21 @@ def check_calibration(calibration: Calibration) -> None:
         )
     if calibration.method == "logistic" and not calibration.features:
         raise ValueError("calibration is logistic without any feature; fit it again")
+    if calibration.method == "scaled" and calibration.answers is None:
+        raise ValueError("calibration is scaled, but says nothing about answers; fit it again")
     numbers = [*calibration.mean, *calibration.scale, *calibration.weights, calibration.bias]
-    reference = calibration.novelty
-    if reference is not None:
-        rows = [*reference.centres, *reference.inverse_covariance]
-        numbers += [*(value for row in rows for value in row), reference.limit]
-        if {len(row) for row in rows} != {STATS} or len(reference.inverse_covariance) != STATS:
-            sizes = [len(row) for row in rows]
-            raise ValueError(
-                f"calibration's novelty reference has rows of {sizes}; expected centres of {STATS} "
-                f"and a {STATS} x {STATS} matrix"
-            )
+    if calibration.novelty is not None:
+        numbers += _checked_reference(calibration.novelty)
+    scalings = [calibration.answers] if calibration.answers is not None else []
+    if calibration.boxes is not None:
+        scalings += [calibration.boxes.pooled, *calibration.boxes.classes.values()]
+    numbers += [value for scaling in scalings for value in (scaling.temperature, scaling.bias)]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("calibration holds NaN or infinity; fit it again")
     if any(scale <= 0 for scale in calibration.scale):
         raise ValueError(f"calibration's scale {calibration.scale} must be positive; fit it again")
+    if any(scaling.temperature <= 0 for scaling in scalings):
+        raise ValueError("calibration's temperatures must be positive: surer scores would lower the probability")
     wrong = [
         name for name, weight in zip(calibration.features, calibration.weights, strict=True) if SIGNS[name] * weight < 0
     ]
@@ -192,3 +246,30 @@ def check_calibration(calibration: Calibration) -> None:
         raise ValueError(
             f"calibration's weights of {wrong} have the wrong sign: surer boxes would lower the probability"
         )
+    if calibration.risk is not None:
+        _check_risk(calibration.risk)
+
+
+def _checked_reference(reference: Novelty) -> list[float]:
+    """The reference's numbers; raises ValueError where its shape is not that of `stats_vector`."""
+    rows = [*reference.centres, *reference.inverse_covariance]
+    if {len(row) for row in rows} != {STATS} or len(reference.inverse_covariance) != STATS:
+        sizes = [len(row) for row in rows]
+        raise ValueError(
+            f"calibration's novelty reference has rows of {sizes}; expected centres of {STATS} "
+            f"and a {STATS} x {STATS} matrix"
+        )
+    return [*(value for row in rows for value in row), reference.limit]
+
+
+def _check_risk(table: RiskTable) -> None:
+    """Raises ValueError where a threshold or bound of the table is no probability, or the thresholds do not rise."""
+    if len(table.thresholds) != len(table.bounds):
+        raise ValueError(
+            f"calibration's risk table has {len(table.thresholds)} thresholds and {len(table.bounds)} bounds; "
+            "one bound belongs to each threshold"
+        )
+    if not all(0.0 <= value <= 1.0 for value in (*table.thresholds, *table.bounds)):  # written so that NaN fails
+        raise ValueError("calibration's risk table holds values outside 0..1; fit it again")
+    if any(later <= former for former, later in pairwise(table.thresholds)):
+        raise ValueError(f"calibration's risk thresholds {table.thresholds} do not rise; fit it again")

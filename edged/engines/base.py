@@ -20,7 +20,11 @@ class EngineError(Exception):
     """An engine could not load a release or answer an item; the message names what and why."""
 
 
-class PromptTooLong(EngineError):
+class Unsuitable(EngineError):
+    """This model cannot answer this request: the fault of whoever sent it, not of the release."""
+
+
+class PromptTooLong(Unsuitable):
     """The prompt does not fit the model's context; the message names both numbers."""
 
 
@@ -40,8 +44,12 @@ class Prepared:
     """One image ready for `Detector.infer`; `spec` says for which input it was prepared."""
 
     image: Image  # the decoded original, kept so that another model can prepare it again after a swap
-    tensor: NDArray[Any]  # (channels, height, width), what the model takes
-    spec: tuple[int, int, str]  # (height, width, dtype name) of `tensor`
+    tensor: NDArray[
+        Any
+    ]  # what the model takes, without the batch: (3, height, width) float32 or (height, width, 3) uint8
+    spec: tuple[
+        int, int, str
+    ]  # (height, width, form) of `tensor`; the form tells its type and how the image was fitted
     scale: float  # model pixels per image pixel
     pad: tuple[float, float]  # (left, top) padding in model pixels
     stats: ImageStats
@@ -54,11 +62,15 @@ class Detections:
     `boxes` (n, 4) float32 x1 y1 x2 y2 in pixels of the original image; `scores` (n,) float32 in 0..1, not calibrated;
     `classes` (n,) int64, indices into the release's labels. The answer is `above(thresholds.score)`; what lies below it
     are weak candidates, which tell the confidence of what may have been missed.
+
+    A classifier's answer is a box around the whole image (docs/decisions/0009). A segmenter adds `outlines`: of each box
+    the (k, 2) float32 polygon of its mask in pixels of the original image, empty (0, 2) for weak candidates.
     """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     classes: NDArray[np.int64]
+    outlines: tuple[NDArray[np.float32], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -66,18 +78,39 @@ class Detections:
     def above(self, score: float) -> Detections:
         """The boxes whose score is at least `score`."""
         keep = self.scores >= score
-        return Detections(self.boxes[keep], self.scores[keep], self.classes[keep])
+        outlines = None if self.outlines is None else tuple(self.outlines[n] for n in np.flatnonzero(keep))
+        return Detections(self.boxes[keep], self.scores[keep], self.classes[keep], outlines)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+def _go_on() -> str:
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """A prompt for a `Generator`. `tokens_max` 0 means: as many as the context leaves room for."""
+    """A prompt for a `Generator`. `tokens_max` 0 means: as many as the context leaves room for.
 
-    prompt: str
+    `messages`: a conversation instead of `prompt`, put into the model's own chat template. `schema`: the answer must be
+    JSON that this JSON Schema allows; then it is valid, or it ends with the reason `truncated`. `halt` is asked between
+    the steps of the work: it answers "" to go on, or the reason to end with (`cancelled`, `deadline`).
+    """
+
+    prompt: str = ""
+    messages: tuple[ChatMessage, ...] = ()
     tokens_max: int = 0
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    schema: dict[str, Any] | None = None
+    halt: Callable[[], str] = field(default=_go_on, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +123,13 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer: why it ended (`stop`, `length`, `cancelled`) and what it used."""
+    """The end of an answer: why it ended (`stop`, `length`, `truncated`, `cancelled`, `deadline`) and what it used."""
 
     reason: str
-    prompt_tokens: int
+    prompt_tokens: int  # of which `reused_tokens` needed no work, because the request before began with them too
     answer_tokens: int
     mean_logprob: float
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +137,7 @@ class EngineOptions:
     """What the device decides, not the release: threads, execution providers in order, further engine keys."""
 
     threads: int = 1
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: tuple[str, ...] = ("cpu",)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -151,6 +185,9 @@ class Generator(Protocol):
 # llama.cpp and the command line never pays for either.
 ENGINES: dict[str, str] = {
     "onnx_detect": "edged.engines.onnx_detect:OnnxDetector",
+    "onnx_segment": "edged.engines.onnx_segment:OnnxSegmenter",
+    "onnx_classify": "edged.engines.onnx_classify:OnnxClassifier",
+    "onnx_phi": "edged.engines.onnx_phi:OnnxPhiGenerator",
     "llama": "edged.engines.llama:LlamaGenerator",
 }
 

@@ -7,16 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edged.engines.base import GenerateRequest
-from edged.wire.messages import Escalation
+from edged.wire.messages import Escalation, Opinion
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """An escalation of another device that this one answers: it came from `site`/`device`."""
+    """An escalation that this device answers in `tier`: it came from `site`/`device`, at `received` of the monotonic
+    clock."""
 
     site: str
     device: str
+    tier: str
+    task: str
     escalation: Escalation
+    received: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,7 @@ class Item:
     image: bytes = b""  # the file's bytes, undecoded
     prompt: GenerateRequest | None = None
     request: str | None = None  # somebody waits for the reply to this request
+    stream: bool = False  # and wants the text of the answer while it is made
     asked: Asked | None = None
     # Called once, after everything about the item is committed; the argument is why it was rejected, or empty.
     settle: Callable[[str], None] = field(default=lambda _reason: None)
@@ -41,6 +46,18 @@ class Waiting:
     request: str
     reply: dict[str, Any]
     answer_by: float
+    settle: Callable[[str], None]
+    corner: tuple[int, int] = (0, 0)  # where the sample's pixels lie in the image that came: a verdict speaks of those
+
+
+@dataclass(frozen=True, slots=True)
+class Unsure:
+    """A responder's own answer to a question, of which it is not sure (`reason`): the next tier is to be asked."""
+
+    asked: Asked
+    image: bytes
+    own: Opinion
+    reason: str
     settle: Callable[[str], None]
 
 

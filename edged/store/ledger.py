@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from dataclasses import astuple
+from dataclasses import asdict, fields
 from typing import Any
 
 from edged.store.database import Database
 from edged.store.records import Json, LanguageRequest, StoreLimits
+
+_REQUEST_COLUMNS = ", ".join(f'"{field.name}"' for field in fields(LanguageRequest))
+_REQUEST_TEXTS = ("prompt", "messages", "options", "answer", "reason")
 
 
 class Ledger:
@@ -102,37 +105,32 @@ class Ledger:
             tables.execute("DELETE FROM seen WHERE seq <= (SELECT max(seq) FROM seen) - ?", (self._limits.seen_max,))
         return added == 0
 
-    def record_request(
-        self,
-        *,
-        id: str,
-        pipeline: str,
-        release: str,
-        prompt: str,
-        answer: str,
-        ts: float,
-        adapter: str = "",
-        confidence: float | None = None,
-        outcome: str = "ok",
-    ) -> None:
-        """Keep an answered prompt; the newest `requests_max` are kept. The same id again replaces its outcome."""
-        request = LanguageRequest(id, pipeline, release, adapter, prompt, answer, confidence, outcome, ts)
+    def record_request(self, request: LanguageRequest) -> None:
+        """Keep what became of a language request; the same id again replaces it. The newest are kept, up to
+        `requests_max` and `requests_bytes_max`."""
+        row = asdict(request) | {"messages": json.dumps(request.messages), "options": json.dumps(request.options)}
+        row["bytes"] = sum(len(row[name].encode()) for name in _REQUEST_TEXTS)
+        names, values = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
+        limits = self._limits
         with self._db.write() as tables:
-            tables.execute(
-                'INSERT INTO request (id, pipeline, "release", adapter, prompt, answer, confidence, outcome, ts)'
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET outcome = excluded.outcome",
-                astuple(request),
-            )
-            keep = self._limits.requests_max
-            tables.execute("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", (keep,))
+            tables.execute("DELETE FROM request WHERE id = ?", (request.id,))
+            tables.execute(f"INSERT INTO request ({names}) VALUES ({values})", tuple(row.values()))
+            while True:
+                count, size = tables.execute("SELECT n, bytes FROM total WHERE name = 'request'").fetchone()
+                if count <= limits.requests_max and size <= limits.requests_bytes_max:
+                    break
+                tables.execute("DELETE FROM request WHERE seq = (SELECT min(seq) FROM request)")
 
-    def requests(self, limit: int) -> list[LanguageRequest]:
-        """The newest answered prompts, newest first."""
-        sql = (
-            'SELECT id, pipeline, "release", adapter, prompt, answer, confidence, outcome, ts FROM request'
-            " ORDER BY seq DESC LIMIT ?"
-        )
-        return [LanguageRequest(**dict(row)) for row in self._db.read(sql, (limit,))]
+    def requests(self, limit: int, *, since: float = 0.0, pipeline: str | None = None) -> list[LanguageRequest]:
+        """The newest language requests answered from `since` on (of one pipeline), newest first."""
+        sql = f"SELECT {_REQUEST_COLUMNS} FROM request WHERE ts >= ? AND (? IS NULL OR pipeline = ?)"
+        rows = self._db.read(f"{sql} ORDER BY seq DESC LIMIT ?", (since, pipeline, pipeline, limit))
+        return [
+            LanguageRequest(
+                **{**dict(row), "messages": json.loads(row["messages"]), "options": json.loads(row["options"])}
+            )
+            for row in rows
+        ]
 
     def value(self, key: str) -> Any:
         """The JSON value kept under `key`; None when there is none."""

@@ -18,6 +18,9 @@ VERDICTS: Mapping[tuple[str, str], str] = {
     ("unresolved", "labelled"): "labelled",
     ("unresolved", "rejected"): "rejected",
 }
+# The same for a model's verdict with more opinions behind it than the model's verdict that gave the label: the late answer
+# of a higher tier, up to the claim of a training. Opinions only grow, so whatever order verdicts come in, the best stays.
+IMPROVEMENTS: Mapping[tuple[str, str], str] = {**VERDICTS, ("labelled", "labelled"): "labelled"}
 # The same for a person's verdict, who may also correct a label until a training has claimed it.
 CORRECTIONS: Mapping[tuple[str, str], str] = {
     **VERDICTS,
@@ -62,6 +65,7 @@ class StoreLimits:
     outbox_bytes_max: int = 1 << 30
     seen_max: int = 20_000
     requests_max: int = 10_000
+    requests_bytes_max: int = 64 << 20  # of their texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class NewSample:
     captured: float
     answer_by: float | None = None
     label_by: float | None = None
+    evidence: Json = field(default_factory=dict)  # what the decision was made of, for `edged why`
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,8 @@ class Sample:
     labelled: float | None  # when the verdict came
     job: str  # the training that claimed it
     used_by: str  # the release that it trained
+    opinions: list[Json]  # who said what of it, as in `wire.messages.Opinion`
+    evidence: Json  # what the decision was made of, for `edged why`
     changed: bool = False
 
 
@@ -173,17 +180,28 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class LanguageRequest:
-    """A prompt that this device answered, kept for fine-tuning; `outcome` is `ok`, `error` or a later judgement."""
+    """A prompt (or conversation) that a pipeline took on, kept for fine-tuning with what became of it.
+
+    `outcome`: ok, truncated, cancelled, deadline, or error with its `reason`. `finish_reason` is the engine's, empty when
+    it never ran. `options` are those that the request set: tokens_max, temperature, seed, stop, schema.
+    """
 
     id: str
     pipeline: str
-    release: str
-    adapter: str
-    prompt: str
-    answer: str
-    confidence: float | None
-    outcome: str
-    ts: float
+    ts: float  # when it was answered, seconds since the epoch
+    prompt: str = ""
+    messages: list[Json] = field(default_factory=list)  # of {role, content}; instead of `prompt`
+    options: Json = field(default_factory=dict)
+    answer: str = ""
+    confidence: float | None = None
+    outcome: str = "ok"
+    reason: str = ""
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    latency_ms: float = 0.0
+    release: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from edged.store.outbox import Outbox, insert_message
 from edged.store.records import (
     CORRECTIONS,
     EVICTABLE,
+    IMPROVEMENTS,
     MOVES,
     VERDICTS,
     Announce,
@@ -47,7 +48,7 @@ _INSERT = "INSERT INTO sample ({}) VALUES ({})".format(
 
 def _sample(row: Row, changed: bool = False) -> Sample:
     values = dict(row)
-    for name in ("prediction", "label", "provenance"):
+    for name in ("prediction", "label", "provenance", "opinions", "evidence"):
         values[name] = json.loads(values[name]) if values[name] is not None else None
     return Sample(**values, changed=changed)
 
@@ -55,6 +56,14 @@ def _sample(row: Row, changed: bool = False) -> Sample:
 def _find(tables: Tables, sample_id: str) -> Row | None:
     row: Row | None = tables.execute("SELECT * FROM sample WHERE id = ?", (sample_id,)).fetchone()
     return row
+
+
+def _table(row: Row, provenance: Json, opinions: Sequence[Json]) -> Mapping[tuple[str, str], str]:
+    """What a verdict of this origin may do to the sample in `row`."""
+    if provenance.get("kind") == "person":
+        return CORRECTIONS
+    by_model = json.loads(row["provenance"] or "{}").get("kind") == "model"
+    return IMPROVEMENTS if by_model and len(opinions) > len(json.loads(row["opinions"])) else VERDICTS
 
 
 class Samples(Outbox):
@@ -98,7 +107,8 @@ class Samples(Outbox):
 
     def _insert(self, sample: NewSample, escalation: OutboxMessage | None) -> None:
         values = [getattr(sample, name) for name in _NEW]
-        values[_NEW.index("prediction")] = json.dumps(sample.prediction)
+        for name in ("prediction", "evidence"):
+            values[_NEW.index(name)] = json.dumps(getattr(sample, name))
         with self._db.write() as tables:
             if _find(tables, sample.id) is not None:
                 return
@@ -119,6 +129,7 @@ class Samples(Outbox):
         reason: str,
         now: float,
         announce: Announce | None = None,
+        opinions: Sequence[Json] = (),
     ) -> Sample | None:
         """Apply a verdict; None when the sample is unknown. A repeated or late one that moves nothing: `changed` False.
 
@@ -130,16 +141,15 @@ class Samples(Outbox):
             if row is None:
                 return None
             tables.execute("DELETE FROM outbox WHERE sample = ? AND keep = 'verdict'", (sample_id,))
-            by_person = provenance.get("kind") == "person"
-            state = (CORRECTIONS if by_person else VERDICTS).get((row["state"], status))
+            state = _table(row, provenance, opinions).get((row["state"], status))
             verdict = (json.dumps(label), json.dumps(provenance), confidence, reason)
             known = (row["label"], row["provenance"], row["label_confidence"], row["label_reason"])
             if state is None or (state == row["state"] and verdict == known):
                 return _sample(row)
             tables.execute(
                 "UPDATE sample SET state = ?, label = ?, provenance = ?, label_confidence = ?, label_reason = ?,"
-                " labelled = ? WHERE id = ?",
-                (state, *verdict, now, sample_id),
+                " labelled = ?, opinions = CASE WHEN ? THEN ? ELSE opinions END WHERE id = ?",
+                (state, *verdict, now, len(opinions), json.dumps(list(opinions)), sample_id),
             )
             return self._moved(tables, sample_id, announce, now)
 

@@ -74,7 +74,42 @@ def m001_first_tables(db: Database) -> None:
     db.executescript(_FIRST)
 
 
-MIGRATIONS = (m001_first_tables,)
+# What became of a request, and the bytes of its texts: the number of rows alone bounds no disk.
+_REQUESTS = """
+ALTER TABLE request ADD COLUMN messages TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE request ADD COLUMN options TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE request ADD COLUMN reason TEXT NOT NULL DEFAULT '';
+ALTER TABLE request ADD COLUMN finish_reason TEXT NOT NULL DEFAULT '';
+ALTER TABLE request ADD COLUMN prompt_tokens INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE request ADD COLUMN answer_tokens INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE request ADD COLUMN latency_ms REAL NOT NULL DEFAULT 0;
+ALTER TABLE request ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+INSERT INTO total SELECT 'request', count(*), 0 FROM request;
+CREATE TRIGGER request_added AFTER INSERT ON request BEGIN
+    UPDATE total SET n = n + 1, bytes = bytes + NEW.bytes WHERE name = 'request';
+END;
+CREATE TRIGGER request_removed AFTER DELETE ON request BEGIN
+    UPDATE total SET n = n - 1, bytes = bytes - OLD.bytes WHERE name = 'request';
+END;
+"""
+
+
+def m002_requests(db: Database) -> None:
+    """Language requests: conversations, options, what became of them, their tokens and time."""
+    db.executescript(_REQUESTS)
+
+
+def m003_opinions(db: Database) -> None:
+    """Who said what of a sample."""
+    db.execute("ALTER TABLE sample ADD COLUMN opinions TEXT NOT NULL DEFAULT '[]'")
+
+
+def m004_evidence(db: Database) -> None:
+    """What the decision about each sample was made of."""
+    db.execute("ALTER TABLE sample ADD COLUMN evidence TEXT NOT NULL DEFAULT '{}'")
+
+
+MIGRATIONS = (m001_first_tables, m002_requests, m003_opinions, m004_evidence)
 
 
 def migrate(db: Database) -> None:

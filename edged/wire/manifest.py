@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+Kind = Literal["detect", "segment", "classify", "llm", "lora"]
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+RISK_ROWS_MAX = 256  # of a release's risk table
 
 _RELEASE = re.compile(r"(?P<name>[a-z0-9][a-z0-9_-]{0,62})@(?P<version>\d{1,9}(\.\d{1,9}){0,3})")
 
@@ -100,14 +103,46 @@ class Novelty(Strict):
     limit: Annotated[float, Field(gt=0)]
 
 
+class Scaling(Strict):
+    """A raw score made a probability: p = 1 / (1 + exp(-(logit(score) / temperature + bias))), never falling in it.
+
+    Temperature scaling (Guo et al., "On calibration of modern neural networks", 2017) with a bias, as in Platt 1999.
+    """
+
+    temperature: Annotated[float, Field(gt=0)]
+    bias: float = 0.0
+
+
+class BoxCalibration(Strict):
+    """How a box's score becomes the probability that this box is right: a class with enough examples has its own
+    scaling (`classes`, by index into the release's labels), all others share `pooled`."""
+
+    pooled: Scaling
+    classes: dict[int, Scaling] = {}
+    items: int = 0  # how many boxes it was fitted on
+
+
+class RiskTable(Strict):
+    """What accepting costs: of the answers with a probability of at least `thresholds[i]`, on inputs that are not novel,
+    at most the share `bounds[i]` is wrong. All bounds hold together with the probability `confidence`, for inputs like
+    the `items` that they were counted on, none of which fitted anything else (docs/confidence.md). Thresholds rise.
+    """
+
+    thresholds: Annotated[list[float], Field(min_length=1, max_length=RISK_ROWS_MAX)]
+    bounds: Annotated[list[float], Field(min_length=1, max_length=RISK_ROWS_MAX)]
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    items: int = 0
+
+
 class Calibration(Strict):
     """How evidence becomes the probability of being right; fitted by the trainer, on data used for nothing else.
 
-    `logistic`: p = 1 / (1 + exp(-(bias + sum(weights * (x - mean) / scale)))) over the named features.
+    `logistic`: for frames, p = 1 / (1 + exp(-(bias + sum(weights * (x - mean) / scale)))) over the named features.
+    `scaled`: for texts, `answers` applied to exp(mean log-probability of the tokens).
     `uncalibrated`: too little data; the policy then escalates within its budget.
     """
 
-    method: Literal["logistic", "uncalibrated"] = "uncalibrated"
+    method: Literal["logistic", "scaled", "uncalibrated"] = "uncalibrated"
     features: list[str] = []
     mean: list[float] = []
     scale: list[float] = []
@@ -115,6 +150,9 @@ class Calibration(Strict):
     bias: float = 0.0
     items: int = 0  # how many it was fitted on
     novelty: Novelty | None = None
+    boxes: BoxCalibration | None = None
+    answers: Scaling | None = None
+    risk: RiskTable | None = None
 
 
 class ReleaseManifest(Strict):
@@ -125,7 +163,7 @@ class ReleaseManifest(Strict):
 
     schema_version: Literal[1] = 1
     release: Release
-    kind: Literal["detect", "llm", "lora"]
+    kind: Kind
     engine: str
     files: dict[str, FileEntry]
     base: ReleaseRef | None = None  # a LoRA adapter's base

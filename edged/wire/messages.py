@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import from_json, to_json
 
 from edged.wire import topics
 from edged.wire.manifest import SHA256, ReleaseRef
 
 INLINE_IMAGE_BYTES_MAX = 256 * 1024
+BEAT_S_MAX = 3600.0  # between two heartbeats of a responder: a dead one is believed for three of them
+HOPS_MAX = 3  # of a question, from one responder to the next; the first question of all is hop 0
+ANSWER_SCHEMA_BYTES_MAX = 64 * 1024
+STOPS_MAX, STOP_CHARS_MAX = 8, 64
+TURNS_MAX = 256
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Id = Annotated[str, Field(pattern=f"^{topics.LEVEL}$")]  # replies to a message go to a topic that names its id
@@ -100,8 +105,11 @@ class Escalation(Message):
     sha256: SHA256
     prediction: list[Box] = []
     label_by: Finite
+    answer_by: Finite | None = None  # by the origin's clock, when somebody waits there for the answer
+    answer_within_s: Finite | None = None  # what is left of it when this hop asks: clocks differ
     origin: str  # the device that saw the item
-    hops: Annotated[int, Field(ge=0, le=3)] = 0
+    hops: Annotated[int, Field(ge=0, le=HOPS_MAX)] = 0
+    path: Annotated[list[str], Field(max_length=HOPS_MAX + 1)] = []  # the devices that have had it, the origin first
 
 
 class Provenance(Part):
@@ -112,8 +120,22 @@ class Provenance(Part):
     release: str = ""
 
 
+class Opinion(Part):
+    """What one responder made of a question."""
+
+    who: str
+    release: str = ""
+    tier: str = ""
+    status: Literal["labelled", "unresolved", "rejected"]
+    confidence: Probability = 0.0
+    label: list[Box] = []
+
+
 class Verdict(Message):
-    """The answer to an escalation, or a person's later correction."""
+    """The answer to an escalation, or a person's later correction.
+
+    `provenance` names whose label it is; `opinions` is who said what on the way to it, the first who was asked first.
+    """
 
     sample: str
     status: Literal["labelled", "unresolved", "rejected"]
@@ -121,6 +143,7 @@ class Verdict(Message):
     confidence: Probability = 0.0
     provenance: Provenance
     reason: str = ""
+    opinions: Annotated[list[Opinion], Field(max_length=HOPS_MAX + 1)] = []
 
 
 class SampleEntry(Message):
@@ -152,6 +175,7 @@ class Result(Message):
     decision: Literal["accept", "audit", "escalate"]
     reason: str = ""
     sample: str | None = None
+    suppressed: str | None = None  # why nobody is asked although the policy wants it (docs/policy.md)
     error: str | None = None
     latency_ms: Finite = 0.0
 
@@ -169,6 +193,8 @@ class Metrics(Message):
     escalated: int = 0  # wanted by the policy, before any budget
     errors: int = 0
     reasons: dict[str, int] = {}
+    suppressed: dict[str, int] = {}  # reason -> escalations and audits that the policy wanted and a limit held back
+    unheard: int = 0  # requests answered at once because nobody answers the questions of this pipeline
     confidence_histogram: list[int] = []  # ten bins over 0..1
     latency_ms_p50: Finite = 0.0
     latency_ms_p95: Finite = 0.0
@@ -183,16 +209,60 @@ class Event(Message):
     detail: dict[str, Any] = {}
 
 
+class ChatTurn(Part):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
 class InferRequest(Message):
-    """A request to a pipeline: an image (base64) or a prompt."""
+    """A request to a pipeline: exactly one of an image (base64), a prompt and a conversation.
+
+    All that follows `messages` is for language. `tokens_max` 0: as many as the context leaves room for. `temperature` 0:
+    the likeliest token each time, else `seed` decides. `stop`: the answer ends before the first of these texts.
+    `answer_schema`: a JSON Schema that the answer must follow; it is then valid, or the reply's error is `truncated`.
+    `deadline_s`: seconds from its arrival at the device; what is not done by then ends with the error `deadline`.
+    `stream`: the text comes on `up/partial/{id}` too, as it is made.
+    """
 
     image: str | None = None
     generation_prompt: str | None = None
+    messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=TURNS_MAX)] | None = None
     tokens_max: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=STOP_CHARS_MAX)]], Field(max_length=STOPS_MAX)
+    ] = []
+    answer_schema: dict[str, Any] | None = None
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    stream: bool = False
+
+    @field_validator("answer_schema")
+    @classmethod
+    def _small(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        size = 0 if schema is None else len(to_json(schema))
+        if size > ANSWER_SCHEMA_BYTES_MAX:
+            raise ValueError(f"a schema of {size} bytes; send at most {ANSWER_SCHEMA_BYTES_MAX}")
+        return schema
+
+
+class Partial(Message):
+    """The next piece of an answer that is being made; `index` counts from 0. Whoever misses one finds the whole text in
+    the reply."""
+
+    request: str
+    index: Annotated[int, Field(ge=0)]
+    text: str
 
 
 class InferReply(Message):
-    """The answer to an InferRequest: detections, or the prompt with what follows, or an error that names the fix."""
+    """The answer to an InferRequest: detections, or the prompt with what follows, or an error that names the fix.
+
+    The errors `truncated`, `cancelled` and `deadline` are these words; what was written until then is in
+    `generated_response`. `finish_reason` says why an answer ended: `stop`, `length` or one of these words.
+    """
 
     request: str
     generation_prompt: str | None = None
@@ -202,6 +272,9 @@ class InferReply(Message):
     release: str = ""
     adapter: str | None = None
     decided_by: str = ""  # the device, or the responder whose verdict came before `answer_by`
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
     error: str | None = None
 
 
@@ -214,6 +287,13 @@ class SamplesCommand(Message):
     samples: list[str] = []
     upload_url: str = ""
     release: str = ""  # `used`: the release that they trained
+
+
+class CancelCommand(Message):
+    """`down/cmd/cancel`: end a language request that waits or runs; it is answered with the error `cancelled`. Of any
+    other request it changes nothing, and says so."""
+
+    request: Id
 
 
 class CommandState(Message):
@@ -233,10 +313,13 @@ class HostState(Message):
 
 
 class ResponderState(Message):
-    """A responder is here; retained, Will `offline`."""
+    """A responder's heartbeat, the next one in `every_s` seconds; retained, until it expires. Whose heart has missed
+    three beats is gone."""
 
     state: Literal["online", "offline"]
     release: str = ""
+    device: str = ""
+    every_s: Annotated[float, Field(gt=0, le=BEAT_S_MAX, allow_inf_nan=False)] = 30.0
 
 
 PAYLOADS: dict[topics.Route, type[Message]] = {
@@ -248,6 +331,7 @@ PAYLOADS: dict[topics.Route, type[Message]] = {
     topics.METRICS: Metrics,
     topics.EVENT: Event,
     topics.REPLY: InferReply,
+    topics.PARTIAL: Partial,
     topics.COMMAND_STATE: CommandState,
     topics.DESIRED: Desired,
     topics.GROUP_DESIRED: Desired,
@@ -257,7 +341,7 @@ PAYLOADS: dict[topics.Route, type[Message]] = {
     topics.RESPONDER: ResponderState,
 }
 # `down/cmd/{type}`: one payload a type.
-COMMANDS: dict[str, type[Message]] = {"samples": SamplesCommand}
+COMMANDS: dict[str, type[Message]] = {"cancel": CancelCommand, "samples": SamplesCommand}
 
 
 def decode(topic: str, payload: bytes) -> tuple[topics.Route, dict[str, str], Message]:

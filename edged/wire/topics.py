@@ -70,6 +70,7 @@ RESULT = Route("{site}/{dev}/up/result/{pipeline}", 1, False, MINUTE_S)
 METRICS = Route("{site}/{dev}/up/metrics", 1, False, HOUR_S)
 EVENT = Route("{site}/{dev}/up/event", 1, False, DAY_S)
 REPLY = Route("{site}/{dev}/up/reply/{id}", 1, False, MINUTE_S)
+PARTIAL = Route("{site}/{dev}/up/partial/{id}", 0, False, MINUTE_S)
 COMMAND_STATE = Route("{site}/{dev}/up/cmd/{type}/{id}", 1, False, DAY_S)
 DESIRED = Route("{site}/{dev}/down/desired", 1, True, None)
 GROUP_DESIRED = Route("{site}/_g/{group}/down/desired", 1, True, None)
@@ -77,10 +78,10 @@ VERDICT = Route("{site}/{dev}/down/verdict", 1, False, DAY_S)
 INFER = Route("{site}/{dev}/down/infer/{pipeline}", 1, False, MINUTE_S)
 COMMAND = Route("{site}/{dev}/down/cmd/{type}/{id}", 1, False, DAY_S)
 HOST = Route("_host/{trainer}/state", 1, True, None)
-RESPONDER = Route("_resp/{tier}/{task}/{responder}", 1, True, None)
+RESPONDER = Route("_resp/{tier}/{task}/{responder}", 1, True, 90)
 
 ROUTES: tuple[Route, ...] = (
-    STATE, REPORTED, ESCALATION, SAMPLE, RESULT, METRICS, EVENT, REPLY, COMMAND_STATE,
+    STATE, REPORTED, ESCALATION, SAMPLE, RESULT, METRICS, EVENT, REPLY, PARTIAL, COMMAND_STATE,
     GROUP_DESIRED, DESIRED, VERDICT, INFER, COMMAND, HOST, RESPONDER,
 )  # fmt: skip
 

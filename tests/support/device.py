@@ -24,6 +24,8 @@ from tests.system.broker import Broker
 
 EDGED = Path(__file__).parents[2] / "build" / "venv-device" / "bin" / "edged"
 SITE = "plant"
+# Every item is decided by its own evidence: no lot, and no limit that a burst of alike pictures would meet.
+POLICY = {"audit_share": 0.0, "empty_share": 0.0, "dedupe_s": 0.0, "messages_per_minute": 6000}
 WAIT_S = 30.0
 T = TypeVar("T")
 Message = TypeVar("Message", bound=messages.Message)
@@ -76,11 +78,11 @@ def tables(folder: Path, name: str, at: Broker, seed: Path | None, **more: Any) 
         "pipelines": {
             "line": {
                 "slot": "eye", "source": {"type": "directory", "path": folder / f"{name}-in"}, "results": "durable",
-                "escalate_to": "big", "policy": {"audit_share": 0.0},
+                "escalate_to": "big", "policy": POLICY,
             },
             "ask": {
                 "slot": "eye", "source": {"type": "mqtt"}, "escalate_to": "big", "answer_by_s": 2.0,
-                "policy": {"audit_share": 0.0},
+                "policy": POLICY,
             },
         },
     }  # fmt: skip

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edged.core.confidence import stats_vector
 from edged.engines.base import Detector, EngineOptions, open_engine
-from edged.engines.onnx_detect import image_stats
+from edged.engines.letterbox import image_stats
 from edged.wire.manifest import Calibration, Novelty, ReleaseManifest, ReleaseRef
 from trainer.golden import write_detect_golden
 from trainer.releases import build_manifest, canonical_bytes, reference
@@ -27,9 +27,12 @@ HARD_WORK = 300  # products of `WORK` x `WORK` matrices: some tenths of a second
 WORK = 256
 
 
-def planted_network(path: Path, label: int = 0, *, products: int = 0, dark_fails: bool = False) -> None:
+def planted_network(
+    path: Path, label: int = 0, *, products: int = 0, dark_fails: bool = False, blind_above: float = 1.0
+) -> None:
     """A network that finds one box of class `label` with score 0.9 in the middle of every image, after `products` matrix
-    products of useless work (-1: it never ends). `dark_fails`: a picture below a tenth of white gives NaN."""
+    products of useless work (-1: it never ends). `dark_fails`: a picture below a tenth of white gives NaN. `blind_above`: in
+    a picture with a mean above this share of white it finds nothing."""
     output = np.full((1, 4 + len(LABELS), 20), 0.01, dtype=np.float32)
     output[0, :4, 0] = 32, 32, 20, 20
     output[0, 4 + label, 0] = 0.9
@@ -38,11 +41,15 @@ def planted_network(path: Path, label: int = 0, *, products: int = 0, dark_fails
         helper.make_node("Sub", ["mean", "tenth"], ["above"]),
         helper.make_node("Sqrt" if dark_fails else "Abs", ["above"], ["root"]),
         helper.make_node("Mul", ["root", "zero"], ["nothing"]),
+        helper.make_node("LessOrEqual", ["mean", "limit"], ["light"]),
+        helper.make_node("Cast", ["light"], ["sight"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["planted", "sight"], ["seen"]),
     ]
     constants = [
         numpy_helper.from_array(output, "planted"),
         numpy_helper.from_array(np.float32(0), "zero"),
         numpy_helper.from_array(np.float32(0.1), "tenth"),
+        numpy_helper.from_array(np.float32(blind_above), "limit"),
         numpy_helper.from_array(np.array([0, 1, 2, 3]), "axes"),
     ]
     last = "nothing"
@@ -75,7 +82,7 @@ def planted_network(path: Path, label: int = 0, *, products: int = 0, dark_fails
             helper.make_node("ReduceMax", ["product"], ["last"], keepdims=0),
         ]
         last = "last"
-    nodes.append(helper.make_node("Add", ["planted", last], ["output0"]))
+    nodes.append(helper.make_node("Add", ["seen", last], ["output0"]))
     graph = helper.make_graph(
         nodes,
         "planted",
@@ -106,11 +113,11 @@ def calibration(sure: bool = True) -> Calibration:
 
 def make_release(
     folder: Path, release: str = "toy@1.0", label: int = 0, *, products: int = 0, dark_fails: bool = False,
-    sure: bool = True, golden_label: int | None = None, **manifest: Any,
+    blind_above: float = 1.0, sure: bool = True, golden_label: int | None = None, **manifest: Any,
 ) -> ReleaseRef:  # fmt: skip
     """A whole release in `folder`. With `golden_label` its golden set expects another class than it answers."""
     folder.mkdir(parents=True, exist_ok=True)
-    planted_network(folder / "model.onnx", label if golden_label is None else golden_label)
+    planted_network(folder / "model.onnx", label if golden_label is None else golden_label, blind_above=blind_above)
     roles = {"model": "model.onnx"}
     plan = {
         "kind": "detect", "engine": "onnx_detect", "labels": LABELS, "input_size": (SIDE, SIDE),
@@ -120,14 +127,14 @@ def make_release(
     assert isinstance(engine, Detector)
     roles |= write_detect_golden(folder, engine, [grey(PLAIN), grey(STRANGE)], 0.25)
     engine.close()
-    planted_network(folder / "model.onnx", label, products=products, dark_fails=dark_fails)
+    planted_network(folder / "model.onnx", label, products=products, dark_fails=dark_fails, blind_above=blind_above)
     return write_manifest(folder, build_manifest(folder, release, roles=roles, **plan))
 
 
 def write_manifest(folder: Path, manifest: ReleaseManifest) -> ReleaseRef:
     """Write `release.json` into `folder`."""
     (folder / "release.json").write_bytes(canonical_bytes(manifest))
-    return reference(manifest)
+    return reference(folder)
 
 
 def copy_release(source: Path, target: Path, change: dict[str, Any]) -> ReleaseRef:

@@ -60,8 +60,8 @@ def test_a_hot_swap_loses_no_frame_and_the_new_release_survives_a_restart(
     tmp_path: Path, broker: Broker, bus: Bus, toy: Path, toy2: Path
 ) -> None:
     registry = Registry(tmp_path / "registry")
-    registry.add_folder(toy)
-    ref = registry.add_folder(toy2)
+    registry.register(toy)
+    ref = registry.register(toy2)
     server = Server(
         ServerOptions("127.0.0.1", 0, 1 << 20), registry, tmp_path / "samples",
         claimed=lambda _: False, status=dict, arrived=lambda _: None,
@@ -193,7 +193,10 @@ BAD: dict[str, tuple[Make, str]] = {
     "it never answers": (made(products=-1), "it did not prove itself within 8 s"),
     "another kind": (with_field(kind="llm"), "eye runs releases of kind detect, this one is of kind llm"),
     "an adapter": (with_field(kind="lora"), "a release of kind lora cannot go to eye"),
-    "an unknown engine": (with_field(engine="abacus"), "engine 'abacus' is unknown; known: llama, onnx_detect"),
+    "an unknown engine": (
+        with_field(engine="abacus"),
+        "engine 'abacus' is unknown; known: llama, onnx_classify, onnx_detect",
+    ),
 }
 
 

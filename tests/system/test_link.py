@@ -16,6 +16,7 @@ import pytest
 
 from edged.link import (
     IN_FLIGHT_MAX,
+    UNWRITTEN_MAX,
     BadCredentials,
     Connected,
     Disconnected,
@@ -293,3 +294,23 @@ def test_an_exception_in_a_callback_is_counted_and_the_next_message_arrives(
     assert wait_for(link, Inbound).payload == b"next"
     assert link.faults == 1
     assert link.ensure_alive()
+
+
+def test_pieces_that_may_be_lost_do_not_pile_up_before_a_broker_that_stands_still(
+    broker: Broker, connect: Opener
+) -> None:
+    link = connect("dev1")
+    piece, payload = topics.PARTIAL(site="s", dev="dev1", id="r1"), b"x" * (256 << 10)
+    process = broker._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    try:
+        taken = sum(link.publish(piece, payload) for _ in range(400))
+        assert UNWRITTEN_MAX <= taken < 200, "what the system's buffers hold, and a few more"
+        assert link.room() == IN_FLIGHT_MAX, "they take no room from what must arrive"
+    finally:
+        process.send_signal(signal.SIGCONT)
+    deadline = time.monotonic() + WAIT_S_MAX
+    while not link.publish(piece, payload):
+        assert time.monotonic() < deadline, "it never takes one again"
+        time.sleep(0.01)

@@ -11,6 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from edged.engines.answer import Pieces
 from edged.engines.base import (
     EngineError,
     EngineOptions,
@@ -21,7 +22,7 @@ from edged.engines.base import (
     Token,
     open_engine,
 )
-from edged.engines.llama import LlamaGenerator, _Pieces
+from edged.engines.llama import LlamaGenerator
 from edged.wire.manifest import FileEntry, ReleaseManifest
 
 ROOT = Path(__file__).parents[2]
@@ -246,10 +247,10 @@ def test_a_new_request_or_adapter_cancels_the_answer_in_progress(
 
 
 def test_characters_split_between_tokens_stay_whole() -> None:
-    pieces = _Pieces(stop=())
+    pieces = Pieces(stop=())
     made = [token for byte in "ü🙂a".encode() for token in pieces.add(bytes([byte]), -1.0)]
     assert [token.text for token in made] == ["", "ü", "", "", "", "🙂", "a"]
-    half = _Pieces(stop=())
+    half = Pieces(stop=())
     assert [token.text for token in (*half.add(b"a", 0.0), *half.add("🙂".encode()[:2], 0.0), *half.rest())] == [
         "a",
         "",

@@ -22,6 +22,7 @@ import pytest
 from edged.link import Inbound, Link, LinkOptions
 from edged.wire import messages, topics
 from edged.wire.messages import Box, CommandState, Metrics, ModelReport, Provenance, Reported, SampleEntry, State
+from tests.support.models import write_manifest
 from tests.system.broker import Broker
 from trainer.host import new_id
 from trainer.releases import Registry, build_manifest
@@ -181,8 +182,9 @@ class Trainer:
         source = self.folder / release
         source.mkdir()
         (source / "model.onnx").write_bytes(model)
-        manifest = build_manifest(source, release, kind="detect", engine="onnx_detect", roles={"model": "model.onnx"})
-        Registry(self.folder / "data" / "releases").register(source, manifest)
+        roles = {"model": "model.onnx"}
+        write_manifest(source, build_manifest(source, release, kind="detect", engine="onnx_detect", roles=roles))
+        Registry(self.folder / "data" / "releases").register(source)
 
     def log(self) -> str:
         return (self.folder / "serve.log").read_text()

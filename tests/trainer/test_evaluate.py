@@ -112,8 +112,9 @@ def test_calibration_items_know_which_frames_were_right() -> None:
     engine, items = scripted()
     observed = observe(engine, [item.image for item in items])
     rows = calibration_items(observed, items, T)
-    assert [right for _, _, right in rows] == [True, False, False, True]
-    assert len(rows[1][0]) == 2  # the weak candidates stay: they are evidence
+    assert [row.right for row in rows] == [True, False, False, True]
+    assert [row.boxes_right.tolist() for row in rows] == [[True, True], [True, True], [False], []]
+    assert len(rows[1].detections) == 2  # the weak candidates stay: they are evidence
 
 
 def test_pixels_and_shape_make_the_identity() -> None:
@@ -129,9 +130,9 @@ def world(count: int, seed: int, shift: float = 0.0) -> list[Item]:
     for _ in range(count):
         hidden = rng.normal(1.0 - shift, 1.5, size=2)
         scores = np.clip(1 / (1 + np.exp(-(hidden * 0.6 + 1.5))), 0.3, 0.99)
-        right = bool((rng.random(2) < 1 / (1 + np.exp(-2 * hidden))).all())
+        hits = rng.random(2) < 1 / (1 + np.exp(-2 * hidden))
         stats = ImageStats(*np.clip(rng.normal([0.5 + shift / 4, 0.2, 0.1], [0.05, 0.02, 0.01]), 0.01, None))
-        items.append((found((BOX, scores[0], 0), (OTHER, scores[1], 1)), stats, right))
+        items.append(Item(found((BOX, scores[0], 0), (OTHER, scores[1], 1)), stats, bool(hits.all()), hits))
     return items
 
 
@@ -139,9 +140,9 @@ def test_the_fitted_probability_holds_on_fresh_items() -> None:
     calibration = fit(world(600, 1), T)
     check_calibration(calibration)
     fresh = world(2000, 2)
-    p = np.array([probability(seen, T, stats, calibration).p for seen, stats, _ in fresh])
-    right = np.array([item[2] for item in fresh])
-    raw = np.array([seen.scores.min() for seen, _, _ in fresh], dtype=np.float64)
+    p = np.array([probability(item.detections, T, item.stats, calibration).p for item in fresh])
+    right = np.array([item.right for item in fresh])
+    raw = np.array([item.detections.scores.min() for item in fresh], dtype=np.float64)
     assert expected_calibration_error(p, right) < 0.05 < expected_calibration_error(raw, right)
     accepted = p >= 0.9
     assert accepted.sum() > 50
@@ -152,10 +153,10 @@ def test_cross_validation_tells_a_signal_from_noise() -> None:
     items = world(400, 3)
     honest = cross_validate(items, T)
     order = np.random.default_rng(0).permutation(len(items))
-    shuffled = [(seen, stats, items[other][2]) for (seen, stats, _), other in zip(items, order, strict=True)]
+    shuffled = [item._replace(right=items[other].right) for item, other in zip(items, order, strict=True)]
     assert honest.ece < 0.1
     assert honest.brier < cross_validate(shuffled, T).brier - 0.05
-    assert (honest.items, honest.right) == (400, sum(item[2] for item in items))
+    assert (honest.items, honest.right) == (400, sum(item.right for item in items))
 
 
 def test_too_few_items_stay_uncalibrated() -> None:
@@ -168,31 +169,33 @@ def test_too_few_items_stay_uncalibrated() -> None:
 
 @pytest.mark.parametrize("right", [True, False])
 def test_only_one_outcome_neither_crashes_nor_convinces(right: bool) -> None:
-    items = [(seen, stats, right) for seen, stats, _ in world(200, 5)]
+    items = [item._replace(right=right) for item in world(200, 5)]
     calibration = fit(items, T)
-    p = np.array([probability(seen, T, stats, calibration).p for seen, stats, _ in items])
+    p = np.array([probability(item.detections, T, item.stats, calibration).p for item in items])
     assert calibration.method == "logistic"
     assert (p.mean() > 0.97) == right
     assert 0 < p.min() <= p.max() < 1
     if right:  # nothing wrong was ever seen, and a weak box is doubted all the same
         weak = found((BOX, 0.26, 0), (OTHER, 0.26, 1), ([50.0, 50.0, 60.0, 60.0], 0.24, 2))
-        assert probability(weak, T, items[0][1], calibration).p < 0.9
+        assert probability(weak, T, items[0].stats, calibration).p < 0.9
 
 
 def test_identical_inputs_still_make_a_reference() -> None:
-    items = [(found((BOX, 0.9, 0)), ImageStats(0.5, 0.2, 0.1), number % 10 > 0) for number in range(120)]
+    hits = [np.array([number % 10 > 0]) for number in range(120)]
+    items = [Item(found((BOX, 0.9, 0)), ImageStats(0.5, 0.2, 0.1), bool(hit[0]), hit) for hit in hits]
     calibration = fit(items, T)
     check_calibration(calibration)
-    same = probability(items[0][0], T, ImageStats(0.5, 0.2, 0.1), calibration)
+    same = probability(items[0].detections, T, ImageStats(0.5, 0.2, 0.1), calibration)
     assert not same.novel
     assert same.p == pytest.approx(0.9, abs=0.03)
-    assert probability(items[0][0], T, ImageStats(0.9, 0.2, 0.1), calibration).novel
+    assert probability(items[0].detections, T, ImageStats(0.9, 0.2, 0.1), calibration).novel
 
 
 def test_the_shifted_world_is_new_and_the_calibrated_one_is_not() -> None:
     calibration = fit(world(400, 6), T)
     novel = [
-        np.mean([probability(d, T, s, calibration).novel for d, s, _ in world(300, 7, shift)]) for shift in (0.0, 3.0)
+        np.mean([probability(each.detections, T, each.stats, calibration).novel for each in world(300, 7, shift)])
+        for shift in (0.0, 3.0)
     ]
     assert novel[0] < 0.03
     assert novel[1] > 0.9

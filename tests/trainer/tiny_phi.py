@@ -54,10 +54,10 @@ def save_phi3(folder: Path, seed: int = 0, words: GPT2TokenizerFast | None = Non
     return _save(model, folder, words)
 
 
-def save_phi2(folder: Path, seed: int = 0) -> PhiForCausalLM:
+def save_phi2(folder: Path, seed: int = 0, **changes: Any) -> PhiForCausalLM:
     """Save a random Phi-2 with its tokenizer in `folder` and return it."""
     torch.manual_seed(seed)
-    model = PhiForCausalLM(PhiConfig(**_PHI2, bos_token_id=0, eos_token_id=0)).eval()
+    model = PhiForCausalLM(PhiConfig(**(_PHI2 | changes), bos_token_id=0, eos_token_id=0)).eval()
     return _save(model, folder, None)
 
 

@@ -56,4 +56,7 @@ def test_a_device_may_act_as_itself_only() -> None:
     assert "pattern read edged/v1/+/%u/down/#" in lines
     before_users = lines[: lines.index("user host")]
     assert not any(line.startswith("topic") for line in before_users)  # a topic line there would be for nobody
+    watching = acl_text(Clients(observers=["ops"])).splitlines()
+    allowed = {line for line in watching[watching.index("user ops") :] if "write" in line}
+    assert allowed == {"topic write edged/v1/+/+/down/infer/+", "topic write edged/v1/+/+/down/cmd/cancel/+"}
     assert "topic write edged/v1/_host/host/state" in lines[lines.index("user host") : lines.index("user big")]

@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 
 from edged.core.confidence import (
     FEATURES,
+    LENIENCE,
+    NOTHING,
     NOVELTY_MAX,
     SIGNS,
+    Confidence,
+    accept_threshold,
     answer_probability,
+    box_probabilities,
     check_calibration,
     features,
     novelty,
@@ -24,7 +29,7 @@ from edged.core.confidence import (
 )
 from edged.core.matching import f1, frame_right, iou_matrix, match, pair
 from edged.engines.base import Detections, ImageStats
-from edged.wire.manifest import Calibration, Novelty, Thresholds
+from edged.wire.manifest import BoxCalibration, Calibration, Novelty, RiskTable, Scaling, Thresholds
 
 T = Thresholds(score=0.25)
 STATS = ImageStats(0.5, 0.2, 0.1)
@@ -169,11 +174,123 @@ def test_the_nearest_centre_counts() -> None:
     assert novelty(replace(STATS, low=0.38), two) == pytest.approx(0.2)
 
 
+bad_numbers = st.sampled_from([math.nan, math.inf, -math.inf])
+scalings = st.builds(Scaling, temperature=st.floats(0.02, 50), bias=st.floats(-20, 20))
+box_calibrations = st.none() | st.builds(
+    BoxCalibration, pooled=scalings, classes=st.dictionaries(st.integers(0, 3), scalings)
+)
+
+
+@given(answers, box_calibrations, st.lists(units, min_size=8, max_size=8))
+def test_a_boxs_probability_never_falls_when_its_score_rises(
+    found: Detections, scaling: BoxCalibration | None, raises: list[float]
+) -> None:
+    calibration = Calibration(boxes=scaling)
+    before = box_probabilities(found, calibration)
+    surer = found.scores + (1 - found.scores) * np.array(raises[: len(found)], np.float32)
+    after = box_probabilities(replace(found, scores=surer.astype(np.float32)), calibration)
+    assert before.shape == (len(found),)
+    assert ((before >= 0) & (after <= 1)).all()
+    assert (after >= before - 1e-9).all()
+
+
+@given(answers.filter(lambda each: len(each) > 0), box_calibrations, st.booleans(), bad_numbers)
+def test_a_box_of_nan_is_right_with_probability_0(
+    found: Detections, scaling: BoxCalibration | None, in_score: bool, bad: float
+) -> None:
+    others = box_probabilities(found, Calibration(boxes=scaling))[1:]
+    if in_score:
+        found.scores[0] = bad
+    else:
+        found.boxes[0, 3] = bad
+    p = box_probabilities(found, Calibration(boxes=scaling))
+    assert p[0] == 0.0
+    assert (p[1:] == others).all()
+
+
+def test_a_class_has_its_own_scaling_or_shares_the_pools() -> None:
+    boxes = BoxCalibration(pooled=Scaling(temperature=2), classes={1: Scaling(temperature=1, bias=-1)})
+    found = detections((0, 0, 9, 9, 0.9, 0), (0, 0, 9, 9, 0.9, 1), (0, 0, 9, 9, 0.5, 2))
+    logit = math.log(9)
+    expected = [1 / (1 + math.exp(-logit / 2)), 1 / (1 + math.exp(-(logit - 1))), 0.5]
+    assert box_probabilities(found, Calibration(boxes=boxes)) == pytest.approx(expected, abs=1e-6)
+    assert box_probabilities(found, Calibration()) == pytest.approx([0.9, 0.9, 0.5])
+
+
 @pytest.mark.parametrize(
     ("logprob", "p"), [(0.0, 1.0), (-1.0, math.exp(-1)), (3.0, 1.0), (-math.inf, 0.0), (math.nan, 0.0)]
 )
-def test_a_generated_answers_probability(logprob: float, p: float) -> None:
-    assert answer_probability(logprob) == p
+def test_a_generated_answers_probability_without_a_fit(logprob: float, p: float) -> None:
+    assert answer_probability(logprob, Calibration()) == Confidence(p, 0.0, False, False)
+
+
+@given(st.floats(-50, 1), st.floats(0, 10), scalings)
+def test_a_generated_answers_fitted_probability(logprob: float, more: float, scaling: Scaling) -> None:
+    calibration = Calibration(method="scaled", answers=scaling)
+    low, high = (answer_probability(value, calibration) for value in (logprob, logprob + more))
+    assert low.calibrated
+    assert 0 <= low.p <= high.p <= 1
+    assert answer_probability(math.nan, calibration).p == 0
+    even = 1 / (1 + math.exp(-scaling.bias))  # of a score of 0.5, whatever the temperature
+    assert answer_probability(math.log(0.5), calibration).p == pytest.approx(even)
+
+
+def tables(thresholds: list[float], bounds: list[float]) -> Calibration:
+    return FITTED.model_copy(update={"risk": RiskTable(thresholds=thresholds, bounds=bounds)})
+
+
+risky = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8, unique_by=lambda row: row[0]).map(
+    lambda rows: tables(*map(list, zip(*sorted(rows), strict=True)))
+)
+
+
+@given(risky | st.just(FITTED) | st.just(Calibration()), st.floats(0, 1), st.floats(0, 1))
+def test_more_risk_never_asks_for_more(calibration: Calibration, first: float, second: float) -> None:
+    low, high = sorted((first, second))
+    assert accept_threshold(calibration, high) <= accept_threshold(calibration, low)
+
+
+@given(risky, st.floats(0, 1))
+def test_a_threshold_keeps_its_bound(calibration: Calibration, target: float) -> None:
+    assert calibration.risk is not None
+    bounds = dict(zip(calibration.risk.thresholds, calibration.risk.bounds, strict=True))
+    chosen = accept_threshold(calibration, target)
+    allowed = [each for each, bound in bounds.items() if bound <= target and each >= 1 - LENIENCE * target - 1e-9]
+    assert chosen == min(allowed, default=NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "target", "threshold"),
+    [
+        (tables([0.7, 0.8, 0.9], [0.2, 0.1, 0.05]), 0.15, 0.8),
+        (tables([0.7, 0.8, 0.9], [0.2, 0.1, 0.05]), 0.1, 0.8),  # as much as the target is not more
+        (tables([0.7, 0.8, 0.9], [0.2, 0.1, 0.05]), 0.04, NOTHING),
+        (tables([0.6, 0.7, 0.8], [0.01, 0.01, 0.01]), 0.15, 0.7),  # all together are safe, but 0.6 alone is not
+        (tables([0.8, 0.9], [0.1, 0.3]), 0.2, 0.8),  # bounds rise again where few items are left
+        (FITTED, 0.1, 0.9),  # a release without a table: Chow's rule
+        (Calibration(), 0.9, NOTHING),
+        (FITTED, math.nan, NOTHING),
+        (tables([0.0], [0.0]), math.nan, NOTHING),
+    ],
+)
+def test_where_acceptance_begins(calibration: Calibration, target: float, threshold: float) -> None:
+    assert accept_threshold(calibration, target) == pytest.approx(threshold)
+
+
+@given(answers.filter(lambda each: len(each) > 0), risky, st.sampled_from(["score", "box", "brightness"]), bad_numbers)
+def test_nothing_with_nan_is_accepted(found: Detections, calibration: Calibration, where: str, bad: float) -> None:
+    stats = replace(STATS, brightness=bad) if where == "brightness" else STATS
+    if where == "score":
+        found.scores[0] = bad
+    elif where == "box":
+        found.boxes[0, 2] = bad
+    confidence = probability(found, T, stats, calibration)
+    # Even where a table of nonsense would accept everything, the input counts as novel.
+    assert confidence.novel or confidence.p < accept_threshold(calibration, 1.0)
+    assert confidence.p == 0
+
+
+SINKING = Scaling.model_construct(temperature=-1.0, bias=0.0)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +303,19 @@ def test_a_generated_answers_probability(logprob: float, p: float) -> None:
         ({"bias": math.nan}, "NaN"),
         ({"novelty": KNOWN.model_copy(update={"centres": [[0.0, 0.0]]})}, "centres of 5"),
         ({"features": [], "mean": [], "scale": [], "weights": []}, "without any feature"),
+        ({"method": "scaled"}, "says nothing about answers"),
+        ({"answers": Scaling(temperature=1, bias=math.nan)}, "NaN"),
+        ({"boxes": BoxCalibration(pooled=Scaling(temperature=math.inf))}, "NaN or infinity"),
+        (
+            {"boxes": BoxCalibration(pooled=Scaling(temperature=1), classes={2: SINKING})},
+            "temperatures must be positive",
+        ),
+        ({"risk": RiskTable(thresholds=[0.5, 0.9], bounds=[0.1])}, "2 thresholds and 1 bounds"),
+        ({"risk": RiskTable(thresholds=[0.9, 0.5], bounds=[0.1, 0.2])}, "do not rise"),
+        ({"risk": RiskTable(thresholds=[0.5, 0.5], bounds=[0.1, 0.2])}, "do not rise"),
+        ({"risk": RiskTable(thresholds=[0.5, math.nan], bounds=[0.1, 0.2])}, r"outside 0\.\.1"),
+        ({"risk": RiskTable(thresholds=[0.5], bounds=[-0.1])}, r"outside 0\.\.1"),
+        ({"risk": RiskTable(thresholds=[0.5], bounds=[1.1])}, r"outside 0\.\.1"),
     ],
 )
 def test_a_calibration_that_cannot_be_applied_is_refused(change: dict[str, Any], message: str) -> None:

@@ -44,7 +44,7 @@ def test_a_minimal_configuration_has_sensible_defaults(tmp_path: Path) -> None:
     line = settings.pipelines["line"]
     assert line.source == DirectorySource(path=Path("/in"))
     assert line.policy == Policy()
-    assert line.escalate_to is None
+    assert line.escalate_to == ()
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,32 @@ def test_a_minimal_configuration_has_sensible_defaults(tmp_path: Path) -> None:
             "pipelines.line.slot='ear': no such slot; add [slots.ear] (known: eye)",
         ),
         (
+            MINIMAL + "[responders.r]\ntier = 'big'\nslot = 'eye'\nescalate_to = ['plant', 'big']",
+            "FILE: responders.r: escalate_to names its own tier 'big': name the next one",
+        ),
+        (
+            MINIMAL + "[responders.r]\ntier = 'big'\nslot = 'eye'\npolicy = { risk = 1 }",
+            "FILE: responders.r.policy: unknown key 'risk'",
+        ),
+        (
             MINIMAL + "[responders.r]\ntier = 'big'\nslot = 'no'",
             "responders.r.slot='no': no such slot; add [slots.no] (known: eye)",
         ),
         (
             MINIMAL + "[pipelines.line.policy]\nrisk = 0.1",
-            "FILE: pipelines.line.policy: unknown key 'risk'; known: target_risk, audit_share, escalate",
+            "FILE: pipelines.line.policy: unknown key 'risk'; known: target_risk, audit_share, empty_share,",
         ),
+        (MINIMAL + "[pipelines.line.policy]\nbytes_per_day = 0.5", "bytes_per_day=0.5: must be a whole number between"),
+        (
+            MINIMAL + "roi = [0.5, 0.0, 0.25, 1.0]",
+            "FILE: pipelines.line.roi = [0.5, 0.0, 0.25, 1.0]: left, top, right, bottom are shares of the frame's sides: "
+            "0 <= left < right <= 1 and 0 <= top < bottom <= 1, for example [0.25, 0.0, 0.75, 1.0]",
+        ),
+        (MINIMAL + "roi = [0, 0, 640, 480]", "line.roi = [0, 0, 640, 480]: left, top, right, bottom are shares"),
+        (MINIMAL + "roi = [0.0, 0.0, nan, 1.0]", "pipelines.line.roi = [0.0, 0.0, nan, 1.0]: left, top, right"),
+        (MINIMAL + "roi = [0.0, 0.5]", "line.roi = [0.0, 0.5]: must be four numbers: left, top, right, bottom"),
+        (MINIMAL + "roi = 'left'", "pipelines.line.roi = 'left': must be four numbers"),
+        (MINIMAL + "ordered = 2", "pipelines.line.ordered = 2: Input should be a valid boolean"),
         (MINIMAL + "[pipelines.line.policy]\ntarget_risk = 2", "target_risk=2: must be a number between 0 and 1"),
         (MINIMAL + "[pipelines.line.policy]\ntarget_risk = 'low'", "target_risk='low': must be a number between"),
         (MINIMAL + "[pipelines.line.policy]\nescalate = 'no'", "escalate='no': must be true or false"),
@@ -83,6 +102,14 @@ def test_a_minimal_configuration_has_sensible_defaults(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named_with_its_key_value_and_fix(tmp_path: Path, text: str, said: str) -> None:
     assert said in complaint(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("written", "tiers"), [("'line'", ("line",)), ("['line', 'plant']", ("line", "plant")), ("[]", ())]
+)
+def test_one_tier_or_several_in_order_may_be_asked(tmp_path: Path, written: str, tiers: tuple[str, ...]) -> None:
+    text = MINIMAL.replace("[pipelines.line]", f"[pipelines.line]\nescalate_to = {written}")
+    assert loaded(tmp_path, text).pipelines["line"].escalate_to == tiers
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
@@ -114,7 +141,7 @@ def test_an_environment_variable_that_cannot_be_used_is_named(tmp_path: Path, mo
 
 def test_the_example_loads() -> None:
     settings = load(EXAMPLE)
-    assert settings.pipelines["line"].escalate_to == "big"
+    assert settings.pipelines["line"].escalate_to == ("big",)
     assert isinstance(settings.pipelines["chat"].source, MqttSource)
 
 

@@ -21,6 +21,7 @@ from edged.stamp import Stamp
 from edged.store import NewSample, StorageFull, Store
 from edged.wire import messages, topics
 from edged.wire.messages import InferReply, ResponderState, State, Verdict
+from tests.support.device import until
 
 IMAGE = b"pixels"
 
@@ -56,10 +57,12 @@ class FullLink:
 
 
 class Updates:
-    """An updater without models."""
+    """An updater whose slot has, or has not yet, a model."""
+
+    loaded = True
 
     def reports(self) -> dict[str, messages.ModelReport]:
-        return {}
+        return {"eye": messages.ModelReport(active="toy@1.0" if self.loaded else None)}
 
     def tick(self) -> None: ...
 
@@ -67,8 +70,8 @@ class Updates:
 class Bench:
     """A control loop that is turned by hand."""
 
-    def __init__(self, folder: Path) -> None:
-        tables = {"slots": {"eye": {}}, "responders": {"big": {"tier": "big", "slot": "eye"}}}
+    def __init__(self, folder: Path, **delivery: float) -> None:
+        tables = {"slots": {"eye": {}}, "responders": {"big": {"tier": "big", "slot": "eye"}}, "delivery": delivery}
         self.settings = Settings(device={"id": "dev1", "site": "plant"}, **tables)  # type: ignore[arg-type]
         self.clock, self.link = SystemClock(), FullLink()
         self.store = Store(folder)
@@ -77,7 +80,8 @@ class Bench:
             self.settings, self.store, self.link, self.outgoing, self.clock,  # type: ignore[arg-type]
             Window(0), None, {}, {},  # type: ignore[arg-type]
         )  # fmt: skip
-        self.control.updater = Updates()  # type: ignore[assignment]
+        self.updates = Updates()
+        self.control.updater = self.updates  # type: ignore[assignment]
         self.settled: list[str] = []
 
     def turn(self) -> None:
@@ -85,7 +89,7 @@ class Bench:
         self.control.flush(0.001)
         while not self.link.inbox.empty():
             self.control._drain(0)
-        self.control._pump()
+        self.control._sending.pump()
 
     def capture(self, sample: str) -> None:
         self.store.capture(
@@ -131,6 +135,40 @@ def test_a_birth_that_found_no_room_is_announced_as_soon_as_there_is(bench: Benc
         bench.turn()
     assert [state.state for state in bench.link.of(State)] == ["online"]
     assert [responder.state for responder in bench.link.of(ResponderState)] == ["online"]
+
+
+def test_a_responder_is_there_as_soon_as_it_has_a_model(bench: Bench) -> None:
+    bench.updates.loaded = False
+    bench.link.inbox.put(Connected(session=True))
+    bench.link.free = 100
+    bench.turn()
+    bench.control._tick()
+    bench.turn()
+    assert [beat.state for beat in bench.link.of(ResponderState)] == ["offline"]
+    bench.updates.loaded = True
+    bench.control._tick()
+    bench.turn()
+    assert [beat.state for beat in bench.link.of(ResponderState)] == ["offline", "online"]
+
+
+def test_a_responders_heart_beats(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, presence_s=0.02)
+    bench.link.inbox.put(Connected(session=True))
+    bench.link.free = 100
+
+    def beats() -> list[ResponderState]:
+        bench.control._tick()
+        bench.turn()
+        found: list[ResponderState] = bench.link.of(ResponderState)
+        return found if len(found) >= 4 else []
+
+    found = until("four heartbeats", beats)
+    assert {(beat.state, beat.release, beat.device, beat.every_s) for beat in found} == {
+        ("online", "toy@1.0", "dev1", 0.02)
+    }
+    assert len({beat.id for beat in found}) == len(found)
+    kept = {address.expiry_s for address, _ in bench.link.sent if address.retain and "_resp" in address.topic}
+    assert kept == {1}, "the broker forgets a responder that is dead: after three beats, in whole seconds"
 
 
 def test_a_verdict_that_is_faster_than_whoever_waits_answers_him_at_once(bench: Bench) -> None:

@@ -51,7 +51,7 @@ class World:
         self.jobs, self.rollouts = Jobs(self.host), Rollouts(self.host)
         self.orders = Orders(self.host, self.jobs, self.rollouts)
         self.release(folder / "first", "digits@1.0", b"first")
-        self.host.registry.add_folder(folder / "first")
+        self.host.registry.register(folder / "first")
         for device in ("d1", "d2"):
             with self.host.database.write() as connection:
                 birth = State(**self.host.envelope(), state="online", device=device)
@@ -251,7 +251,7 @@ def order(world: World, kind: str, **body: Any) -> dict[str, Any]:
 
 def test_orders_are_answered_or_say_what_is_wrong(world: World, tmp_path: Path) -> None:
     world.release(tmp_path / "second", "digits@1.1", b"second")
-    world.host.registry.add_folder(tmp_path / "second")
+    world.host.registry.register(tmp_path / "second")
     assert "registered: digits@1.0, digits@1.1" in order(world, "rollout_start", release="digits@7.0")["error"]
     assert (
         "was never seen; known: d1, d2"
@@ -293,7 +293,7 @@ def test_a_fleet_of_one_is_compared_with_its_own_past(world: World, tmp_path: Pa
         window = {"id": new_id(), "device": "d1", "release": "digits@1.0", "start": start, "end": start, **past}
         connection.execute(insert(windows).values(**window))
     world.release(tmp_path / "second", "digits@1.1", b"second")
-    world.host.registry.add_folder(tmp_path / "second")
+    world.host.registry.register(tmp_path / "second")
     order(world, "rollout_start", release="digits@1.1")
     world.rollouts.tick()
     world.report("d1", "digits@1.1", "committed")
@@ -350,7 +350,7 @@ def test_what_ends_a_claim_is_sent_until_it_is_heard(world: World) -> None:
 def test_without_a_way_back_there_is_no_rollout(world: World) -> None:
     world.report("d2", "digits@0.9")  # seeded by hand; nobody registered it
     world.release(world.host.config.data_dir / "next", "digits@1.1", b"next")
-    ref = world.host.registry.add_folder(world.host.config.data_dir / "next")
+    ref = world.host.registry.register(world.host.config.data_dir / "next")
     with world.host.database.write() as connection:
         answer = start_rollout(world.host, connection, ref)
     assert isinstance(answer, str)

@@ -15,7 +15,7 @@ from edged.wire.messages import Metrics
 def test_a_window_holds_what_happened_in_it_per_pipeline_and_release() -> None:
     window = Window(100.0)
     window.answer("line", "toy@1.0", "accept", "confident", 0.95, 10.0)
-    window.answer("line", "toy@1.0", "escalate", "unsure", 0.31, 20.0)
+    window.answer("line", "toy@1.0", "escalate", "unsure", 0.31, 20.0, suppressed="duplicate", unheard=True)
     window.answer("line", "toy@1.0", "audit", "audit", 1.0, 30.0)
     window.answer("line", "toy@1.1", "escalate", "novel", 0.0, 5.0)
     window.error("line", "toy@1.0")
@@ -24,7 +24,7 @@ def test_a_window_holds_what_happened_in_it_per_pipeline_and_release() -> None:
     assert first == {
         "start": 100.0, "end": 160.0, "pipeline": "line", "release": "toy@1.0",
         "items": 3, "accepted": 1, "audited": 1, "escalated": 1, "errors": 1,
-        "reasons": {"confident": 1, "unsure": 1, "audit": 1},
+        "reasons": {"confident": 1, "unsure": 1, "audit": 1}, "suppressed": {"duplicate": 1}, "unheard": 1,
         "confidence_histogram": [0, 0, 0, 1, 0, 0, 0, 0, 0, 2],
         "latency_ms_p50": 20.0, "latency_ms_p95": 30.0,
     }  # fmt: skip

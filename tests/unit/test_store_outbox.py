@@ -134,16 +134,3 @@ def test_a_message_is_seen_once_it_is_recorded_and_old_ones_are_forgotten(tmp_pa
     store.seen("c", 3.0)
     assert (store.seen("b", 4.0), store.seen("a", 4.0, record=False)) == (True, False)
     store.close()
-
-
-def test_language_requests_are_kept_newest_first_and_bounded(tmp_path: Path) -> None:
-    store = Store(tmp_path, StoreLimits(requests_max=2))
-    for n in range(3):
-        store.record_request(id=f"r{n}", pipeline="chat", release="p@1", prompt=f"q{n}", answer="a", ts=float(n))
-    store.record_request(id="r2", pipeline="chat", release="p@1", prompt="q2", answer="a", ts=2.0, outcome="bad")
-    kept = store.requests(9)
-    assert [(request.id, request.prompt, request.outcome) for request in kept] == [
-        ("r2", "q2", "bad"),
-        ("r1", "q1", "ok"),
-    ]
-    store.close()

@@ -76,6 +76,7 @@ def test_delivery_is_what_the_protocol_says() -> None:
         "{site}/{dev}/up/metrics": (1, False, 3600),
         "{site}/{dev}/up/event": (1, False, 86400),
         "{site}/{dev}/up/reply/{id}": (1, False, 60),
+        "{site}/{dev}/up/partial/{id}": (0, False, 60),
         "{site}/{dev}/up/cmd/{type}/{id}": (1, False, 86400),
         "{site}/{dev}/down/desired": (1, True, None),
         "{site}/_g/{group}/down/desired": (1, True, None),
@@ -83,7 +84,7 @@ def test_delivery_is_what_the_protocol_says() -> None:
         "{site}/{dev}/down/infer/{pipeline}": (1, False, 60),
         "{site}/{dev}/down/cmd/{type}/{id}": (1, False, 86400),
         "_host/{trainer}/state": (1, True, None),
-        "_resp/{tier}/{task}/{responder}": (1, True, None),
+        "_resp/{tier}/{task}/{responder}": (1, True, 90),
     }
 
 

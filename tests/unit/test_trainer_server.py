@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.models import write_manifest
 from trainer.releases import Registry, build_manifest
 from trainer.server import Server, ServerOptions
 
@@ -24,7 +25,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
     (source / "model.onnx").write_bytes(MODEL)
     registry = Registry(tmp_path / "releases")
     roles = {"model": "model.onnx"}
-    registry.register(source, build_manifest(source, "digits@1.0", kind="detect", engine="onnx_detect", roles=roles))
+    write_manifest(source, build_manifest(source, "digits@1.0", kind="detect", engine="onnx_detect", roles=roles))
+    registry.register(source)
     served = Server(
         ServerOptions("127.0.0.1", 0, sample_bytes_max=1000),
         registry,

@@ -1,4 +1,4 @@
-"""Static int8 quantisation of a detector's ONNX file (QDQ, per channel), its metadata kept."""
+"""Static int8 quantisation of a vision model's ONNX file (QDQ, per channel), its metadata kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 CALIBRATION_MIN = 8  # images; fewer leave the activations' ranges to chance
+# Of the input, whatever the images hold: its 256 steps are the 256 levels of a pixel, exactly.
+_PIXELS = {"scale": np.array(1 / np.float32(255), np.float32), "zero_point": np.array(0, np.uint8)}
 
 
 def quantize_static_int8(
@@ -47,6 +49,7 @@ def quantize_static_int8(
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
             nodes_to_exclude=decoder_nodes(graph) if exclude is None else list(exclude),
+            extra_options={"TensorQuantOverrides": {graph.input[0].name: [_PIXELS]}},
         )
         quantised.replace(out)
     return out

@@ -1,0 +1,58 @@
+"""Whom this device asks: decided each time that a question is sent, so that an old one does not wait for a dead tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edged.clock import Clock
+from edged.config import Pipeline as PipelineConfig
+from edged.core.tiers import Beat, Choice, Presence, Tier, choose
+from edged.outgoing import Outgoing
+from edged.store import OutboxMessage
+from edged.wire import messages, topics
+from edged.wire.messages import InvalidPayload
+
+
+class Routes:
+    """The tiers that this device's pipelines ask, and who lives there. All calls on the control loop."""
+
+    def __init__(
+        self, presence: Presence, outgoing: Outgoing, clock: Clock, pipelines: Mapping[str, PipelineConfig]
+    ) -> None:
+        self._presence, self._outgoing, self._clock = presence, outgoing, clock
+        self._pipelines = {name: config for name, config in pipelines.items() if config.escalate_to}
+        self._asked: set[Tier] = {(t, c.task) for c in self._pipelines.values() for t in c.escalate_to}
+        self._chosen: dict[str, Choice] = {}  # pipeline -> what was best at the last look
+
+    def heard(self, fields: dict[str, str], responder: messages.ResponderState, *, retained: bool) -> bool:
+        """Take in a heartbeat. True when open questions are worth sending again at once: somebody has just come."""
+        beat = Beat(
+            responder.id, responder.device or fields["responder"], responder.boot, responder.state == "online",
+            responder.every_s,
+        )  # fmt: skip
+        tier = (fields["tier"], fields["task"])
+        came = self._presence.heard(*tier, fields["responder"], beat, self._clock.monotonic())
+        changed = self.changed()
+        return changed or (came and not retained and tier in self._asked)
+
+    def changed(self) -> bool:
+        """Whether, since the last look, a pipeline's questions have a living tier that they did not go to before."""
+        before, self._chosen = self._chosen, {name: self._choose(c) for name, c in self._pipelines.items()}
+        return any(choice.living and choice != before.get(name) for name, choice in self._chosen.items())
+
+    def _choose(self, config: PipelineConfig) -> Choice:
+        now, own = self._clock.monotonic(), (self._outgoing.device,)
+        return choose(config.escalate_to, lambda tier: self._presence.living(tier, config.task, now, own))
+
+    def fresh(self, message: OutboxMessage, now: float) -> tuple[str, bytes]:
+        """Topic and payload of a question in the outbox as it is to be asked at `now` (seconds since the epoch)."""
+        try:
+            _, fields, question = messages.decode(message.topic, message.payload)
+        except InvalidPayload:  # kept by another version: its receiver may understand it
+            return message.topic, message.payload
+        assert isinstance(question, messages.Escalation)
+        config = self._pipelines.get(question.pipeline)
+        tier = self._choose(config).tier if config else fields["tier"]
+        left = None if question.answer_by is None or question.answer_by <= now else question.answer_by - now
+        address = topics.ESCALATION(site=fields["site"], dev=fields["dev"], tier=tier, task=fields["task"])
+        return address.topic, messages.encode(question.model_copy(update={"answer_within_s": left}))
