@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from edged.config import Slot as SlotConfig
 from edged.core.update import Effect, Event, State
-from edged.engines.base import EngineError, EngineOptions
+from edged.engines.base import EngineError, EngineOptions, installed_engines
 from edged.fetch import FetchError, WrongContent
 from edged.prove import ProveCancelled, ProveFailed, prove
 from edged.releases import BadRelease, Releases, read_manifest, verify
@@ -27,6 +27,7 @@ from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
 log = logging.getLogger(__name__)
 
+PROVEN = "proven/"  # + slot: the release that has answered its whole golden set here, and the engines that it did it on
 ADAPTER = "/adapter"  # the update of a slot's adapter is a target of its own: `phi/adapter`
 
 
@@ -160,10 +161,22 @@ class Acts:
         return EngineOptions(config.threads, tuple(config.providers), config.extra)
 
     def _loaded(self, record: Record, ref: ReleaseRef, manifest: ReleaseManifest) -> Loaded:
-        """Load a release as its slot is configured; raises EngineError."""
+        """Load a release as its slot is configured; raises EngineError.
+
+        What has answered its whole golden set on this device, on the engines that are installed now, answers one input of
+        it: a start is not the time to find out again what is known.
+        """
         isolation = self._configs[record.slot].isolation
         ended = partial(self._process_ended, record.slot, ref.release)
-        return load(ref, self._releases.folder(ref), manifest, self._options(record), isolation, ended)
+        known = self._store.value(PROVEN + record.slot) == self._proof(ref)
+        loaded = load(ref, self._releases.folder(ref), manifest, self._options(record), isolation, ended,
+                      golden_max=1 if known else None)  # fmt: skip
+        if not known:
+            self._store.set_value(PROVEN + record.slot, self._proof(ref))
+        return loaded
+
+    def _proof(self, ref: ReleaseRef) -> list[str]:
+        return [ref.sha256, *installed_engines()]
 
     def _process_ended(self, slot: str, release: str, how: str, in_hand: bool) -> None:
         """An engine's process died and is started again. Called by the thread that supervises it."""
@@ -268,6 +281,8 @@ class Acts:
         except (ProveFailed, BadRelease) as error:
             self._answer(record, Event.PROVE_FAILED, str(error))
             return
+        if not record.is_adapter:
+            self._store.set_value(PROVEN + record.slot, self._proof(record.candidate))
         log.info("update %s: proved on %d golden inputs in %.1f s", record.target, proof.golden, proof.golden_s)
         self._answer(record, Event.PROVED)
 

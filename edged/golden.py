@@ -26,11 +26,14 @@ class GoldenMismatch(EngineError):
     """The model does not answer as its release says it must."""
 
 
-def check(engine: Detector | Generator, folder: Path, manifest: ReleaseManifest) -> int:
-    """Run the golden set and compare; returns how many inputs were compared. Raises GoldenMismatch or EngineError."""
+def check(engine: Detector | Generator, folder: Path, manifest: ReleaseManifest, inputs_max: int | None = None) -> int:
+    """Run the golden set, or its first `inputs_max`, and compare; returns how many inputs were compared.
+
+    Raises GoldenMismatch or EngineError.
+    """
     if isinstance(engine, Detector):
-        return _check_detector(engine, folder, manifest)
-    return _check_generator(engine, folder, manifest)
+        return _check_detector(engine, folder, manifest, inputs_max)
+    return _check_generator(engine, folder, manifest, inputs_max)
 
 
 def generate_all(
@@ -48,15 +51,16 @@ def generate_all(
     raise EngineError("the generator ended without saying why")
 
 
-def _check_detector(engine: Detector, folder: Path, manifest: ReleaseManifest) -> int:
+def _check_detector(engine: Detector, folder: Path, manifest: ReleaseManifest, inputs_max: int | None) -> int:
     if not {"golden_inputs", "golden_outputs"} <= manifest.files.keys():
         raise GoldenMismatch(f"release {manifest.release}: no golden set; nothing shows that this model works")
     expected = json.loads((folder / manifest.files["golden_outputs"].path).read_text())
     with np.load(folder / manifest.files["golden_inputs"].path, allow_pickle=False) as arrays:
-        images = [arrays[f"image_{n}"] for n in range(len(arrays.files))]
-    if not images or len(images) != len(expected):
-        raise GoldenMismatch(f"release {manifest.release}: {len(images)} golden inputs and {len(expected)} outputs")
-    for number, (image, row) in enumerate(zip(images, expected, strict=True)):
+        count = len(arrays.files)
+        images = [arrays[f"image_{n}"] for n in range(count)[:inputs_max]]
+    if not images or count != len(expected):
+        raise GoldenMismatch(f"release {manifest.release}: {count} golden inputs and {len(expected)} outputs")
+    for number, (image, row) in enumerate(zip(images, expected, strict=False)):
         found = engine.infer([engine.prepare(image)])[0]
         difference = _difference(found, row, manifest.thresholds.score)
         if difference:
@@ -80,10 +84,10 @@ def _difference(found: Detections, row: dict[str, list[float]], threshold: float
     return ""
 
 
-def _check_generator(engine: Generator, folder: Path, manifest: ReleaseManifest) -> int:
+def _check_generator(engine: Generator, folder: Path, manifest: ReleaseManifest, inputs_max: int | None) -> int:
     if "golden_prompts" not in manifest.files:
         raise GoldenMismatch(f"release {manifest.release}: no golden prompts; nothing shows that this model works")
-    rows = json.loads((folder / manifest.files["golden_prompts"].path).read_text())
+    rows = json.loads((folder / manifest.files["golden_prompts"].path).read_text())[:inputs_max]
     for row in rows:
         tokens = int(row.get("tokens_max", 32))
         answer, _ = generate_all(engine, GenerateRequest(row["prompt"], tokens_max=tokens))

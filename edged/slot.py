@@ -66,9 +66,10 @@ class Loaded:
 
 def load(
     ref: ReleaseRef, folder: Path, manifest: ReleaseManifest, options: EngineOptions, isolation: str | None = None,
-    ended: Callable[[str, bool], None] = lambda how, in_hand: None,
+    ended: Callable[[str, bool], None] = lambda how, in_hand: None, golden_max: int | None = None,
 ) -> Loaded:  # fmt: skip
-    """Load a release and let it answer its golden set; raises EngineError, and then nothing stays in memory.
+    """Load a release and let it answer its golden set (at most `golden_max` inputs of it); raises EngineError, and then
+    nothing stays in memory.
 
     `isolation` is the slot's setting. `ended` is told (how, whether a request was in hand) when the process of an engine
     that has one ends without having been asked.
@@ -84,7 +85,7 @@ def load(
     else:
         engine = open_engine(folder, manifest, options)
     try:
-        golden.check(engine, folder, manifest)
+        golden.check(engine, folder, manifest, golden_max)
     except BaseException:
         engine.close()
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -204,3 +205,14 @@ def open_engine(folder: Path, manifest: ReleaseManifest, options: EngineOptions)
         import_module(module), name
     )
     return opener(folder, manifest, options)
+
+
+def installed_engines() -> list[str]:
+    """The libraries that run models here, with their versions: another version may answer differently."""
+    found = []
+    for name in ("onnxruntime", "llama-cpp-python"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return found

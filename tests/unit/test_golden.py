@@ -40,6 +40,15 @@ def test_the_release_answers_as_it_promises(folder: Path) -> None:
     assert checked(folder) == 2
 
 
+def test_a_part_of_the_set_can_be_asked_for(folder: Path) -> None:
+    change(folder, boxes=[[30, 22, 50, 42]])  # the second input's
+    manifest = read_manifest(folder)
+    engine = open_engine(folder, manifest, EngineOptions())
+    assert golden.check(engine, folder, manifest, 1) == 1
+    with pytest.raises(GoldenMismatch):
+        golden.check(engine, folder, manifest, 2)
+
+
 @pytest.mark.parametrize(
     "slightly",
     [{"boxes": [[22.4, 22, 42, 42]]}, {"scores": [0.85]}, {"boxes": [[22, 22, 42, 42], [1, 1, 9, 9]],

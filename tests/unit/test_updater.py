@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edged import acts as module
+from edged import golden
 from edged.acts import Carrier, UpdateEvent
 from edged.config import Slot as SlotConfig
 from edged.core.update import RESTARTS_MAX
@@ -120,6 +121,27 @@ def test_a_release_is_committed_when_its_probation_is_over_and_not_before(
     assert (box.eye.active, box.eye.update, box.eye.previous) == ("toy@1.1", "committed", "toy@1.0")
     box.switch_on()
     assert (box.eye.active, box.eye.update, box.eye.previous) == ("toy@1.1", "committed", "toy@1.0")
+
+
+def test_a_start_does_not_find_out_again_what_is_known(
+    tmp_path: Path, toy: Path, toy2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole golden set is answered once a release and set of engines: by the seed at the first start, by an update
+    when it is proven; every other load answers one input."""
+    asked: list[int | None] = []
+    real = golden.check
+    monkeypatch.setattr(golden, "check", lambda *values: (asked.append(values[3]), real(*values))[1])
+    box = Box(tmp_path, toy, toy2)
+    assert asked == [None]
+    box.switch_on()
+    assert asked == [None, 1]
+    box.desire(reference(toy2))  # proven in a process of its own
+    assert (box.eye.active, asked) == ("toy@1.1", [None, 1, 1])
+    monkeypatch.setattr(module, "installed_engines", lambda: ["onnxruntime 99"])
+    box.wait(PROBATION_S)
+    box.switch_on()
+    box.switch_on()
+    assert (box.eye.active, asked) == ("toy@1.1", [None, 1, 1, None, 1])
 
 
 def test_time_without_power_is_no_probation(tmp_path: Path, toy: Path, toy2: Path) -> None:
