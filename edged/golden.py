@@ -8,13 +8,12 @@ with one `{boxes, scores, classes}` an image, what scores at least the release's
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from edged.core.matching import iou_matrix
-from edged.engines.base import Detections, Detector, EngineError, Finished, GenerateRequest, Generator, Token
+from edged.engines.base import Detections, Detector, EngineError, GenerateRequest, Generator, generate_all
 from edged.wire.manifest import ReleaseManifest
 
 IOU_MIN = 0.9  # another processor rounds int8 differently: boxes move by a fraction of a pixel
@@ -34,21 +33,6 @@ def check(engine: Detector | Generator, folder: Path, manifest: ReleaseManifest,
     if isinstance(engine, Detector):
         return _check_detector(engine, folder, manifest, inputs_max)
     return _check_generator(engine, folder, manifest, inputs_max)
-
-
-def generate_all(
-    engine: Generator, request: GenerateRequest, hear: Callable[[str], None] | None = None
-) -> tuple[str, Finished]:
-    """The whole answer to a request, and how it ended; `hear` gets each piece of it as it is made."""
-    parts: list[str] = []
-    for event in engine.generate(request):
-        if isinstance(event, Token):
-            parts.append(event.text)
-            if hear is not None:
-                hear(event.text)
-        else:
-            return "".join(parts), event
-    raise EngineError("the generator ended without saying why")
 
 
 def _check_detector(engine: Detector, folder: Path, manifest: ReleaseManifest, inputs_max: int | None) -> int:

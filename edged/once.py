@@ -20,9 +20,9 @@ from edged.engines.base import (
     EngineOptions,
     GenerateRequest,
     Generator,
+    generate_all,
     open_engine,
 )
-from edged.golden import generate_all
 from edged.outgoing import boxes, plain
 from edged.prompts import UNFINISHED
 from edged.releases import BadRelease, Releases, reference, verify

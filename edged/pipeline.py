@@ -79,7 +79,9 @@ class Pipeline:
         )
         self._tracks: tuple[Track, ...] | None = None
         self._tracked_for = ""
-        self._prompts = Prompts(name, slot, services, self._stopping.is_set, self._enqueue, self._see_through)
+        self._prompts = Prompts(
+            name, slot, services, lambda: self.policy, self._stopping.is_set, self._enqueue, self._see_through
+        )
         self._said_too_large = False
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=f"{what}-{name}", daemon=True)

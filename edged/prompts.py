@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from edged.core.confidence import answer_probability
-from edged.engines.base import Finished, GenerateRequest
-from edged.golden import generate_all
+from edged.core.confidence import accept_threshold, answer_probability
+from edged.core.policy import Doubt, Hints, Policy, doubt
+from edged.engines.base import Finished, GenerateRequest, generate_all
 from edged.link import TooLarge
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Item
@@ -40,6 +40,7 @@ class _Made:
     release: str
     adapter: str | None
     confidence: float | None  # of a whole answer
+    doubt: Doubt | None  # why the policy would not accept it by itself
     latency_ms: float
 
 
@@ -47,13 +48,13 @@ class Prompts:
     """Answers the prompts and conversations of one pipeline. All calls on its worker thread."""
 
     def __init__(
-        self, pipeline: str, slot: Slot, services: Services, stopping: Callable[[], bool],
+        self, pipeline: str, slot: Slot, services: Services, policy: Callable[[], Policy], stopping: Callable[[], bool],
         enqueue: Callable[[OutboxMessage], None], see_through: Callable[[Item, Callable[[], None]], None],
     ) -> None:  # fmt: skip
-        """`stopping`: the daemon is about to end; `enqueue`: into the outbox, waiting while it is full; `see_through`: do
-        something for an item, again and again while the store does not take it."""
+        """`policy`: as it is now; `stopping`: the daemon is about to end; `enqueue`: into the outbox, waiting while it is
+        full; `see_through`: do something for an item, again and again while the store does not take it."""
         self._pipeline, self._slot, self._s = pipeline, slot, services
-        self._stopping, self._enqueue, self._see_through = stopping, enqueue, see_through
+        self._policy, self._stopping, self._enqueue, self._see_through = policy, stopping, enqueue, see_through
 
     def handle(self, item: Item) -> None:
         """Answer the item and settle it. Raises EngineError, or SlotStopped when the daemon ends first."""
@@ -62,8 +63,11 @@ class Prompts:
         if made.confidence is None:
             self._s.store.count(f"requests_{made.end.reason}")
         else:
-            release = made.adapter or made.release
-            self._s.window.answer(self._pipeline, release, "accept", "confident", made.confidence, made.latency_ms)
+            # Nobody is asked about a text yet: it is accepted, and the metrics say with which doubt.
+            self._s.window.answer(
+                self._pipeline, made.adapter or made.release, "accept", made.doubt or "confident", made.confidence,
+                made.latency_ms,
+            )  # fmt: skip
         # From here on only the store can fail: what was written is not written again.
         self._see_through(item, partial(self._commit, item, item.prompt, made))
 
@@ -82,7 +86,7 @@ class Prompts:
             self._enqueue(
                 s.outgoing.reply(
                     item.request, generation_prompt=request.prompt or None, generated_response=text,
-                    confidence=made.confidence, release=made.release, adapter=made.adapter,
+                    confidence=made.confidence, doubt=made.doubt, release=made.release, adapter=made.adapter,
                     decided_by=s.outgoing.device, finish_reason=reason, prompt_tokens=made.end.prompt_tokens,
                     answer_tokens=made.end.answer_tokens, error=error or None,
                 )
@@ -107,13 +111,17 @@ class Prompts:
         with self._slot.lease(MODEL_WAIT_S) as loaded, loaded.use:
             text, end = self._generate(loaded, request, stream)
             adapter = loaded.adapter.release if loaded.adapter else None
-        confidence = None
+        p, doubted = None, None
         if end.reason not in UNFINISHED:
             # What was fitted on the bare base says nothing about its answers with an adapter.
             calibration = loaded.manifest.calibration if adapter is None else Calibration()
-            confidence = answer_probability(end.mean_logprob, calibration).p
+            confidence = answer_probability(end.mean_logprob, calibration)
+            p, doubted = (
+                confidence.p,
+                doubt(confidence, accept_threshold(calibration, self._policy().target_risk), Hints()),
+            )
         latency_ms = (s.clock.monotonic() - started) * 1000
-        return _Made(text, end, loaded.ref.release, adapter, confidence, latency_ms)
+        return _Made(text, end, loaded.ref.release, adapter, p, doubted, latency_ms)
 
     def _generate(self, loaded: Loaded, request: GenerateRequest, stream: _Stream | None) -> tuple[str, Finished]:
         late = request.halt()

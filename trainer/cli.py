@@ -170,22 +170,31 @@ def release_make_phi(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Golden prompt, whose answer every device must give; may be repeated.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='Questions that trained nothing, {"prompt": ..., "answer": ...} a line: how sure it may be.'),
+    ] = None,
 ) -> None:
-    """Make the first release of a language model from its checkpoint: GGUF, quantised, golden set."""
+    """Make the first release of a language model from its checkpoint: GGUF, quantised, golden set, calibration."""
     from edged.engines.base import EngineError
     from trainer.checkpoints import CheckpointError, find_checkpoint
     from trainer.export.gguf import ExportError
-    from trainer.package import GOLDEN_PROMPTS, package_gguf
+    from trainer.package import GOLDEN_PROMPTS, package_gguf, read_expected
     from trainer.releases import ReleaseError
 
     try:
         manifest = package_gguf(
             find_checkpoint(model_id), out, f"{name or Path(model_id).name.lower()}@{version}",
             prompts=prompt or GOLDEN_PROMPTS, quantization=quantization, lineage={"source": model_id},
+            calibration=read_expected(calibration) if calibration else (),
         )  # fmt: skip
     except (CheckpointError, ExportError, EngineError, ReleaseError, ValueError, OSError) as error:
         fail(str(error))
-    typer.echo(f"{manifest.release}: {out}, {manifest.files['model'].bytes} bytes ({quantization}) of {model_id}")
+    fitted = manifest.calibration
+    sure = fitted.method if fitted.method == "uncalibrated" else f"calibrated on {fitted.items} answers"
+    typer.echo(
+        f"{manifest.release}: {out}, {manifest.files['model'].bytes} bytes ({quantization}) of {model_id}, {sure}"
+    )
 
 
 @release_app.command("list")

@@ -7,14 +7,15 @@ Later releases come from training jobs, which do the same and pass the gate.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edged.engines.base import EngineOptions, GenerateRequest, Generator, Token, open_engine
-from edged.wire.manifest import ReleaseManifest, ReleaseRef, Thresholds
+from edged.engines.base import EngineOptions, GenerateRequest, Generator, generate_all, open_engine
+from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef, Thresholds
 from trainer import calibrate
 from trainer.candidate import ENGINE, MODEL_FILE, detector, export_int8, golden_images
 from trainer.evaluate import Labelled, calibration_items, observe
@@ -28,6 +29,8 @@ GOLDEN_PROMPTS = (
     "def add(a, b):\n",
 )
 GOLDEN_TOKENS = 32  # of an answer: as many as a device asks for when it checks a golden prompt
+
+Expected = tuple[str, str]  # a prompt, and the one right answer to it
 
 
 def package_detector(
@@ -48,9 +51,7 @@ def package_detector(
     give the golden set. Raises EngineError, ReleaseError or ValueError.
     """
     thresholds = thresholds or Thresholds()
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside = _beside(folder)
     common: dict[str, Any] = {"kind": "detect", "engine": ENGINE, "labels": list(labels),
                               "input_size": (imgsz, imgsz), "thresholds": thresholds}  # fmt: skip
     roles = {"model": MODEL_FILE}
@@ -86,9 +87,7 @@ def package_language(
 
     `golden` are prompts with the greedy answers that they must get. Raises ReleaseError or ValueError.
     """
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside = _beside(folder)
     role = "model" if base is None else "adapter"
     shutil.copyfile(source, beside / f"{role}.gguf")
     roles = {role: f"{role}.gguf", **write_prompt_golden(beside, golden)}
@@ -105,33 +104,20 @@ def package_phi(
     *,
     prompts: Sequence[str],
     int8: bool = True,
+    calibration: Sequence[Expected] = (),
     lineage: dict[str, Any] | None = None,
 ) -> ReleaseManifest:
     """Export a Phi checkpoint (a Hugging Face folder) as an ONNX release into `folder` (made anew).
 
-    The golden set are `prompts` with what the exported file answers on the device's engine.
-    Raises ExportError, EngineError, ReleaseError, or ValueError for a prompt without an answer.
+    The golden set are `prompts` with what the exported file answers on the device's engine; `calibration` as in
+    `answers_calibration`. Raises ExportError, EngineError, ReleaseError, or ValueError for a prompt without an answer.
     """
     from trainer.export.onnx_phi import ENGINE as ONNX_PHI
     from trainer.export.onnx_phi import export_phi
 
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside = _beside(folder)
     roles = export_phi(checkpoint, beside, int8=int8)
-    engine = open_engine(
-        beside,
-        build_manifest(beside, release, kind="llm", engine=ONNX_PHI, roles=roles),
-        EngineOptions(threads=os.cpu_count() or 1),
-    )
-    assert isinstance(engine, Generator)
-    try:
-        roles |= write_prompt_golden(beside, [(prompt, _answer(engine, prompt)) for prompt in prompts])
-    finally:
-        engine.close()
-    return _finish(
-        beside, folder, build_manifest(beside, release, kind="llm", engine=ONNX_PHI, roles=roles, lineage=lineage)
-    )
+    return _finish_language(beside, folder, release, ONNX_PHI, roles, prompts, calibration, lineage)
 
 
 def package_gguf(
@@ -141,37 +127,93 @@ def package_gguf(
     *,
     prompts: Sequence[str],
     quantization: str = "Q4_K_M",
+    calibration: Sequence[Expected] = (),
     lineage: dict[str, Any] | None = None,
 ) -> ReleaseManifest:
     """Export a Phi checkpoint (a Hugging Face folder) as a quantised GGUF release into `folder` (made anew).
 
-    The golden set are `prompts` with what the quantised file answers on the device's engine.
-    Raises ExportError, EngineError, ReleaseError, or ValueError for a prompt without an answer.
+    The golden set are `prompts` with what the quantised file answers on the device's engine; `calibration` as in
+    `answers_calibration`. Raises ExportError, EngineError, ReleaseError, or ValueError for a prompt without an answer.
     """
     from trainer.export.gguf import export_gguf, quantize_gguf
 
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside = _beside(folder)
     whole = beside.with_name(beside.name + ".f16.gguf")
     try:
         quantize_gguf(export_gguf(checkpoint, whole), beside / "model.gguf", quantization)
     finally:
         whole.unlink(missing_ok=True)
-    roles = {"model": "model.gguf"}
-    common: dict[str, Any] = {"kind": "llm", "engine": "llama"}
-    engine = open_engine(beside, build_manifest(beside, release, roles=roles, **common), EngineOptions())
-    assert isinstance(engine, Generator)
+    return _finish_language(beside, folder, release, "llama", {"model": "model.gguf"}, prompts, calibration, lineage)
+
+
+def read_expected(path: Path) -> list[Expected]:
+    """What a model is asked and must answer, one JSON object `{"prompt": ..., "answer": ...}` a line.
+
+    Raises ValueError naming the first line that is none; a half-read file would calibrate on a draw that nobody chose.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, answer = row["prompt"], row["answer"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number}: no object with prompt and answer ({error}): correct the line") from None
+        if not (isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip()):
+            raise ValueError(f"{path}:{number}: prompt and answer must be texts that are not empty: correct the line")
+        found.append((prompt, answer))
+    return found
+
+
+def answers_calibration(engine: Generator, expected: Sequence[Expected]) -> Calibration:
+    """How sure this model's answers are, from what it answers (greedy) to prompts with a known answer.
+
+    Right means the expected text, spaces at its ends aside. Too few give an `uncalibrated` one, as for images.
+    Raises EngineError, and ValueError for an answer without a probability.
+    """
+    pairs = []
+    for prompt, answer in expected:
+        # As many tokens as the right answer has bytes are always enough to be right.
+        request = GenerateRequest(prompt, tokens_max=len(answer.encode()) + 1)
+        text, end = generate_all(engine, request)
+        pairs.append((end.mean_logprob, text.strip() == answer.strip()))
+    return calibrate.fit_answers(pairs)
+
+
+def _beside(folder: Path) -> Path:
+    beside = folder.with_name(folder.name + ".new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
+
+
+def _finish_language(
+    beside: Path,
+    folder: Path,
+    release: str,
+    engine: str,
+    roles: dict[str, str],
+    prompts: Sequence[str],
+    expected: Sequence[Expected],
+    lineage: dict[str, Any] | None,
+) -> ReleaseManifest:
+    """Golden set, calibration and manifest of the exported files in `beside`, by the engine that devices run."""
+    common: dict[str, Any] = {"kind": "llm", "engine": engine}
+    options = EngineOptions(threads=os.cpu_count() or 1)
+    running = open_engine(beside, build_manifest(beside, release, roles=roles, **common), options)
+    assert isinstance(running, Generator)
     try:
-        roles |= write_prompt_golden(beside, [(prompt, _answer(engine, prompt)) for prompt in prompts])
+        golden = write_prompt_golden(beside, [(prompt, _answer(running, prompt)) for prompt in prompts])
+        calibration = answers_calibration(running, expected)
     finally:
-        engine.close()
-    return _finish(beside, folder, build_manifest(beside, release, roles=roles, lineage=lineage, **common))
+        running.close()
+    manifest = build_manifest(beside, release, roles=roles | golden, calibration=calibration, lineage=lineage, **common)
+    return _finish(beside, folder, manifest)
 
 
 def _answer(engine: Generator, prompt: str) -> str:
-    events = engine.generate(GenerateRequest(prompt, tokens_max=GOLDEN_TOKENS))
-    answer = "".join(event.text for event in events if isinstance(event, Token))
+    answer, _ = generate_all(engine, GenerateRequest(prompt, tokens_max=GOLDEN_TOKENS))
     if not answer.strip():
         raise ValueError(f"golden prompt {prompt!r}: the model answers nothing, which proves nothing; choose another")
     return answer

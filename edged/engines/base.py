@@ -216,3 +216,18 @@ def installed_engines() -> list[str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def generate_all(
+    engine: Generator, request: GenerateRequest, hear: Callable[[str], None] | None = None
+) -> tuple[str, Finished]:
+    """The whole answer to a request, and how it ended; `hear` gets each piece of it as it is made."""
+    parts: list[str] = []
+    for event in engine.generate(request):
+        if isinstance(event, Token):
+            parts.append(event.text)
+            if hear is not None:
+                hear(event.text)
+        else:
+            return "".join(parts), event
+    raise EngineError("the generator ended without saying why")

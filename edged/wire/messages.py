@@ -269,6 +269,7 @@ class InferReply(Message):
     generated_response: str | None = None
     prediction: list[Box] | None = None
     confidence: Probability | None = None
+    doubt: str | None = None  # of a text: why the policy would not accept it by itself (`unsure`, `uncalibrated`)
     release: str = ""
     adapter: str | None = None
     decided_by: str = ""  # the device, or the responder whose verdict came before `answer_by`

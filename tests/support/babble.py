@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from edged.engines.base import EngineOptions, GenerateRequest, Generator, open_engine
-from edged.golden import generate_all
+from edged.engines.base import EngineOptions, GenerateRequest, Generator, generate_all, open_engine
 from edged.wire.manifest import ReleaseRef
 from tests.support.models import write_manifest
 from tests.trainer.tiny_phi import save_phi3, tokenizer

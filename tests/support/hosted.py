@@ -12,9 +12,8 @@ from typing import Any
 
 import psutil
 
-from edged.engines.base import EngineError, GenerateRequest, Generator
+from edged.engines.base import EngineError, GenerateRequest, Generator, generate_all
 from edged.engines.host import Patience, ProcessGenerator
-from edged.golden import generate_all
 from edged.wire.manifest import FileEntry, ReleaseManifest
 from tests.support.device import until
 from tests.support.models import write_manifest

@@ -17,8 +17,7 @@ import llama_cpp
 import pytest
 from typer.testing import CliRunner
 
-from edged.engines.base import EngineError, EngineOptions, GenerateRequest, Generator, open_engine
-from edged.golden import generate_all
+from edged.engines.base import EngineError, EngineOptions, GenerateRequest, Generator, generate_all, open_engine
 from edged.wire.messages import Escalation, Partial
 from tests.support.babble import make_babbler
 from tests.support.device import Bus, Device, clean_env, tables

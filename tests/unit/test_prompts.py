@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from edged.core.policy import Policy
 from edged.engines.base import ChatMessage, Finished, GenerateRequest, Token
 from edged.link import TooLarge
 from edged.metrics import Window
@@ -21,7 +22,7 @@ from edged.sources import Item
 from edged.stamp import Stamp
 from edged.store import OutboxMessage, StorageFull, Store, StoreError
 from edged.wire import messages, topics
-from edged.wire.manifest import ReleaseManifest, ReleaseRef
+from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef, Scaling
 from edged.wire.messages import InferReply, Partial
 
 STEP_S = 0.02  # for one token
@@ -83,18 +84,24 @@ class Bench:
     full: int = 0  # so many messages find no room
     failures: int = 0
     window: Window = field(default_factory=lambda: Window(0.0))
+    calibration: Calibration = field(default_factory=Calibration)
+    policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
         slot = Slot("tongue")
         ref = ReleaseRef(release="p@1.0", sha256="0" * 64)
-        manifest = ReleaseManifest(release="p@1.0", kind="llm", engine="llama", files={}, created="2026")
+        manifest = ReleaseManifest(
+            release="p@1.0", kind="llm", engine="llama", files={}, created="2026", calibration=self.calibration
+        )
         slot.flip(Loaded(ref, manifest, Speller(self.clock)))
         services = Services(
             self.store, Outgoing("plant", "dev1", Stamp(self.clock)), self.clock, self.window,
             wait=cast(Any, None), engine_error=cast(Any, None), unsure=cast(Any, None), wake=cast(Any, None),
             publish=self._publish,
         )  # fmt: skip
-        self.prompts = Prompts("chat", slot, services, lambda: self.stopping, self._enqueue, self._see_through)
+        self.prompts = Prompts(
+            "chat", slot, services, lambda: self.policy, lambda: self.stopping, self._enqueue, self._see_through
+        )
 
     def _publish(self, address: topics.Address, payload: bytes) -> bool:
         if not self.link():
@@ -227,6 +234,26 @@ def test_an_answer_is_recorded_with_what_was_asked(bench: Bench) -> None:
     assert kept.confidence == reply.confidence
     assert 0 < (kept.confidence or 0) < 1
     assert (bench.sent, [row["items"] for row in bench.window.close(1.0)]) == ([], [1])
+
+
+FITTED = Calibration(method="scaled", answers=Scaling(temperature=1.0, bias=0.0), items=500)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "target_risk", "doubt"),
+    [(Calibration(), 0.5, "uncalibrated"), (FITTED, 0.1, "unsure"), (FITTED, 0.5, None)],
+)
+def test_a_text_is_judged_by_the_policy_too(
+    tmp_path: Path, calibration: Calibration, target_risk: float, doubt: str | None
+) -> None:
+    """Its tokens have a mean log-probability of -0.5: right with 0.61."""
+    store = Store(tmp_path)
+    bench = Bench(store, calibration=calibration, policy=Policy(target_risk=target_risk))
+    bench.prompts.handle(bench.item(GenerateRequest("all of it")))
+    assert (bench.replies[0].doubt, bench.replies[0].confidence) == (doubt, pytest.approx(0.607, abs=1e-3))
+    (row,) = bench.window.close(1.0)
+    assert (row["accepted"], row["reasons"]) == (1, {doubt or "confident": 1})
+    store.close()
 
 
 def test_a_refused_request_is_recorded_without_its_bulk(bench: Bench) -> None:
