@@ -1,4 +1,4 @@
-"""Engines in processes of their own, for the tests of them."""
+"""A broker with somebody who listens, and engines in processes of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ import pytest
 
 from edged.engines.base import EngineOptions
 from edged.engines.host import Patience, ProcessGenerator
+from tests.support.device import Bus
 from tests.support.hosted import QUICK, Start, manifest
+from tests.system.broker import Broker
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    with Broker(tmp_path / "broker") as running:
+        yield running
+
+
+@pytest.fixture
+def bus(broker: Broker) -> Iterator[Bus]:
+    listening = Bus(broker)
+    yield listening
+    listening.close()
 
 
 @pytest.fixture(scope="session")

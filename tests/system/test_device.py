@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,6 @@ from tests.support.files import file_server
 from tests.support.models import HARD_WORK, STRANGE, make_release, picture, put_pictures
 from tests.system.broker import Broker, free_port
 from trainer.broker import Clients
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(tmp_path / "broker") as running:
-        yield running
-
-
-@pytest.fixture
-def bus(broker: Broker) -> Iterator[Bus]:
-    listening = Bus(broker)
-    yield listening
-    listening.close()
 
 
 def results(bus: Bus, device: str = "dev1") -> dict[str, Result]:

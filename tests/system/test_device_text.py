@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +40,6 @@ def adapter(
     roles = {"adapter": "adapter.gguf", **write_prompt_golden(folder, [(PROMPT, answer)])}
     manifest = build_manifest(folder, release, kind="lora", engine="llama", roles=roles, base=base)
     return folder, write_manifest(folder, manifest)
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(tmp_path / "broker") as running:
-        yield running
-
-
-@pytest.fixture
-def bus(broker: Broker) -> Iterator[Bus]:
-    listening = Bus(broker)
-    yield listening
-    listening.close()
 
 
 def configured(tmp_path: Path, broker: Broker, base: Path, url: str) -> dict[str, Any]:

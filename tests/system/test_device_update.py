@@ -29,19 +29,6 @@ from trainer.server import Server, ServerOptions
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(tmp_path / "broker") as running:
-        yield running
-
-
-@pytest.fixture
-def bus(broker: Broker) -> Iterator[Bus]:
-    listening = Bus(broker)
-    yield listening
-    listening.close()
-
-
-@pytest.fixture
 def files() -> Iterator[FileServer]:
     with file_server() as server:
         yield server

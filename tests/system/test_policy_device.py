@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,6 @@ from edged.wire.messages import Escalation, Event, Metrics, Reported, Result
 from tests.support.device import Bus, Device, responder_tables, tables, until
 from tests.support.models import LABELS, PLAIN, STRANGE, make_release, picture, put_pictures
 from tests.system.broker import Broker
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(tmp_path / "broker") as running:
-        yield running
-
-
-@pytest.fixture
-def bus(broker: Broker) -> Iterator[Bus]:
-    listening = Bus(broker)
-    yield listening
-    listening.close()
 
 
 def policy(folder: Path, broker: Broker, seed: Path, more: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,6 @@ from trainer.broker import Clients
 BEAT_S, FAST_BEAT_S = 60.0, 1.0
 SURE, UNSURE = 5.0, 0.0  # logits: right with a probability of 0.993, of 0.5
 NOBODY_WAITS = {"audit_share": 0.0, "empty_share": 0.0, "dedupe_s": 0.0}
-
-
-@pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Broker]:
-    with Broker(tmp_path / "broker") as running:
-        yield running
-
-
-@pytest.fixture
-def bus(broker: Broker) -> Iterator[Bus]:
-    listening = Bus(broker)
-    yield listening
-    listening.close()
 
 
 def model(folder: Path, release: str, label: int, logit: float, products: int = 0) -> Path:
