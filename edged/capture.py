@@ -92,10 +92,16 @@ class Capture:
 
     def admit(self, answer: Answer) -> Admission:
         """Whether the next tier may be asked about this answer; spends the budget when it may. Once an item."""
-        image = answer.item.image if self._config.roi == WHOLE else images.encode(answer.prepared.image)
+        image = self._content(answer)
         looks = regions.looks(answer.prepared.image, answer.answered)
         suppressed = self._suppressed(answer, len(image), looks)
         return Admission(image, looks, self._budget.spent(self._clock.monotonic()), suppressed)
+
+    def _content(self, answer: Answer) -> bytes:
+        """The bytes that are kept and asked about: the file as it came, where the model saw all of it."""
+        if answer.item.frame is not None:
+            return images.compress(answer.prepared.image)
+        return answer.item.image if self._config.roi == WHOLE else images.encode(answer.prepared.image)
 
     def _suppressed(self, answer: Answer, size: int, looks: list[Look]) -> str:
         now, policy = self._clock.monotonic(), answer.policy

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edged.acts import Carrier
+from edged.beats import Beats
 from edged.carrier import HttpCarrier
 from edged.clock import Clock, SystemClock
 from edged.config import DirectorySource as DirectoryConfig
@@ -23,6 +24,7 @@ from edged.fetch import Fetcher, FetchOptions
 from edged.link import Link, LinkOptions
 from edged.metrics import Window
 from edged.outgoing import Outgoing
+from edged.pace import Pace
 from edged.pipeline import Pipeline, Services
 from edged.releases import Releases
 from edged.slot import Slot
@@ -65,6 +67,7 @@ class Daemon:
             log.warning("after a crash: %d half files and %d orphans removed, %d samples without image rejected",
                         swept.temporary, swept.orphans, len(swept.missing))  # fmt: skip
         self.stamp = Stamp(clock)
+        self.beats, self.pace = Beats(clock), Pace()
         outgoing = Outgoing(settings.device.site, settings.device.id, self.stamp)
         releases = Releases(state / "releases")
         window = Window(clock.now())
@@ -80,6 +83,7 @@ class Daemon:
             unsure=lambda unsure: self.control.ask_on(unsure),
             wake=lambda: self.control.wake(),
             publish=self.link.publish,
+            beats=self.beats, pace=self.pace,
         )  # fmt: skip
         self.pipelines = {
             name: Pipeline(name, config, self.slots[config.slot], services)

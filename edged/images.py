@@ -10,6 +10,7 @@ from edged.engines.base import Image
 
 IMAGE_BYTES_MAX = 32 << 20
 PIXELS_MAX = 64_000_000
+JPEG_QUALITY = 95
 # A few kilobytes can claim to be gigabytes of pixels. OpenCV reads its limit once, when it is loaded, and refuses by
 # the header, before it takes the memory.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXELS_MAX))
@@ -26,6 +27,15 @@ def encode(image: Image) -> bytes:
     done, data = cv2.imencode(".png", image)
     if not done:
         raise BadImage(f"{image.shape[1]}x{image.shape[0]} pixels cannot be encoded as PNG")
+    return data.tobytes()
+
+
+def compress(image: Image) -> bytes:
+    """The pixels as a JPEG file of high quality: what a frame of a live stream is kept and asked about as. The teacher and
+    the training see exactly these; lossless, a frame would be too large to be asked about."""
+    done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not done:
+        raise BadImage(f"{image.shape[1]}x{image.shape[0]} pixels cannot be encoded as JPEG")
     return data.tobytes()
 
 

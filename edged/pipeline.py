@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from edged import images, regions
 from edged.answers import Answers
+from edged.beats import Beats
 from edged.capture import Admission, Answer, Capture, Kept
 from edged.clock import Clock
 from edged.config import Pipeline as PipelineConfig
@@ -26,6 +27,7 @@ from edged.core.tracks import Lost, Track, follow
 from edged.engines.base import Detections, EngineError, Prepared, Unsuitable
 from edged.metrics import Window
 from edged.outgoing import Outgoing, boxes
+from edged.pace import Pace
 from edged.prompts import Prompts
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Item, Unsure, Waiting
@@ -36,6 +38,8 @@ from edged.wire.topics import Address
 log = logging.getLogger(__name__)
 
 PREPARED_MAX = 2  # one being inferred, one ready: more would only grow old
+MODEL_WAIT_S = 5.0  # between two signs of life of who waits for a model
+STILL_S_MAX = 120.0  # for one image, or one token: longer than this an engine is no more at work but hangs
 FULL_RETRY_S = 5.0  # how soon a commit that found the store full is tried again
 
 
@@ -62,6 +66,8 @@ class Services:
     unsure: Callable[[Unsure], None]  # a responder's own answer does not do: ask the next tier
     wake: Callable[[], None]  # the outbox has something new
     publish: Callable[[Address, bytes], bool]  # now or not at all, for what may be lost
+    beats: Beats  # the loops of this pipeline move
+    pace: Pace  # how much of the time its worker may work
 
 
 class Pipeline:
@@ -80,7 +86,7 @@ class Pipeline:
         self._tracks: tuple[Track, ...] | None = None
         self._tracked_for = ""
         self._prompts = Prompts(
-            name, slot, services, lambda: self.policy, self._stopping.is_set, self._enqueue, self._see_through
+            name, slot, services, lambda: self.policy, self._must_stop, self._enqueue, self._see_through
         )
         self._said_too_large = False
         self._threads = [
@@ -91,6 +97,7 @@ class Pipeline:
     def start(self) -> None:
         """Begin to answer."""
         for thread in self._threads:
+            self._s.beats.watch(thread.name, STILL_S_MAX)
             thread.start()
 
     def put(self, item: Item) -> bool:
@@ -121,6 +128,7 @@ class Pipeline:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+            self._s.beats.forget(thread.name)
 
     def waiting(self) -> int:
         """How many items wait in the queue."""
@@ -129,6 +137,15 @@ class Pipeline:
     def alive(self) -> bool:
         """Whether both threads run."""
         return all(thread.is_alive() for thread in self._threads)
+
+    def _beat(self) -> None:
+        """The calling thread moves."""
+        self._s.beats.beat(threading.current_thread().name)
+
+    def _must_stop(self) -> bool:
+        """Whether the daemon is about to end; asked between the steps of long work."""
+        self._beat()
+        return self._stopping.is_set()
 
     def _run(self, body: Callable[[], None]) -> None:
         while not self._stopping.is_set():
@@ -143,7 +160,7 @@ class Pipeline:
     # Preparer thread.
 
     def _prepare_all(self) -> None:
-        while not self._stopping.is_set():
+        while not self._must_stop():
             try:
                 item = self._queue.get(timeout=0.2)
             except queue.Empty:
@@ -155,16 +172,19 @@ class Pipeline:
             self._hand_on(Ready(item))
             return
         try:
-            image, corner = regions.cut(images.decode(item.image), self.config.roi)
+            whole = images.decode(item.image) if item.frame is None else item.frame
+            image, corner = regions.cut(whole, self.config.roi)
         except images.BadImage as error:
             self._reject(item, "bad_image", str(error))
             return
+        while not self.slot.wait(MODEL_WAIT_S):  # for the first model, which may be days away
+            self._beat()
         with self.slot.lease() as loaded:
             prepared = loaded.detector.prepare(image)
             self._hand_on(Ready(item, prepared, loaded.ref.sha256, corner))
 
     def _hand_on(self, ready: Ready) -> None:
-        while not self._stopping.is_set():
+        while not self._must_stop():
             try:
                 self._prepared.put(ready, timeout=0.2)
                 return
@@ -174,16 +194,18 @@ class Pipeline:
     # Worker thread.
 
     def _work_all(self) -> None:
-        while not self._stopping.is_set():
+        while not self._must_stop():
             try:
                 ready = self._prepared.get(timeout=0.2)
             except queue.Empty:
                 continue
+            started = self._s.clock.monotonic()
             if ready.prepared is None:
                 self._see_through(ready.item, partial(self._prompts.handle, ready.item))
             else:
                 self._see_through(ready.item, partial(self._handle_image, ready, ready.prepared))
             self._s.wake()
+            self._s.pace.rest(self._s.clock.monotonic() - started, self._stopping, self._s.clock.real(1.0))
 
     def _see_through(self, item: Item, act: Callable[[], None]) -> None:
         """Do `act` for an item until it is done or the item is set aside: no error leaves an item in nobody's hands.
@@ -192,6 +214,7 @@ class Pipeline:
         """
         given_up = False
         while True:
+            self._beat()
             try:
                 act()
                 return
@@ -345,6 +368,7 @@ class Pipeline:
     def _enqueue(self, message: OutboxMessage) -> None:
         """Into the outbox; when that is full, wait: the item in hand is not settled before, so nothing is lost."""
         while True:
+            self._beat()
             try:
                 self._s.store.enqueue(message, self._s.clock.now())
                 return

@@ -106,6 +106,11 @@ class Slot:
         """What serves now. Only to look at: use `lease` to work with it."""
         return self._live
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until there is a model, or none will come because of a shutdown; false when neither is so in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._live is not None or self._stopped, timeout_s)
+
     @contextmanager
     def lease(self, timeout_s: float | None = None) -> Iterator[Loaded]:
         """The live model, kept in memory until the block ends; waits for the first one.

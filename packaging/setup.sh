@@ -79,8 +79,8 @@ system_packages
 mkdir -p $BUILD
 for name in "$@"; do
     case $name in
-        device) environment device llm ;;
-        trainer) environment trainer llm,trainer,demo,dev ;;
+        device) environment device llm,rtsp ;;
+        trainer) environment trainer llm,rtsp,trainer,demo,dev ;;
         *) die "unknown environment '$name': device or trainer" ;;
     esac
 done

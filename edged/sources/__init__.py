@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from edged.engines.base import GenerateRequest
+from edged.engines.base import GenerateRequest, Image
 from edged.wire.messages import Escalation, Opinion
 
 
@@ -31,6 +31,7 @@ class Item:
     name: str
     captured: float  # seconds since the epoch
     image: bytes = b""  # the file's bytes, undecoded
+    frame: Image | None = None  # of a live stream: decoded already, instead of `image`
     prompt: GenerateRequest | None = None
     request: str | None = None  # somebody waits for the reply to this request
     stream: bool = False  # and wants the text of the answer while it is made

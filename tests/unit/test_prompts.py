@@ -10,11 +10,13 @@ from typing import Any, cast
 
 import pytest
 
+from edged.beats import Beats
 from edged.core.policy import Policy
 from edged.engines.base import ChatMessage, Finished, GenerateRequest, Token
 from edged.link import TooLarge
 from edged.metrics import Window
 from edged.outgoing import Outgoing
+from edged.pace import Pace
 from edged.pipeline import Services
 from edged.prompts import PARTIAL_S, REFUSED_CHARS_MAX, Prompts
 from edged.slot import Loaded, Slot, SlotStopped
@@ -97,7 +99,7 @@ class Bench:
         services = Services(
             self.store, Outgoing("plant", "dev1", Stamp(self.clock)), self.clock, self.window,
             wait=cast(Any, None), engine_error=cast(Any, None), unsure=cast(Any, None), wake=cast(Any, None),
-            publish=self._publish,
+            publish=self._publish, beats=Beats(self.clock), pace=Pace(),
         )  # fmt: skip
         self.prompts = Prompts(
             "chat", slot, services, lambda: self.policy, lambda: self.stopping, self._enqueue, self._see_through
