@@ -1,4 +1,4 @@
-"""Whether every loop of the daemon still moves: it beats each time it comes round, and the watchdog lives on nothing else."""
+"""Whether every loop of the daemon still moves: each beats when it comes round, and the watchdog lives on that alone."""
 
 from __future__ import annotations
 
