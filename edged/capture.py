@@ -6,65 +6,33 @@ Audits are never held back as duplicates, and a tenth of the budget is theirs al
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from edged import images, regions
+from pydantic_core import to_json
+
 from edged.answers import Answers
+from edged.cases import Case, finite
 from edged.clock import Clock
-from edged.config import WHOLE
 from edged.config import Pipeline as PipelineConfig
 from edged.core.budget import Budget, Spent
-from edged.core.confidence import box_probabilities, features
-from edged.core.dedupe import Dedupe, Look
-from edged.core.policy import Judged, Policy
-from edged.core.tracks import Lost
-from edged.engines.base import Detections, Prepared
-from edged.outgoing import Outgoing, boxes
-from edged.slot import Loaded
-from edged.sources import Item
+from edged.core.dedupe import Dedupe
+from edged.outgoing import GENERATE, Outgoing, plain
 from edged.store import NewSample, OutboxFull, OutboxMessage, StorageFull, Store
-from edged.wire.messages import INLINE_IMAGE_BYTES_MAX
+from edged.wire.messages import INLINE_BYTES_MAX
 
 log = logging.getLogger(__name__)
 
-ENVELOPE_BYTES = 1024  # of a question besides its image, about
-LOST_MAX = 16  # of a frame's lost objects that its evidence names
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The local answer to one image: what the model found in the pixels it saw, how sure, and what the policy makes of it.
-
-    `corner`: where those pixels lie in the image that came, (left, top); `draw`: the item's lot.
-    """
-
-    item: Item
-    loaded: Loaded
-    prepared: Prepared
-    corner: tuple[int, int]
-    found: Detections
-    policy: Policy
-    draw: float
-    lost: tuple[Lost, ...]
-    judged: Judged
-    latency_ms: float
-
-    @property
-    def answered(self) -> Detections:
-        """The boxes that are the answer, in pixels of what the model saw."""
-        return self.found.above(self.loaded.manifest.thresholds.score)
+ENVELOPE_BYTES = 1024  # of a question besides its content, about
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What may be done about an answer: `image` are the bytes that are kept and asked about, exactly the pixels that the
-    model saw; `suppressed` is why nobody is asked although the policy wants it, or empty."""
+    """What may be done about a case; `suppressed` is why nobody is asked although the policy wants it, or empty."""
 
-    image: bytes
-    looks: list[Look]
     spent: Spent
     suppressed: str
 
@@ -75,6 +43,11 @@ class Kept:
 
     sample: str | None
     suppressed: str
+
+    @property
+    def asked(self) -> bool:
+        """Whether the next tier is asked."""
+        return self.sample is not None and not self.suppressed
 
 
 class Capture:
@@ -90,124 +63,95 @@ class Capture:
         self._budget_key = f"budget/{name}"
         self._budget = Budget(clock.monotonic(), clock.now(), store.value(self._budget_key))
 
-    def admit(self, answer: Answer) -> Admission:
-        """Whether the next tier may be asked about this answer; spends the budget when it may. Once an item."""
-        image = self._content(answer)
-        looks = regions.looks(answer.prepared.image, answer.answered)
-        suppressed = self._suppressed(answer, len(image), looks)
-        return Admission(image, looks, self._budget.spent(self._clock.monotonic()), suppressed)
+    def admit(self, case: Case) -> Admission:
+        """Whether the next tier may be asked about this case; spends the budget when it may. Once an item."""
+        suppressed = self._suppressed(case)
+        return Admission(self._budget.spent(self._clock.monotonic()), suppressed)
 
-    def _content(self, answer: Answer) -> bytes:
-        """The bytes that are kept and asked about: the file as it came, where the model saw all of it."""
-        if answer.item.frame is not None:
-            return images.compress(answer.prepared.image)
-        return answer.item.image if self._config.roi == WHOLE else images.encode(answer.prepared.image)
-
-    def _suppressed(self, answer: Answer, size: int, looks: list[Look]) -> str:
-        now, policy = self._clock.monotonic(), answer.policy
-        audit = answer.judged.decision.action == "audit"
-        if size > INLINE_IMAGE_BYTES_MAX:
+    def _suppressed(self, case: Case) -> str:
+        now, policy, size = self._clock.monotonic(), case.policy, len(case.content)
+        audit = case.decision.action == "audit"
+        if size > INLINE_BYTES_MAX:
             return "too_large"
-        if not audit and self._dedupe.repeats(looks, answer.item.id, now, policy.dedupe_s):
+        if not audit and self._dedupe.repeats(case.looks, case.item.id, now, policy.dedupe_s):
             return "duplicate"
-        sent = math.ceil(size / 3) * 4 + ENVELOPE_BYTES  # base64
+        sent = _encoded(self._config.task, case.content) + ENVELOPE_BYTES
         return self._budget.take(sent, audit, now, policy.messages_per_minute, policy.bytes_per_day) or ""
 
-    def keep(self, answer: Answer, admission: Admission) -> Kept:
+    def keep(self, case: Case, admission: Admission) -> Kept:
         """Commit the sample, with its question in the same transaction where one may be asked. The same item again
         changes nothing. Raises StoreError when the store fails; when it is full, answering goes on and that is said."""
         store, now = self._store, self._clock.monotonic()
         if admission.suppressed == "duplicate":  # nothing new to learn from, and nothing worth the room
             return Kept(None, admission.suppressed)
-        item, config, tiers = replace(answer.item, image=admission.image), self._config, self._config.escalate_to
-        asks = not admission.suppressed
-        wall = self._clock.now()
-        sample = self._outgoing.sample(
-            item, self._name, config.task, self._slot, answer.loaded.ref.release, answer.judged.decision,
-            answer.judged.confidence.p, boxes(answer.answered, answer.loaded.manifest.labels), escalated=asks,
-            answer_by=wall + config.answer_by_s, label_by=wall + config.label_by_s,
-            evidence=self._evidence(answer, admission, wall),
-        )  # fmt: skip
+        item, asks = case.item, not admission.suppressed
+        sample = self._sample(case, admission, asks)
         # Which of its tiers is asked is decided each time that the question is sent.
-        question = self._outgoing.escalation(sample, item.image, tiers[0]) if asks else None
+        question = self._outgoing.escalation(sample, case.content, self._config.escalate_to[0]) if asks else None
         if asks:
             self._answers.asked(item.id, now)
         try:
             try:
-                self._commit(sample, item.image, question)
+                self._commit(sample, case.content, question)
             except StorageFull:
-                store.evict(len(item.image))
-                self._commit(sample, item.image, question)
+                store.evict(len(case.content))
+                self._commit(sample, case.content, question)
         except (StorageFull, OutboxFull) as error:
             self._answers.forget(item.id)
             store.count("samples_not_kept")
             log.warning("pipeline %s: %s: not kept as a sample: %s", self._name, item.name, error)
             return Kept(None, admission.suppressed or "full")
-        if asks and answer.judged.decision.action == "escalate":
-            self._dedupe.remember(admission.looks, item.id, now)
+        if asks and case.decision.action == "escalate":
+            self._dedupe.remember(case.looks, item.id, now)
         return Kept(item.id, admission.suppressed)
 
-    def _commit(self, sample: NewSample, image: bytes, question: OutboxMessage | None) -> None:
+    def _commit(self, sample: NewSample, content: bytes, question: OutboxMessage | None) -> None:
         if question is not None:  # before the sample: a crash in between costs some budget, never the limit
             self._store.set_value(self._budget_key, self._budget.saved(self._clock.monotonic(), self._clock.now()))
-        self._store.capture(sample, image, question)
+        self._store.capture(sample, content, question)
 
-    def _evidence(self, answer: Answer, admission: Admission, wall: float) -> dict[str, Any]:
+    def _sample(self, case: Case, admission: Admission, asks: bool) -> NewSample:
+        item, config, decision, wall = case.item, self._config, case.decision, self._clock.now()
+        waits = asks and item.request is not None
+        return NewSample(
+            id=item.id,
+            pipeline=self._name,
+            task=config.task,
+            model=self._slot,
+            release=case.release,
+            state="escalated" if asks else "captured",
+            reason=decision.reason,
+            decision=decision.action,
+            confidence=case.p,
+            inclusion_probability=decision.inclusion,
+            sha256=hashlib.sha256(case.content).hexdigest(),
+            bytes=len(case.content),
+            prediction=plain(case.prediction),
+            item=item.name,
+            captured=min(item.captured, wall),  # a camera's clock may be ahead
+            answer_by=wall + config.answer_by_s if waits else None,
+            label_by=wall + config.label_by_s if asks else None,
+            evidence=self._evidence(case, admission, wall),
+        )
+
+    def _evidence(self, case: Case, admission: Admission, wall: float) -> dict[str, Any]:
         """Everything that the decision was made of, for `edged why`."""
-        manifest, policy = answer.loaded.manifest, answer.policy
-        calibration, judged = manifest.calibration, answer.judged
-        (height, width), (left, top) = answer.prepared.image.shape[:2], answer.corner
-        evidence: dict[str, Any] = _finite(
+        policy = case.policy
+        evidence: dict[str, Any] = finite(
             {
+                **case.evidence(),
                 "decided": wall,
-                "seen": [left, top, left + width, top + height],
-                "region": self._config.roi != WHOLE,
-                "boxes": box_probabilities(answer.answered, calibration).tolist(),
-                "score_threshold": manifest.thresholds.score,
-                "p": judged.confidence.p,
-                "threshold": judged.threshold,
-                "method": calibration.method,
-                "calibration_items": calibration.items,
-                "bias": calibration.bias,
-                "features": _features(answer),
-                "novelty": judged.confidence.novelty,
-                "novelty_limit": calibration.novelty.limit if calibration.novelty else None,
-                "missed": judged.missed,
-                "weak_from": manifest.thresholds.score - policy.weak_margin if policy.weak_margin else None,
-                "lost": [
-                    {"sign": lost.sign, "label": manifest.labels[lost.track.label], "frames": lost.track.frames,
-                     "score": lost.track.score, "box": list(lost.track.box)}
-                    for lost in answer.lost[:LOST_MAX]
-                ],
-                "draw": answer.draw,
+                "draw": case.draw,
                 "policy": {key: getattr(policy, key) for key in type(policy).__dataclass_fields__},
                 "tiers": list(self._config.escalate_to),
                 "suppressed": admission.suppressed,
                 "spent": {"messages": admission.spent.messages, "bytes": admission.spent.bytes},
                 "breaker": self._answers.state.value,
             }
-        )  # fmt: skip
+        )
         return evidence
 
 
-def _features(answer: Answer) -> dict[str, dict[str, float]]:
-    """Feature -> its value and its contribution to the logit of p: weight x standardised value; only what is fitted."""
-    manifest = answer.loaded.manifest
-    calibration = manifest.calibration
-    if calibration.method != "logistic":
-        return {}
-    values = features(answer.found, manifest.thresholds, answer.prepared.stats, calibration)
-    rows = zip(calibration.features, calibration.mean, calibration.scale, calibration.weights, strict=True)
-    return {
-        name: {"value": values[name], "contribution": weight * (values[name] - mean) / scale}
-        for name, mean, scale, weight in rows
-    }
-
-
-def _finite(value: Any) -> Any:
-    """The value as JSON can hold it: no NaN, no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _encoded(task: str, content: bytes) -> int:
+    """The bytes that a question's content takes in its message: a prompt as a JSON string, an image in base64."""
+    return len(to_json(content.decode())) if task == GENERATE else math.ceil(len(content) / 3) * 4

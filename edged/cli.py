@@ -186,7 +186,7 @@ def samples_list(
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
     for row in rows:
-        label = " ".join(str(box.get("label")) for box in row.label or []) or "-"
+        label = " ".join(str(part.get("label", part.get("text"))) for part in row.label or [])[:60] or "-"
         typer.echo(
             f"{row.id}  {row.state:<10} {row.pipeline} {row.release} p={row.confidence:.2f} {row.reason}  {label}"
         )
@@ -276,7 +276,7 @@ def requests_export(
     start = _seconds(since)
     with _store(config) as store:
         rows = store.requests(StoreLimits().requests_max, since=start, pipeline=pipeline)
-    lines = dataset.lines(reversed(rows))
+        lines = dataset.lines(reversed(rows), store.sample)
     if str(file) == "-":
         sys.stdout.writelines(lines)
     else:

@@ -20,7 +20,7 @@ from edged.core.tiers import Presence
 from edged.handover import Handover
 from edged.link import RECEIVE_MAX, Connected, Disconnected, Inbound, Link, Published
 from edged.metrics import Window
-from edged.outgoing import Outgoing
+from edged.outgoing import Outgoing, fits, plain
 from edged.pipeline import Pipeline
 from edged.questions import Questions
 from edged.responders import Responders, presences
@@ -318,8 +318,15 @@ class Control:
         if self._responding.on_verdict(verdict):
             self._link.acknowledge(message)
             return
+        known = self._store.sample(verdict.sample)
+        if known and verdict.status == "labelled" and not fits(known.task, verdict.label):
+            self._store.count("verdicts_unfit")
+            log.warning("verdict of %s on %s: not what a sample of task %s can be labelled with; it is asked again",
+                        verdict.provenance.who, known.id, known.task)  # fmt: skip
+            self._link.acknowledge(message)
+            return
         sample = self._store.label(
-            verdict.sample, verdict.status, [box.model_dump(mode="json") for box in verdict.label], verdict.confidence,
+            verdict.sample, verdict.status, plain(verdict.label), verdict.confidence,
             verdict.provenance.model_dump(mode="json"), verdict.reason, self._clock.now(), self._outgoing.catalogue,
             [opinion.model_dump(mode="json") for opinion in verdict.opinions],
         )  # fmt: skip

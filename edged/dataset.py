@@ -3,26 +3,31 @@
 One JSON object a line: `goal` (what was asked), `context_summary` (what came before it in the conversation), `plan` (the
 steps with their arguments), `execution` (what each step gave) and `summary` (the response to learn). An answer that a limit
 or its requester cut off is no response to learn: only those that the model ended are written.
+
+Where a larger model or a person has answered too, that is a second step, its text is the response to learn, and a local
+answer in other words is a `failure`: the pair that preference training wants.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from edged.files import sync
-from edged.store import LanguageRequest
+from edged.store import LanguageRequest, Sample
 from edged.store.records import Json
 
-TOOL = "generate"  # the one step of a language request
+TOOL = "generate"  # the step of every language request
+ESCALATE = "escalate"  # the step of those that somebody else has answered too
+UNLABELLED = ("captured", "escalated", "unresolved", "rejected")
 _RESULT = ("release", "adapter", "confidence", "finish_reason", "prompt_tokens", "answer_tokens", "latency_ms", "ts")
 
 
-def example(request: LanguageRequest) -> Json | None:
-    """The line for a request; None when it has no whole answer."""
+def example(request: LanguageRequest, sample: Sample | None = None) -> Json | None:
+    """The line for a request, with what was said of its sample, if it became one; None when it has no whole answer."""
     if request.finish_reason != "stop" or not request.answer.strip():
         return None
     goal, before = _conversation(request)
@@ -33,13 +38,30 @@ def example(request: LanguageRequest) -> Json | None:
         arguments["messages"] = request.messages
     kept = asdict(request)
     result = {"tool": TOOL, "status": "success", "output": request.answer, "request": request.id}
-    return {
+    line: Json = {
         "goal": goal,
         "context_summary": before,
         "plan": [{"tool": TOOL, "arguments": arguments}],
         "execution": [result | {name: kept[name] for name in _RESULT}],
         "summary": request.answer,
     }
+    text = _verdict(sample)
+    if sample is not None and sample.provenance is not None and text is not None:
+        said = {"tool": ESCALATE, "status": "success", "output": text, "sample": sample.id, "reason": sample.reason}
+        line["plan"].append({"tool": ESCALATE, "arguments": {"reason": sample.reason}})
+        line["execution"].append(said | sample.provenance | {"confidence": sample.label_confidence})
+        if text.strip() != request.answer.strip():
+            line["execution"][0]["status"] = "failure"
+        line["summary"] = text
+    return line
+
+
+def _verdict(sample: Sample | None) -> str | None:
+    """What somebody else answered; None without an answer in words."""
+    if sample is None or sample.state in UNLABELLED or not sample.label:
+        return None
+    text = sample.label[0].get("text")
+    return text if isinstance(text, str) and text.strip() else None
 
 
 def _conversation(request: LanguageRequest) -> tuple[str, str]:
@@ -51,9 +73,10 @@ def _conversation(request: LanguageRequest) -> tuple[str, str]:
     return request.messages[asked[-1]]["content"], "\n".join(f"{turn['role']}: {turn['content']}" for turn in others)
 
 
-def lines(requests: Iterable[LanguageRequest]) -> list[str]:
-    """The lines of the whole answers among `requests`, in their order, each with its end of line."""
-    found = (example(request) for request in requests)
+def lines(requests: Iterable[LanguageRequest], sample: Callable[[str], Sample | None]) -> list[str]:
+    """The lines of the whole answers among `requests`, in their order, each with its end of line; `sample` finds what a
+    request became, by its id."""
+    found = (example(request, sample(request.id)) for request in requests)
     # ASCII only: a line separator of Unicode in an answer would end the line for some readers.
     return [json.dumps(row) + "\n" for row in found if row is not None]
 

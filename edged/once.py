@@ -28,7 +28,7 @@ from edged.prompts import UNFINISHED
 from edged.releases import BadRelease, Releases, reference, verify
 from edged.store import Store
 from edged.wire.manifest import ReleaseManifest
-from edged.wire.messages import ChatTurn
+from edged.wire.parts import ChatTurn
 
 NO_AUDIT = 1.0  # a draw that no share reaches
 T = TypeVar("T")

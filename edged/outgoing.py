@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from typing import Any, Literal
 
-from edged.core.policy import Decision
 from edged.engines.base import Detections
-from edged.sources import Asked, Item, Unsure
+from edged.sources import Asked, Unsure
 from edged.stamp import Stamp
 from edged.store import NewSample, OutboxMessage, Sample
 from edged.wire import messages, topics
-from edged.wire.messages import Box, Message, Opinion
+from edged.wire.messages import Box, Label, Message, Opinion, Text, label_of
 from edged.wire.topics import Address
+
+GENERATE = "generate"  # the task whose items are prompts; every other one has images
 
 
 def boxes(found: Detections, labels: list[str]) -> list[Box]:
@@ -22,19 +22,34 @@ def boxes(found: Detections, labels: list[str]) -> list[Box]:
     return [Box(label=labels[k], box=tuple(box), score=min(max(score, 0.0), 1.0)) for box, score, k in rows]
 
 
-def moved(label: list[Box], corner: tuple[int, int]) -> list[Box]:
+def moved(label: Label, corner: tuple[int, int]) -> list[Box]:
     """A label about a part of an image, about the whole image: `corner` is where the part lies in it."""
     x, y = corner
 
     def to(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         return box[0] + x, box[1] + y, box[2] + x, box[3] + y
 
-    return [part.model_copy(update={"box": to(part.box)}) for part in label]
+    return [part.model_copy(update={"box": to(part.box)}) for part in label if isinstance(part, Box)]
 
 
-def plain(parts: list[Box]) -> list[dict[str, Any]]:
-    """Boxes as the store keeps them."""
-    return [part.model_dump(mode="json") for part in parts]
+def plain(label: Label) -> list[dict[str, Any]]:
+    """A label as the store keeps it."""
+    return [part.model_dump(mode="json") for part in label]
+
+
+def text_of(label: Label) -> str | None:
+    """The words of a label; None when it is no text."""
+    return label[0].text if label and isinstance(label[0], Text) else None
+
+
+def fits(task: str, label: Label) -> bool:
+    """Whether a label says what this task asks: a text of a prompt, boxes (or none) of an image."""
+    return (text_of(label) is not None) == (task == GENERATE)
+
+
+def carried(task: str, content: bytes) -> dict[str, Any]:
+    """The field of a question that carries the bytes it is about."""
+    return {"prompt": content.decode()} if task == GENERATE else {"image": base64.b64encode(content).decode()}
 
 
 def had(asked: Asked) -> list[str]:
@@ -78,33 +93,7 @@ class Outgoing:
         address = topics.EVENT(site=self.site, dev=self.device)
         return self.message(address, messages.Event(**self.stamp(), kind=kind, text=text, detail=detail))
 
-    def sample(
-        self, item: Item, pipeline: str, task: str, slot: str, release: str, decision: Decision, p: float,
-        answer: list[Box], *, escalated: bool, answer_by: float, label_by: float, evidence: dict[str, Any],
-    ) -> NewSample:  # fmt: skip
-        """The sample that `item` becomes."""
-        return NewSample(
-            id=item.id,
-            pipeline=pipeline,
-            task=task,
-            model=slot,
-            release=release,
-            state="escalated" if escalated else "captured",
-            reason=decision.reason,
-            decision=decision.action,
-            confidence=p,
-            inclusion_probability=decision.inclusion,
-            sha256=hashlib.sha256(item.image).hexdigest(),
-            bytes=len(item.image),
-            prediction=plain(answer),
-            item=item.name,
-            captured=min(item.captured, self.stamp.clock.now()),  # a camera's clock may be ahead
-            answer_by=answer_by if escalated and item.request is not None else None,  # else nobody waits
-            label_by=label_by if escalated else None,
-            evidence=evidence,
-        )
-
-    def escalation(self, sample: NewSample, image: bytes, tier: str) -> OutboxMessage:
+    def escalation(self, sample: NewSample, content: bytes, tier: str) -> OutboxMessage:
         """The question to the next tier; its row lives until the verdict or `label_by`."""
         assert sample.label_by is not None, "an escalated sample has a deadline"
         message = messages.Escalation(
@@ -115,9 +104,9 @@ class Outgoing:
             release=sample.release,
             reason=sample.reason,
             confidence=sample.confidence,
-            image=base64.b64encode(image).decode(),
+            **carried(sample.task, content),
             sha256=sample.sha256,
-            prediction=[Box(**row) for row in sample.prediction],
+            prediction=label_of(sample.prediction),
             label_by=sample.label_by,
             answer_by=sample.answer_by,
             origin=self.device,
@@ -130,14 +119,12 @@ class Outgoing:
             keep="verdict", sample=sample.id, correlation=sample.id.encode(),
         )  # fmt: skip
 
-    def verdict(
-        self, asked: Asked, status: str, label: list[Box], p: float, release: str, reason: str
-    ) -> OutboxMessage:
+    def verdict(self, asked: Asked, status: str, label: Label, p: float, release: str, reason: str) -> OutboxMessage:
         """Our own answer to another device's escalation."""
         own = self.opinion(asked, status, label, p, release)
         return self.answer(asked, own, [own], reason)
 
-    def opinion(self, asked: Asked, status: str, label: list[Box], p: float, release: str) -> Opinion:
+    def opinion(self, asked: Asked, status: str, label: Label, p: float, release: str) -> Opinion:
         """What this device's model makes of a question."""
         return Opinion(
             who=self.device, release=release, tier=asked.tier, status=status, confidence=p, label=label  # type: ignore[arg-type]
@@ -178,7 +165,6 @@ class Outgoing:
                 "release": unsure.own.release,
                 "reason": unsure.reason,
                 "confidence": unsure.own.confidence,
-                "image": base64.b64encode(unsure.image).decode(),
                 "prediction": unsure.own.label,
                 "answer_within_s": answer_within_s,
                 "hops": question.hops + 1,
@@ -200,9 +186,14 @@ class Outgoing:
             state=sample.state,
             sha256=sample.sha256,
             bytes=sample.bytes,
-            label=[Box(**row) for row in sample.label or []],
+            prediction=label_of(sample.prediction),
+            confidence=sample.confidence,
+            decision=sample.decision,
+            inclusion_probability=sample.inclusion_probability,
+            label=label_of(sample.label or []),
             label_confidence=sample.label_confidence or 0.0,
             provenance=messages.Provenance(**sample.provenance) if sample.provenance else None,
+            opinions=[Opinion(**row) for row in sample.opinions],
             captured=sample.captured,
             reason=sample.reason,
         )

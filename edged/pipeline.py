@@ -14,13 +14,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edged import images, regions
 from edged.answers import Answers
 from edged.beats import Beats
-from edged.capture import Admission, Answer, Capture, Kept
+from edged.capture import Admission, Capture, Kept
+from edged.cases import Answer, Case, of_image
 from edged.clock import Clock
+from edged.config import WHOLE
 from edged.config import Pipeline as PipelineConfig
 from edged.core.policy import Policy, judge, lot
 from edged.core.tracks import Lost, Track, follow
@@ -32,7 +34,7 @@ from edged.prompts import Prompts
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Item, Unsure, Waiting
 from edged.store import OutboxFull, OutboxMessage, StorageFull, Store, StoreError
-from edged.wire.messages import INLINE_IMAGE_BYTES_MAX
+from edged.wire.messages import INLINE_BYTES_MAX
 from edged.wire.topics import Address
 
 log = logging.getLogger(__name__)
@@ -86,8 +88,9 @@ class Pipeline:
         self._tracks: tuple[Track, ...] | None = None
         self._tracked_for = ""
         self._prompts = Prompts(
-            name, slot, services, lambda: self.policy, self._must_stop, self._enqueue, self._see_through
-        )
+            name, slot, services, lambda: self.policy, self._must_stop, self._enqueue, self._see_through, self._capture,
+            self._may_wait, self._wait,
+        )  # fmt: skip
         self._said_too_large = False
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=f"{what}-{name}", daemon=True)
@@ -241,6 +244,13 @@ class Pipeline:
         unsuitable = isinstance(error, Unsuitable)
         if not unsuitable:
             self._s.engine_error(self.slot.name)
+        if item.asked is not None and unsuitable:  # asked again, it would be as unsuitable
+            live = self.slot.live
+            release = live.ref.release if live else ""
+            self._enqueue(self._s.outgoing.verdict(item.asked, "unresolved", [], 0.0, release, str(error)))
+            self._s.store.count("escalations_unsuitable")
+            item.settle("")
+            return
         if item.asked is not None:
             # Nothing is wrong with the sample: no verdict. Its owner keeps the question and asks again.
             self._s.store.count("escalations_unanswered")
@@ -254,9 +264,12 @@ class Pipeline:
         if answer.item.asked is not None:
             self._commit_verdict(answer)
             return
-        admission = None if answer.judged.decision.action == "accept" else self._capture.admit(answer)
+        case = None
+        if answer.judged.decision.action != "accept":
+            case = of_image(answer, whole=self.config.roi == WHOLE)
+        admission = self._capture.admit(case) if case else None
         # From here on only the store can fail: what was decided and spent is neither decided nor spent again.
-        self._see_through(answer.item, partial(self._commit_answer, answer, admission))
+        self._see_through(answer.item, partial(self._commit_answer, answer, case, admission))
 
     def _answer(self, ready: Ready, prepared: Prepared) -> Answer:
         started = self._s.clock.monotonic()
@@ -279,13 +292,12 @@ class Pipeline:
         self._tracks, lost = follow(self._tracks, found, loaded.manifest.thresholds.score, (height, width))
         return lost
 
-    def _commit_answer(self, answer: Answer, admission: Admission | None) -> None:
+    def _commit_answer(self, answer: Answer, case: Case | None, admission: Admission | None) -> None:
         s, item, decision = self._s, answer.item, answer.judged.decision
-        kept = self._capture.keep(answer, admission) if admission else Kept(None, "")
-        asked = kept.sample is not None and not kept.suppressed
-        waits = asked and item.request is not None and self.answers.may_wait(s.clock.monotonic())
-        if kept.suppressed == "too_large" and admission:
-            self._say_too_large(item.name, len(admission.image))
+        kept = self._capture.keep(case, admission) if case and admission else Kept(None, "")
+        waits = self._may_wait(item, kept)
+        if kept.suppressed == "too_large" and case:
+            self._say_too_large(item.name, len(case.content))
         manifest = answer.loaded.manifest
         local = {
             "prediction": boxes(regions.shifted(answer.answered, answer.corner), manifest.labels),
@@ -299,18 +311,29 @@ class Pipeline:
                     sample=kept.sample, suppressed=kept.suppressed or None, latency_ms=answer.latency_ms,
                 )
             )  # fmt: skip
+        reply = {**local, "decided_by": s.outgoing.device}
+        if item.request is not None and not waits:
+            self._enqueue(s.outgoing.reply(item.request, **reply))
+        # Once: what the store did not take is done again from the top.
         s.window.answer(
             self.name, manifest.release, decision.action, decision.reason, answer.judged.confidence.p, answer.latency_ms,
-            suppressed=kept.suppressed, unheard=asked and item.request is not None and not waits,
+            suppressed=kept.suppressed, unheard=kept.asked and item.request is not None and not waits,
         )  # fmt: skip
-        reply = {**local, "decided_by": s.outgoing.device}
-        if item.request is not None and waits:
-            answer_by = s.clock.now() + self.config.answer_by_s
-            s.wait(item.id, Waiting(item.request, reply, answer_by, item.settle, answer.corner))
-            return
-        if item.request is not None:
-            self._enqueue(s.outgoing.reply(item.request, **reply))
-        item.settle("")
+        if waits:
+            self._wait(item, reply, answer.corner)
+        else:
+            item.settle("")
+
+    def _may_wait(self, item: Item, kept: Kept) -> bool:
+        """Whether whoever asked for the item is kept waiting for the next tier's answer."""
+        return kept.asked and item.request is not None and self.answers.may_wait(self._s.clock.monotonic())
+
+    def _wait(self, item: Item, reply: dict[str, Any], corner: tuple[int, int] = (0, 0)) -> None:
+        """Keep whoever asked for the item waiting; `reply` is the local answer, for when it is late."""
+        assert item.request is not None
+        wanted = item.prompt.halt if item.prompt else lambda: ""
+        answer_by = self._s.clock.now() + self.config.answer_by_s
+        self._s.wait(item.id, Waiting(item.request, reply, answer_by, item.settle, corner, wanted))
 
     def _say_too_large(self, name: str, size: int) -> None:
         self._s.store.count("escalations_too_large")
@@ -318,7 +341,7 @@ class Pipeline:
             return
         self._said_too_large = True
         text = (
-            f"{self.name}: {name} has {size} bytes; up to {INLINE_IMAGE_BYTES_MAX} can be escalated: use smaller or more "
+            f"{self.name}: {name} has {size} bytes; up to {INLINE_BYTES_MAX} can be escalated: use smaller or more "
             "compressed images, or a smaller roi, which is kept as PNG"
         )
         self._enqueue(self._s.outgoing.event("escalation_too_large", text))
@@ -335,7 +358,7 @@ class Pipeline:
             answer.item.settle("")
             return
         own = s.outgoing.opinion(asked, "labelled", label, p, manifest.release)
-        s.unsure(Unsure(asked, answer.item.image, own, decision.reason, answer.item.settle))
+        s.unsure(Unsure(asked, own, decision.reason, answer.item.settle))
 
     def _reject(self, item: Item, counter: str, reason: str) -> None:
         """An item that cannot be answered: counted, said, answered with the error where somebody waits, and set aside."""

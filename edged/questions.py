@@ -15,10 +15,10 @@ from typing import Any
 
 from edged.clock import Clock
 from edged.core.breaker import State
-from edged.engines.base import ChatMessage, GenerateRequest
 from edged.link import Inbound, Link
-from edged.outgoing import Outgoing, moved
+from edged.outgoing import GENERATE, Outgoing, moved, text_of
 from edged.pipeline import Pipeline
+from edged.prompts import asked_for
 from edged.sources import Item, Waiting
 from edged.store import OutboxMessage, Store
 from edged.wire import messages, topics
@@ -83,8 +83,8 @@ class Questions:
             return
         decided: dict[str, Any] = {}
         if known.provenance and known.state not in {"unresolved", "rejected"}:
-            decided = {"prediction": [messages.Box(**row) for row in known.label], "confidence": known.label_confidence,
-                       "release": known.provenance["release"], "decided_by": known.provenance["who"]}  # fmt: skip
+            label = messages.label_of(known.label)
+            decided = _decided(label, known.label_confidence, messages.Provenance(**known.provenance))
         self._answer(sample, decided)
 
     def decided(self, verdict: messages.Verdict, pipeline: str) -> None:
@@ -93,15 +93,14 @@ class Questions:
             self._on_breaker(pipeline, self._pipelines[pipeline].answers.answered(verdict.sample))
         decided: dict[str, Any] = {}
         if verdict.status == "labelled":
-            decided = {"prediction": verdict.label, "confidence": verdict.confidence,
-                       "release": verdict.provenance.release, "decided_by": verdict.provenance.who}  # fmt: skip
+            decided = _decided(verdict.label, verdict.confidence, verdict.provenance)
         self._answer(verdict.sample, decided)
 
     def tick(self, now: float) -> None:
         """Who waited long enough gets the local answer; where nobody answers, nobody is kept waiting from then on."""
         for name, pipeline in self._pipelines.items():
             self._on_breaker(name, pipeline.answers.tick(self._clock.monotonic()))
-        for sample in [sample for sample, waiting in self._waiting.items() if waiting.answer_by <= now]:
+        for sample in [sample for sample, w in self._waiting.items() if w.answer_by <= now or w.wanted()]:
             self._answer(sample, {})
 
     def _on_breaker(self, pipeline: str, state: State | None) -> None:
@@ -120,7 +119,7 @@ class Questions:
         waiting = self._waiting.pop(sample, None)
         if waiting is None:
             return
-        if decided:
+        if decided.get("prediction"):
             decided["prediction"] = moved(decided["prediction"], waiting.corner)
         self._enqueue(self._outgoing.reply(waiting.request, **{**waiting.reply, **decided}))
         waiting.settle("")
@@ -201,8 +200,12 @@ class Questions:
 
         common: dict[str, Any] = {"id": request.id, "name": request.id, "captured": self._clock.now(),
                                   "request": request.id, "settle": settle}  # fmt: skip
+        # Its questions go to the responders of its task: they would find the wrong kind of item.
+        if pipeline.config.escalate_to and (pipeline.config.task == GENERATE) != (patience is not None):
+            wants = "`generation_prompt` or `messages`" if patience is None else "an `image`"
+            return None, f"pipeline {name!r} has task {pipeline.config.task!r}: send {wants}"
         if patience is not None:
-            return Item(**common, prompt=_prompt(request, patience), stream=request.stream), ""
+            return Item(**common, prompt=asked_for(request, patience), stream=request.stream), ""
         useless = [key for key in LANGUAGE if getattr(request, key) != type(request).model_fields[key].default]
         if useless:
             return None, f"`{useless[0]}` is for language: a request with an `image` has no use for it"
@@ -215,14 +218,12 @@ class Questions:
         return Item(**common, image=image), ""
 
 
-def _prompt(request: messages.InferRequest, patience: Patience) -> GenerateRequest:
-    return GenerateRequest(
-        request.generation_prompt or "",
-        messages=tuple(ChatMessage(turn.role, turn.content) for turn in request.messages or ()),
-        tokens_max=request.tokens_max,
-        temperature=request.temperature,
-        seed=request.seed,
-        stop=tuple(request.stop),
-        schema=request.answer_schema,
-        halt=patience,
-    )
+def _decided(label: messages.Label, confidence: float, by: messages.Provenance) -> dict[str, Any]:
+    """The fields of a reply that somebody else's answer changes."""
+    said: dict[str, Any] = {"confidence": confidence, "release": by.release, "decided_by": by.who}
+    text = text_of(label)
+    if text is None:
+        return {**said, "prediction": label}
+    # How the local model ended, with which adapter, and its doubts are nothing that this answer has.
+    own = dict.fromkeys(("adapter", "doubt", "finish_reason", "prompt_tokens", "answer_tokens"))
+    return {**said, **own, "generated_response": text}

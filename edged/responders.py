@@ -13,17 +13,20 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from edged.clock import Clock
 from edged.config import Responder, Settings
 from edged.core.tiers import ALIVE_BEATS, Presence, Stay, Tier, Waits, onward, waits
 from edged.link import Inbound, Link
-from edged.outgoing import Outgoing, had
+from edged.outgoing import GENERATE, Outgoing, had
 from edged.pipeline import Pipeline
+from edged.prompts import asked_for
 from edged.sources import Asked, Item, Unsure
 from edged.store import OutboxMessage, Store
 from edged.wire import messages, topics
 from edged.wire.messages import HOPS_MAX, Opinion
+from edged.wire.parts import Prompt
 
 FORWARDS_MAX = 256  # questions that the next tier has; beyond it the own answer must do
 
@@ -38,6 +41,16 @@ class _Forward:
     speak_at: float  # the own answer is due
     forget_at: float  # a better one is not waited for any longer
     said: int = 0  # how many opinions the last verdict to the one who asked held; 0: he has none yet
+
+
+def _content(asked: Asked) -> bytes:
+    """The bytes that a question is about; empty when it carries none."""
+    if asked.task == GENERATE:
+        return (asked.escalation.prompt or "").encode()
+    try:
+        return base64.b64decode(asked.escalation.image or "", validate=True)
+    except binascii.Error:
+        return b""
 
 
 def _key(asked: Asked) -> tuple[str, str, str]:
@@ -81,18 +94,26 @@ class Responders:
             self._store.count("escalations_looped")
             self._refuse(message, asked, "unresolved", f"came back to where it was: {' > '.join(had(asked))}")
             return
-        try:
-            image = base64.b64decode(escalation.image or "", validate=True)
-        except binascii.Error:
-            image = b""
-        if hashlib.sha256(image).hexdigest() != escalation.sha256:
+        content = _content(asked)
+        if hashlib.sha256(content).hexdigest() != escalation.sha256:
             self._store.count("escalations_corrupt")
-            text = f"image of {len(image)} bytes does not have sha256 {escalation.sha256[:12]}"
+            what = "prompt" if asked.task == GENERATE else "image"
+            text = f"{what} of {len(content)} bytes does not have sha256 {escalation.sha256[:12]}"
             self._refuse(message, asked, "rejected", text)
             return
-        self._take(message, pipeline, asked, image)
+        try:
+            given = (
+                {"prompt": asked_for(Prompt.model_validate_json(content))}
+                if asked.task == GENERATE
+                else {"image": content}
+            )
+        except ValueError as error:
+            self._store.count("escalations_corrupt")
+            self._refuse(message, asked, "rejected", f"its prompt is none: {error}")
+            return
+        self._take(message, pipeline, asked, given)
 
-    def _take(self, message: Inbound, pipeline: Pipeline, asked: Asked, image: bytes) -> None:
+    def _take(self, message: Inbound, pipeline: Pipeline, asked: Asked, given: dict[str, Any]) -> None:
         key, sample = _key(asked), asked.escalation.sample
 
         def settle(_reason: str) -> None:
@@ -103,7 +124,7 @@ class Responders:
         self._in_hand.add(key)
         # An id of this tier's own: the item's lot decides on audits, and must not be the one that the tier before drew.
         id_here = f"{asked.tier}:{sample}"
-        item = Item(id_here, sample, self._clock.now(), image, asked=asked, settle=settle)
+        item = Item(id_here, sample, self._clock.now(), asked=asked, settle=settle, **given)
         if pipeline.slot.live is None or self._full() or not pipeline.offer(item):
             # Its owner keeps the question until it is answered and will ask again.
             self._in_hand.discard(key)
@@ -152,8 +173,9 @@ class Responders:
     def _forward(self, unsure: Unsure, tier: Tier, waiting: Waits, now: float) -> None:
         question = self._outgoing.onward(unsure, tier[0], waiting.answer_within, waiting.forget)
         self._enqueue(question)
-        # Without its image: that is in the outbox, and nobody here looks at it again.
-        asked = replace(unsure.asked, escalation=unsure.asked.escalation.model_copy(update={"image": None}))
+        # Without its content: that is in the outbox, and nobody here looks at it again.
+        without = unsure.asked.escalation.model_copy(update={"image": None, "prompt": None})
+        asked = replace(unsure.asked, escalation=without)
         self._forwards[question.id] = _Forward(asked, unsure.own, tier, now + waiting.speak, now + waiting.forget)
         self._store.count("escalations_forwarded")
 

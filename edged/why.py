@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import UTC, datetime
+from textwrap import shorten, wrap
 from typing import Any
 
 from edged.store import Sample
 
 LINES_MAX, COLUMNS_MAX = 40, 100
-BOXES_MAX, FEATURES_MAX, OPINIONS_MAX = 5, 5, 4  # shown; --json has all
+BOXES_MAX, FEATURES_MAX, OPINIONS_MAX, WORDS_MAX, TEXT_CHARS_MAX = 5, 5, 4, 3, 60  # shown; --json has all
 
 FEATURES = {
     "min_logit": "its weakest box",
@@ -36,7 +37,7 @@ REASONS = {
 SUPPRESSED = {
     "messages": "the budget of messages a minute was spent",
     "bytes": "the budget of bytes a day was spent",
-    "too_large": "its image is too large to be sent",
+    "too_large": "it is too large to be sent",
     "full": "the store was full",
 }
 SIGNS = {
@@ -53,13 +54,11 @@ def document(sample: Sample) -> dict[str, Any]:
 
 def screen(sample: Sample) -> list[str]:
     """The explanation in plain words, at most LINES_MAX lines of COLUMNS_MAX columns."""
-    evidence = sample.evidence
     lines = [
         f"{sample.id}   {sample.state}",
         f"{sample.item} of pipeline {sample.pipeline}, taken {_time(sample.captured)}",
         "",
-        f"What {sample.release} saw{_where(evidence)}:",
-        *_boxes(sample),
+        *_answered(sample),
         "",
         *_how_sure(sample),
         "",
@@ -76,6 +75,28 @@ def _where(evidence: dict[str, Any]) -> str:
         return ""
     left, top, right, bottom = evidence["seen"]
     return f" in its region, pixels {left},{top} to {right},{bottom} of the frame"
+
+
+def _answered(sample: Sample) -> list[str]:
+    """What was asked and what the model made of it."""
+    text = _text(sample.prediction)
+    if text is None:
+        return [f"What {sample.release} saw{_where(sample.evidence)}:", *_boxes(sample)]
+    asked, size = sample.evidence.get("question", ""), sample.evidence.get("question_chars", 0)
+    return [
+        f"What {sample.release} was asked, {size} characters:", *_words(asked),
+        f"What it answered, {len(text)} characters:", *_words(text),
+    ]  # fmt: skip
+
+
+def _text(label: list[dict[str, Any]]) -> str | None:
+    """The words of a label; None when it has boxes."""
+    return label[0].get("text") if label else None
+
+
+def _words(text: str) -> list[str]:
+    """The beginning of a text on at most WORDS_MAX lines."""
+    return wrap(text, COLUMNS_MAX, initial_indent="  ", subsequent_indent="  ", max_lines=WORDS_MAX) or ["  nothing"]
 
 
 def _boxes(sample: Sample) -> list[str]:
@@ -95,18 +116,20 @@ def _how_sure(sample: Sample) -> list[str]:
     evidence = sample.evidence
     if not evidence:
         return [f"How sure: {sample.confidence:.3f}. What that was made of was not recorded."]
-    fitted = {
-        "uncalibrated": "a guess: the release has too little data",
-        "logistic": f"fitted on {evidence['calibration_items']} items",
-    }.get(evidence["method"], evidence["method"])
+    fitted = f"fitted on {evidence['calibration_items']} items"
+    if evidence["method"] == "uncalibrated":
+        fitted = "a guess: the release has too little data"
     lines = [f"How sure that the whole answer is right: {sample.confidence:.3f} ({fitted}), because of"]
-    rows = sorted(evidence["features"].items(), key=lambda row: -abs(row[1]["contribution"] or 0.0))
+    rows = sorted(evidence.get("features", {}).items(), key=lambda row: -abs(row[1]["contribution"] or 0.0))
     for name, row in rows[:FEATURES_MAX]:
         change = row["contribution"] or 0.0
         speaks = "for it" if change > 0 else "against it" if change < 0 else "neither way"
         lines.append(f"  {change:+7.2f}  {FEATURES.get(name, name)} ({name} {_number(row['value'])}) speaks {speaks}")
     if not rows:
         lines[-1] = lines[-1].removesuffix(", because of")
+    if "mean_logprob" in evidence:
+        mean = evidence["mean_logprob"]
+        lines.append(f"  its {evidence['answer_tokens']} tokens have a mean log-probability of {_number(mean)}")
     if evidence["novelty_limit"] is not None:
         beyond = "beyond" if (evidence["novelty"] or 0.0) > evidence["novelty_limit"] else "within"
         lines.append(
@@ -133,7 +156,7 @@ def _rule(sample: Sample) -> list[str]:
         lines.append(
             f"  a candidate of score {evidence['missed']:.3f}; from {evidence['weak_from']:.3f} on they are asked about"
         )
-    lines += [f"  {SIGNS[lost['sign']].format(**lost)}" for lost in evidence["lost"][:BOXES_MAX]]
+    lines += [f"  {SIGNS[lost['sign']].format(**lost)}" for lost in evidence.get("lost", [])[:BOXES_MAX]]
     spent = evidence["spent"]
     lines.append(
         f"  spent then: {spent['messages']} of {policy['messages_per_minute']} messages a minute, "
@@ -182,6 +205,9 @@ def _verdict(sample: Sample) -> list[str]:
 
 
 def _label(label: list[dict[str, Any]]) -> str:
+    text = _text(label)
+    if text is not None:
+        return f'"{shorten(text, TEXT_CHARS_MAX, placeholder=" ...")}"'
     names = [str(box["label"]) for box in label]
     more = f" and {len(names) - BOXES_MAX} more" if len(names) > BOXES_MAX else ""
     return (", ".join(names[:BOXES_MAX]) or "nothing is there") + more

@@ -49,6 +49,7 @@ class Waiting:
     answer_by: float
     settle: Callable[[str], None]
     corner: tuple[int, int] = (0, 0)  # where the sample's pixels lie in the image that came: a verdict speaks of those
+    wanted: Callable[[], str] = lambda: ""  # empty, or why nobody waits any longer: the local answer is due
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,6 @@ class Unsure:
     """A responder's own answer to a question, of which it is not sure (`reason`): the next tier is to be asked."""
 
     asked: Asked
-    image: bytes
     own: Opinion
     reason: str
     settle: Callable[[str], None]

@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import from_json, to_json
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from edged.wire import topics
 from edged.wire.manifest import SHA256, ReleaseRef
+from edged.wire.parts import Part, Prompt
 
-INLINE_IMAGE_BYTES_MAX = 256 * 1024
+INLINE_BYTES_MAX = 256 * 1024  # of a question's image or prompt
 BEAT_S_MAX = 3600.0  # between two heartbeats of a responder: a dead one is believed for three of them
 HOPS_MAX = 3  # of a question, from one responder to the next; the first question of all is hop 0
-ANSWER_SCHEMA_BYTES_MAX = 64 * 1024
-STOPS_MAX, STOP_CHARS_MAX = 8, 64
-TURNS_MAX = 256
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Id = Annotated[str, Field(pattern=f"^{topics.LEVEL}$")]  # replies to a message go to a topic that names its id
@@ -24,12 +22,6 @@ Id = Annotated[str, Field(pattern=f"^{topics.LEVEL}$")]  # replies to a message 
 
 class InvalidPayload(ValueError):
     """A payload that is not what its topic promises; the message names the topic, the field and the value."""
-
-
-class Part(BaseModel):
-    """Base of everything inside a message."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class Message(Part):
@@ -49,6 +41,22 @@ class Box(Part):
     label: str
     box: tuple[Finite, Finite, Finite, Finite]
     score: Probability = 1.0
+
+
+class Text(Part):
+    """An answer in words."""
+
+    text: str
+
+
+# What a model or a person says of an image (no box: nothing is there), or of a prompt.
+Label = list[Box] | Annotated[list[Text], Field(max_length=1)]
+_LABEL: TypeAdapter[list[Box] | list[Text]] = TypeAdapter(Label)
+
+
+def label_of(rows: list[dict[str, Any]]) -> list[Box] | list[Text]:
+    """The label that `rows` are the JSON of; raises ValueError."""
+    return _LABEL.validate_python(rows)
 
 
 class State(Message):
@@ -101,9 +109,10 @@ class Escalation(Message):
     release: str
     reason: str
     confidence: Probability
-    image: str | None = None  # base64 of the file's bytes, up to INLINE_IMAGE_BYTES_MAX before encoding
-    sha256: SHA256
-    prediction: list[Box] = []
+    image: str | None = None  # base64 of the file's bytes, up to INLINE_BYTES_MAX before encoding
+    prompt: str | None = None  # instead of an image: the JSON of a Prompt, up to INLINE_BYTES_MAX of UTF-8
+    sha256: SHA256  # of the image's or the prompt's bytes
+    prediction: Label = []
     label_by: Finite
     answer_by: Finite | None = None  # by the origin's clock, when somebody waits there for the answer
     answer_within_s: Finite | None = None  # what is left of it when this hop asks: clocks differ
@@ -128,7 +137,7 @@ class Opinion(Part):
     tier: str = ""
     status: Literal["labelled", "unresolved", "rejected"]
     confidence: Probability = 0.0
-    label: list[Box] = []
+    label: Label = []
 
 
 class Verdict(Message):
@@ -139,7 +148,7 @@ class Verdict(Message):
 
     sample: str
     status: Literal["labelled", "unresolved", "rejected"]
-    label: list[Box] = []
+    label: Label = []
     confidence: Probability = 0.0
     provenance: Provenance
     reason: str = ""
@@ -147,7 +156,10 @@ class Verdict(Message):
 
 
 class SampleEntry(Message):
-    """Catalogue entry: a sample that a device keeps; its pixels stay there until a manifest names it."""
+    """Catalogue entry: a sample that a device keeps; its pixels or its prompt stay there until a manifest names it.
+
+    `prediction`, `decision` and `inclusion_probability` are what live accuracy is reckoned from (docs/policy.md).
+    """
 
     sample: str
     pipeline: str
@@ -157,9 +169,14 @@ class SampleEntry(Message):
     state: str
     sha256: SHA256
     bytes: int
-    label: list[Box] = []
+    prediction: Label = []
+    confidence: Probability = 0.0
+    decision: str = ""
+    inclusion_probability: Probability = 1.0
+    label: Label = []
     label_confidence: Probability = 0.0
     provenance: Provenance | None = None
+    opinions: Annotated[list[Opinion], Field(max_length=HOPS_MAX + 1)] = []
     captured: Finite
     reason: str = ""
 
@@ -209,43 +226,17 @@ class Event(Message):
     detail: dict[str, Any] = {}
 
 
-class ChatTurn(Part):
-    """One turn of a conversation."""
+class InferRequest(Message, Prompt):
+    """A request to a pipeline: exactly one of an image (base64), a prompt and a conversation. Whatever else a Prompt has,
+    and these, are for language.
 
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class InferRequest(Message):
-    """A request to a pipeline: exactly one of an image (base64), a prompt and a conversation.
-
-    All that follows `messages` is for language. `tokens_max` 0: as many as the context leaves room for. `temperature` 0:
-    the likeliest token each time, else `seed` decides. `stop`: the answer ends before the first of these texts.
-    `answer_schema`: a JSON Schema that the answer must follow; it is then valid, or the reply's error is `truncated`.
     `deadline_s`: seconds from its arrival at the device; what is not done by then ends with the error `deadline`.
     `stream`: the text comes on `up/partial/{id}` too, as it is made.
     """
 
     image: str | None = None
-    generation_prompt: str | None = None
-    messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=TURNS_MAX)] | None = None
-    tokens_max: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=STOP_CHARS_MAX)]], Field(max_length=STOPS_MAX)
-    ] = []
-    answer_schema: dict[str, Any] | None = None
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     stream: bool = False
-
-    @field_validator("answer_schema")
-    @classmethod
-    def _small(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        size = 0 if schema is None else len(to_json(schema))
-        if size > ANSWER_SCHEMA_BYTES_MAX:
-            raise ValueError(f"a schema of {size} bytes; send at most {ANSWER_SCHEMA_BYTES_MAX}")
-        return schema
 
 
 class Partial(Message):
@@ -269,7 +260,7 @@ class InferReply(Message):
     generated_response: str | None = None
     prediction: list[Box] | None = None
     confidence: Probability | None = None
-    doubt: str | None = None  # of a text: why the policy would not accept it by itself (`unsure`, `uncalibrated`)
+    doubt: str | None = None  # of a local text: why the policy does not accept it by itself (`unsure`, `uncalibrated`)
     release: str = ""
     adapter: str | None = None
     decided_by: str = ""  # the device, or the responder whose verdict came before `answer_by`

@@ -14,8 +14,9 @@ import pytest
 
 from edged import images
 from edged.answers import Answers
-from edged.capture import Answer, Capture, Kept
-from edged.config import MqttSource, Pipeline
+from edged.capture import Capture, Kept
+from edged.cases import Answer, Case, of_image
+from edged.config import WHOLE, MqttSource, Pipeline
 from edged.core.breaker import LATE_MAX, State
 from edged.core.policy import Policy, judge
 from edged.core.tracks import Lost, Track
@@ -71,8 +72,12 @@ class Bench:
             "line", self.config, "eye", self.store, self.outgoing, self.clock, self.answers
         )  # fmt: skip
 
+    def case(self, answer: Answer) -> Case:
+        return of_image(answer, whole=self.config.roi == WHOLE)
+
     def handle(self, answer: Answer) -> Kept:
-        return self.capture.keep(answer, self.capture.admit(answer))
+        case = self.case(answer)
+        return self.capture.keep(case, self.capture.admit(case))
 
     def sample(self, sample_id: str) -> Sample:
         found = self.store.sample(sample_id)
@@ -185,7 +190,8 @@ def test_what_nobody_was_asked_about_does_not_make_the_next_one_a_duplicate(benc
 
 def test_a_commit_that_failed_is_repeated_without_spending_again(bench: Bench) -> None:
     made = answer(1, policy=Policy(dedupe_s=60.0))
-    admission = bench.capture.admit(made)
+    case = bench.case(made)
+    admission = bench.capture.admit(case)
     failing = bench.store.capture
 
     def fails(*_: Any) -> None:
@@ -193,9 +199,9 @@ def test_a_commit_that_failed_is_repeated_without_spending_again(bench: Bench) -
 
     bench.store.capture = fails  # type: ignore[method-assign]
     with pytest.raises(StoreError):
-        bench.capture.keep(made, admission)
+        bench.capture.keep(case, admission)
     bench.store.capture = failing  # type: ignore[method-assign]
-    assert [bench.capture.keep(made, admission) for _ in range(2)] == [Kept("item-1", "")] * 2
+    assert [bench.capture.keep(case, admission) for _ in range(2)] == [Kept("item-1", "")] * 2
     assert bench.capture._budget.spent(bench.clock.mono).messages == 1
     # The whole item again, as after a crash: the same sample, and no duplicate of itself.
     assert bench.handle(made) == Kept("item-1", "")
@@ -236,7 +242,7 @@ def test_a_region_is_kept_as_exactly_the_pixels_that_the_model_saw(tmp_path: Pat
 
 def test_an_image_that_is_too_large_to_send_is_kept(bench: Bench) -> None:
     made = answer(1)
-    made = replace(made, item=replace(made.item, image=made.item.image + b" " * messages.INLINE_IMAGE_BYTES_MAX))
+    made = replace(made, item=replace(made.item, image=made.item.image + b" " * messages.INLINE_BYTES_MAX))
     assert bench.handle(made) == Kept("item-1", "too_large")
     assert bench.sample("item-1").state == "captured"
     assert bench.capture._budget.spent(bench.clock.mono).messages == 0

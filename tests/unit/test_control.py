@@ -20,7 +20,7 @@ from edged.sources import Waiting
 from edged.stamp import Stamp
 from edged.store import NewSample, StorageFull, Store
 from edged.wire import messages, topics
-from edged.wire.messages import InferReply, ResponderState, State, Verdict
+from edged.wire.messages import InferReply, ResponderState, State, Text, Verdict
 from tests.support.device import until
 
 IMAGE = b"pixels"
@@ -91,10 +91,10 @@ class Bench:
             self.control._drain(0)
         self.control._sending.pump()
 
-    def capture(self, sample: str) -> None:
+    def capture(self, sample: str, task: str = "detect") -> None:
         self.store.capture(
             NewSample(
-                id=sample, pipeline="ask", task="detect", model="eye", release="toy@1.0", state="escalated",
+                id=sample, pipeline="ask", task=task, model="eye", release="toy@1.0", state="escalated",
                 reason="unsure", decision="escalate", confidence=0.2, inclusion_probability=1.0,
                 sha256=hashlib.sha256(IMAGE).hexdigest(), bytes=len(IMAGE), prediction=[], item="i",
                 captured=self.clock.now(), label_by=self.clock.now() + 60,
@@ -213,6 +213,60 @@ def test_a_verdict_is_acknowledged_after_it_is_committed_and_a_repeated_one_chan
     counters = bench.store.counters()
     assert (counters["verdicts"], counters["verdicts_repeated"]) == (1, 1)
     assert bench.store.counts() == {"labelled": 1}
+
+
+def test_a_label_that_is_none_of_the_samples_task_is_turned_away_and_the_question_stays(bench: Bench) -> None:
+    bench.capture("s1")
+    text = Verdict(
+        **bench.outgoing.stamp(), sample="s1", status="labelled", label=[Text(text="an owl")], confidence=0.9,
+        provenance=messages.Provenance(kind="model", who="big1", release="teacher@3.0"),
+    )  # fmt: skip
+    topic = topics.VERDICT(site="plant", dev="dev1").topic
+    bench.link.inbox.put(Inbound(topic, messages.encode(text), False, (1, 1, 1)))
+    bench.turn()
+    sample = bench.store.sample("s1")
+    assert sample is not None
+    assert (sample.state, sample.label, len(bench.link.acknowledged)) == ("escalated", [], 1)
+    assert bench.store.counters()["verdicts_unfit"] == 1
+    bench.verdict("s1", "labelled")
+    bench.turn()
+    assert bench.store.counts() == {"labelled": 1}
+
+
+def test_a_text_reaches_whoever_waits_in_the_place_of_the_local_one(bench: Bench) -> None:
+    bench.capture("s1", task="generate")
+    local = {"generated_response": "abd", "generation_prompt": "spell", "doubt": "unsure", "finish_reason": "stop",
+             "adapter": "p-terse@1.0", "answer_tokens": 3, "release": "p@1.0", "decided_by": "dev1"}  # fmt: skip
+    waits = Waiting("r-s1", local, bench.clock.now() + 3600, bench.settled.append)
+    bench.control.wait("s1", waits)
+    bench.turn()
+    text = Verdict(
+        **bench.outgoing.stamp(), sample="s1", status="labelled", label=[Text(text="abc")], confidence=0.9,
+        provenance=messages.Provenance(kind="model", who="big1", release="giant@3.0"),
+    )  # fmt: skip
+    topic = topics.VERDICT(site="plant", dev="dev1").topic
+    bench.link.inbox.put(Inbound(topic, messages.encode(text), False, (1, 1, 1)))
+    bench.turn()
+    reply = bench.replies()["r-s1"]
+    assert (reply.generated_response, reply.generation_prompt, reply.decided_by) == ("abc", "spell", "big1")
+    assert (reply.release, reply.confidence) == ("giant@3.0", 0.9)
+    assert (reply.doubt, reply.finish_reason, reply.adapter, reply.answer_tokens) == (None, None, None, None)
+    assert bench.settled == [""]
+
+
+def test_who_gives_up_waiting_gets_the_local_answer_at_the_next_tick(bench: Bench) -> None:
+    bench.capture("s1", task="generate")
+    given_up: list[str] = []
+    waits = Waiting("r-s1", {"generated_response": "abd"}, bench.clock.now() + 3600, bench.settled.append,
+                    wanted=lambda: "cancelled" if given_up else "")  # fmt: skip
+    bench.control.wait("s1", waits)
+    bench.turn()
+    bench.control._tick()
+    assert bench.replies() == {}
+    given_up.append("yes")
+    bench.control._tick()
+    assert bench.replies()["r-s1"].generated_response == "abd"
+    assert bench.settled == [""]
 
 
 def test_the_loop_outlives_what_it_does_not_expect(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,12 @@ from typing import Any, cast
 
 import pytest
 
+from edged import why
+from edged.answers import Answers
 from edged.beats import Beats
+from edged.capture import Capture
+from edged.cases import question
+from edged.config import MqttSource, Pipeline
 from edged.core.policy import Policy
 from edged.engines.base import ChatMessage, Finished, GenerateRequest, Token
 from edged.link import TooLarge
@@ -20,12 +25,13 @@ from edged.pace import Pace
 from edged.pipeline import Services
 from edged.prompts import PARTIAL_S, REFUSED_CHARS_MAX, Prompts
 from edged.slot import Loaded, Slot, SlotStopped
-from edged.sources import Item
+from edged.sources import Asked, Item, Unsure
 from edged.stamp import Stamp
 from edged.store import OutboxMessage, StorageFull, Store, StoreError
 from edged.wire import messages, topics
 from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef, Scaling
-from edged.wire.messages import InferReply, Partial
+from edged.wire.messages import Escalation, InferReply, Partial, Text, Verdict
+from edged.wire.parts import Prompt
 
 STEP_S = 0.02  # for one token
 LETTERS = "abcdefghij"
@@ -83,11 +89,15 @@ class Bench:
     settled: list[str] = field(default_factory=list)
     link: Callable[[], bool] = lambda: True
     stopping: bool = False
+    patient: bool = False  # whoever asks is kept waiting
+    waiting: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    unsure: list[Unsure] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
     full: int = 0  # so many messages find no room
     failures: int = 0
     window: Window = field(default_factory=lambda: Window(0.0))
     calibration: Calibration = field(default_factory=Calibration)
-    policy: Policy = field(default_factory=Policy)
+    policy: Policy = field(default_factory=lambda: Policy(escalate=False))
 
     def __post_init__(self) -> None:
         slot = Slot("tongue")
@@ -98,12 +108,17 @@ class Bench:
         slot.flip(Loaded(ref, manifest, Speller(self.clock)))
         services = Services(
             self.store, Outgoing("plant", "dev1", Stamp(self.clock)), self.clock, self.window,
-            wait=cast(Any, None), engine_error=cast(Any, None), unsure=cast(Any, None), wake=cast(Any, None),
+            wait=cast(Any, None), engine_error=cast(Any, None), unsure=self.unsure.append, wake=cast(Any, None),
             publish=self._publish, beats=Beats(self.clock), pace=Pace(),
         )  # fmt: skip
+        config = Pipeline(slot="tongue", task="generate", source=MqttSource(), escalate_to="big")
+        answers = Answers(5.0)
+        capture = Capture("chat", config, "tongue", self.store, services.outgoing, self.clock, answers)
         self.prompts = Prompts(
-            "chat", slot, services, lambda: self.policy, lambda: self.stopping, self._enqueue, self._see_through
-        )
+            "chat", slot, services, lambda: self.policy, lambda: self.stopping, self._enqueue, self._see_through, capture,
+            lambda item, kept: kept.asked and item.request is not None and self.patient,
+            lambda item, reply: self.waiting.append((item.id, reply)),
+        )  # fmt: skip
 
     def _publish(self, address: topics.Address, payload: bytes) -> bool:
         if not self.link():
@@ -125,9 +140,12 @@ class Bench:
         if self.full:
             self.full -= 1
             raise StorageFull("the disk is full")
-        reply = messages.decode(message.topic, message.payload)[2]
-        assert isinstance(reply, InferReply)
-        self.replies.append(reply)
+        said = messages.decode(message.topic, message.payload)[2]
+        if isinstance(said, Verdict):
+            self.verdicts.append(said)
+            return
+        assert isinstance(said, InferReply)
+        self.replies.append(said)
 
     def item(self, request: GenerateRequest, stream: bool = True) -> Item:
         return Item("r1", "r1", 0.0, prompt=request, request="r1", stream=stream, settle=self.settled.append)
@@ -250,7 +268,7 @@ def test_a_text_is_judged_by_the_policy_too(
 ) -> None:
     """Its tokens have a mean log-probability of -0.5: right with 0.61."""
     store = Store(tmp_path)
-    bench = Bench(store, calibration=calibration, policy=Policy(target_risk=target_risk))
+    bench = Bench(store, calibration=calibration, policy=Policy(target_risk=target_risk, escalate=False))
     bench.prompts.handle(bench.item(GenerateRequest("all of it")))
     assert (bench.replies[0].doubt, bench.replies[0].confidence) == (doubt, pytest.approx(0.607, abs=1e-3))
     (row,) = bench.window.close(1.0)
@@ -264,3 +282,144 @@ def test_a_refused_request_is_recorded_without_its_bulk(bench: Bench) -> None:
     (kept,) = bench.store.requests(9)
     assert (kept.outcome, kept.reason, kept.release, kept.answer) == ("error", "too long", "p@1.0", "")
     assert (len(kept.prompt), len(kept.messages[0]["content"])) == (REFUSED_CHARS_MAX, REFUSED_CHARS_MAX)
+
+
+# Escalated, audited, asked by others.
+
+ASKS = Policy(target_risk=0.1, audit_share=0.0)
+SURE = Calibration(method="scaled", answers=Scaling(temperature=0.1, bias=0.0), items=500)
+
+
+def asking(bench_folder: Path, **more: Any) -> Bench:
+    return Bench(Store(bench_folder), **{"calibration": FITTED, "policy": ASKS, **more})
+
+
+def test_an_unsure_text_is_kept_with_its_question_and_whoever_asked_waits_for_the_answer(tmp_path: Path) -> None:
+    bench = asking(tmp_path, patient=True)
+    turns = (ChatMessage("system", "Spell."), ChatMessage("user", "all of it"))
+    request = GenerateRequest(messages=turns, tokens_max=99, stop=("z",), schema={"type": "object"})
+    bench.prompts.handle(bench.item(request, stream=False))
+    sample, (row,) = bench.store.sample("r1"), bench.store.due(bench.clock.now(), 9)
+    asked = messages.decode(row.message.topic, row.message.payload)[2]
+    assert sample is not None
+    assert isinstance(asked, Escalation)
+    assert (sample.task, sample.state, sample.reason, sample.release) == ("generate", "escalated", "unsure", "p@1.0")
+    assert sample.prediction == [{"text": LETTERS}]
+    assert row.message.topic.endswith("/up/esc/big/generate")
+    assert (asked.prediction, asked.image, asked.sha256) == ([Text(text=LETTERS)], None, sample.sha256)
+    path = bench.store.blob(sample.sha256)
+    assert path is not None
+    assert path.read_bytes() == (asked.prompt or "").encode() == question(request)
+    prompt = Prompt.model_validate_json(asked.prompt or "")
+    assert [(turn.role, turn.content) for turn in prompt.messages or ()] == [
+        ("system", "Spell."),
+        ("user", "all of it"),
+    ]
+    assert (prompt.tokens_max, prompt.stop, prompt.answer_schema) == (99, ["z"], {"type": "object"})
+    # The local answer is ready for when nobody answers in time, and nothing is settled or sent before.
+    ((waits, local),) = bench.waiting
+    assert (waits, local["generated_response"], local["doubt"]) == ("r1", LETTERS, "unsure")
+    assert (bench.replies, bench.settled) == ([], [])
+    (kept,) = bench.store.requests(9)
+    assert (kept.id, kept.answer) == ("r1", LETTERS)
+    (row_of_window,) = bench.window.close(1.0)
+    assert (row_of_window["escalated"], row_of_window["unheard"]) == (1, 0)
+    bench.store.close()
+
+
+def test_where_nobody_answers_the_local_text_is_given_at_once_and_the_question_kept(tmp_path: Path) -> None:
+    bench = asking(tmp_path)
+    bench.prompts.handle(bench.item(ASK))
+    assert (bench.replies[0].generated_response, bench.settled) == (LETTERS, [""])
+    assert bench.store.counts() == {"escalated": 1}
+    assert bench.window.close(1.0)[0]["unheard"] == 1
+    bench.store.close()
+
+
+def test_a_sure_text_is_audited_by_lot_with_its_inclusion(tmp_path: Path) -> None:
+    bench = asking(tmp_path, calibration=SURE, policy=Policy(audit_share=1.0))
+    bench.prompts.handle(bench.item(ASK))
+    sample = bench.store.sample("r1")
+    assert sample is not None
+    assert (sample.decision, sample.reason, sample.inclusion_probability) == ("audit", "audit", 1.0)
+    assert bench.replies[0].doubt is None
+    bench.store.close()
+
+
+def test_the_same_prompt_is_asked_about_once_and_another_one_is_another(tmp_path: Path) -> None:
+    bench = asking(tmp_path)
+    for name, text in (("a", "spell"), ("b", "spell"), ("c", "Spell")):
+        item = Item(name, name, 0.0, prompt=GenerateRequest(text), request=name, settle=bench.settled.append)
+        bench.prompts.handle(item)
+    assert {row.id for row in bench.store.samples()} == {"a", "c"}
+    assert bench.window.close(1.0)[0]["suppressed"] == {"duplicate": 1}
+    assert (len(bench.replies), len(bench.settled)) == (3, 3)
+    bench.store.close()
+
+
+def test_an_answer_that_was_cut_off_is_nothing_to_ask_about(tmp_path: Path) -> None:
+    bench = asking(tmp_path)
+    bench.prompts.handle(bench.item(replace(ASK, halt=lambda: "deadline")))
+    assert (bench.store.counts(), bench.replies[0].error) == ({}, "deadline")
+    bench.store.close()
+
+
+def test_why_a_text_was_asked_about_is_on_one_screen(tmp_path: Path) -> None:
+    bench = asking(tmp_path)
+    bench.prompts.handle(bench.item(GenerateRequest("What stands on line 3? " * 40)))
+    by = {"kind": "model", "who": "big1", "release": "giant@1.0"}
+    bench.store.label("r1", "labelled", [{"text": "nothing at all"}], 0.9, by, "", bench.clock.now())
+    sample = bench.store.sample("r1")
+    assert sample is not None
+    lines = why.screen(sample)
+    text = "\n".join(lines)
+    assert len(lines) <= why.LINES_MAX
+    assert max(map(len, lines)) <= why.COLUMNS_MAX
+    assert "What p@1.0 was asked, 920 characters:\n  What stands on line 3?" in text
+    assert f"What it answered, {len(LETTERS)} characters:\n  {LETTERS}" in text
+    assert "0.607 (fitted on 500 items)\n  its 10 tokens have a mean log-probability of -0.50" in text
+    assert "escalate (unsure)\n  not sure enough to be accepted" in text
+    assert 'model big1 with giant@1.0 says, with 0.90: "nothing at all"' in text
+    bench.store.close()
+
+
+def question_of(device: str) -> Asked:
+    content = question(GenerateRequest("spell"))
+    escalation = Escalation(
+        id="m1", ts=1.0, boot="b", seq=1, sample="s1", pipeline="chat", task="generate", release="p@1.0", reason="unsure",
+        confidence=0.3, prompt=content.decode(), sha256="0" * 64, prediction=[Text(text="abd")], label_by=9e9, origin=device,
+    )  # fmt: skip
+    return Asked("plant", device, "big", "generate", escalation, 100.0)
+
+
+@pytest.mark.parametrize("calibration", [SURE, FITTED], ids=["sure", "unsure"])
+def test_another_devices_question_is_answered_or_passed_on(tmp_path: Path, calibration: Calibration) -> None:
+    bench = asking(tmp_path, calibration=calibration)
+    asked = question_of("dev9")
+    bench.prompts.handle(Item("big:s1", "s1", 0.0, prompt=ASK, asked=asked, settle=bench.settled.append))
+    assert bench.store.requests(9) == [], "what others asked is not this device's to learn from"
+    if calibration is SURE:
+        (verdict,) = bench.verdicts
+        assert (verdict.sample, verdict.status, verdict.label) == ("s1", "labelled", [Text(text=LETTERS)])
+        assert (verdict.provenance.who, verdict.provenance.release) == ("dev1", "p@1.0")
+        assert (bench.unsure, bench.settled) == ([], [""])
+    else:
+        (unsure,) = bench.unsure
+        assert (unsure.reason, unsure.own.label, bench.verdicts, bench.settled) == (
+            "unsure",
+            [Text(text=LETTERS)],
+            [],
+            [],
+        )
+    bench.store.close()
+
+
+def test_a_question_that_could_not_be_answered_whole_stays_open_for_somebody_else(tmp_path: Path) -> None:
+    bench = asking(tmp_path, calibration=SURE)
+    halted = replace(ASK, halt=lambda: "truncated")
+    bench.prompts.handle(
+        Item("big:s1", "s1", 0.0, prompt=halted, asked=question_of("dev9"), settle=bench.settled.append)
+    )
+    (verdict,) = bench.verdicts
+    assert (verdict.status, verdict.label, verdict.reason) == ("unresolved", [], "its answer ended as truncated")
+    bench.store.close()

@@ -96,7 +96,7 @@ class Middle:
         """The model here has answered `question` with a cat, and is not sure of it."""
         asked = Asked("plant", device, "line", "detect", question, self.clock.at)
         own = self.outgoing.opinion(asked, "labelled", [CAT], 0.4, "small@1.0")
-        self.responders.ask_on(Unsure(asked, IMAGE, own, "unsure", self.settled.append))
+        self.responders.ask_on(Unsure(asked, own, "unsure", self.settled.append))
 
     def deliver(self, question: Escalation, device: str = "cam") -> None:
         topic = topics.ESCALATION(site="plant", dev=device, tier="line", task="detect").topic
@@ -163,7 +163,7 @@ def test_the_question_goes_on_as_its_own_with_origin_path_hops_and_what_is_left(
     asked = Asked("plant", "cam", "line", "detect", question, middle.clock.at)
     middle.clock.at += 1.5  # what the model here needed
     own = middle.outgoing.opinion(asked, "labelled", [CAT], 0.4, "small@1.0")
-    middle.responders.ask_on(Unsure(asked, IMAGE, own, "unsure", middle.settled.append))
+    middle.responders.ask_on(Unsure(asked, own, "unsure", middle.settled.append))
     onward = middle.asked()
     assert middle.settled == [""], "its owner's message is acknowledged: he asks again anyway"
     assert (onward.origin, onward.path, onward.hops) == ("cam", ["cam", "mid"], 1)
