@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 TRAINER := build/venv-trainer/bin
 
-.PHONY: help setup demo test test-long lint types imports unit clean
+.PHONY: help setup deb demo test test-long soak lint types imports unit clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,10 +14,19 @@ demo: setup ## run the closed loop on this machine; options: make demo ARGS="--h
 	@$(TRAINER)/python -m bench.demo $(ARGS)
 
 test: setup lint types imports ## lint, types, import rules and all tests that CI runs on every change
+	@packaging/setup.sh tests
 	$(TRAINER)/python -m pytest -m "not long" tests
 
-test-long: setup ## the tests that take minutes: the demo at a reduced size and its ablations
+deb: ## build the Debian packages edged and edged-llm in build/deb; options: make deb ARGS="--help"
+	@packaging/setup.sh device
+	@build/venv-device/bin/python packaging/deb/build.py $(ARGS)
+
+test-long: setup ## the tests that take minutes: the demo at a reduced size and its ablations, a booted Debian
+	@packaging/setup.sh tests
 	$(TRAINER)/python -m pytest -m long tests
+
+soak: setup ## 20 minutes of mixed load and disturbances; its report is docs/soak.md; options: make soak ARGS="--minutes 2"
+	@$(TRAINER)/python -m bench.soak $(ARGS)
 
 lint: setup
 	$(TRAINER)/ruff check .

@@ -18,7 +18,9 @@ MODULES = {
     "pipeline": "bench.pipeline",
     "footprint": "bench.footprint",
     "llm": "bench.llm",
+    "store": "bench.store",
     "calibration": "bench.calibration",
+    "link": "bench.link",
 }
 
 

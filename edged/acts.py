@@ -6,6 +6,7 @@ Each gets a copy of the record, may be repeated, and answers with an event for t
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,59 +14,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
+from edged.beats import Beats
 from edged.config import Slot as SlotConfig
 from edged.core.update import Effect, Event, State
 from edged.engines.base import EngineError, EngineOptions, installed_engines
+from edged.exchange import PASSING_S, Exchange, NoRoom
 from edged.fetch import FetchError, WrongContent
-from edged.prove import ProveCancelled, ProveFailed, prove
+from edged.in_service import InService
+from edged.machine import Memory
+from edged.prove import ProveCancelled, ProveFailed, ProveShort, prove
 from edged.releases import BadRelease, Releases, read_manifest, verify
+from edged.room import Refusal, Room
 from edged.slot import Loaded, Slot, SlotStopped, load
 from edged.store import Store
+from edged.update_record import ADAPTER, Record, Seeded, UpdateEvent
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
+
+__all__ = ["ADAPTER", "Acts", "Carrier", "Record", "Seeded", "UpdateEvent"]
 
 log = logging.getLogger(__name__)
 
+THREAD = "updater"
+# Of the worker, from one sign of life to the next: hashing and loading gigabytes from an SD card gives none.
+STILL_S_MAX = 1800.0
 PROVEN = "proven/"  # + slot: the release that has answered its whole golden set here, and the engines that it did it on
-ADAPTER = "/adapter"  # the update of a slot's adapter is a target of its own: `phi/adapter`
-
-
-class Record(BaseModel):
-    """How the update of one target stands; saved at every change."""
-
-    target: str
-    state: State = State.IDLE
-    candidate: ReleaseRef | None = None
-    active: ReleaseRef | None = None
-    previous: ReleaseRef | None = None
-    reason: str = ""
-    since: float = 0.0
-    restarts: int = 0
-    retry_at: float | None = None  # a failure that may pass: when to try again
-    swap_ms: float | None = None
-
-    @property
-    def slot(self) -> str:
-        """The slot that this target belongs to."""
-        return self.target.removesuffix(ADAPTER)
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether this is the update of an adapter."""
-        return self.target.endswith(ADAPTER)
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateEvent:
-    """What a worker did, for the control loop; `candidate` tells whether it is still about the same release."""
-
-    target: str
-    candidate: ReleaseRef | None
-    event: Event
-    reason: str = ""
-    swap_ms: float | None = None
-    passing: bool = False  # the failure may pass: try again later
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +53,28 @@ class Acts:
 
     def __init__(
         self, slots: dict[str, Slot], configs: dict[str, SlotConfig], releases: Releases, store: Store, carrier: Carrier,
-        post: Callable[[UpdateEvent], None], report: Callable[[], None], say: Callable[..., None],
-        current: Callable[[str], Record], engine_error: Callable[[str], None],
+        post: Callable[[UpdateEvent | Seeded], None], report: Callable[[], None], say: Callable[..., None],
+        current: Callable[[str], Record], engine_error: Callable[[str], None], beats: Beats,
+        memory: Memory | None = None,
     ) -> None:  # fmt: skip
-        """`current`: the record of a target as the control loop has it now. `engine_error`: counts one for a slot."""
+        """`current`: the record of a target as the control loop has it now. `engine_error`: counts one for a slot.
+        `memory`: its limits; None: there are none."""
+        self._beats = beats
         self._slots, self._configs, self._releases, self._store = slots, configs, releases, store
         self._carrier, self._post, self._report, self._say, self._current = carrier, post, report, say, current
         self._engine_error = engine_error
-        self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="updater")
+        self._exchange = Exchange(
+            slots, configs, releases, Room(memory, store, configs), self._options_of,
+            lambda slot: self._in_service.restore(slot),
+        )  # fmt: skip
+        self._in_service = InService(
+            slots, releases, store, report, say, current, self._exchange, self._loaded, self._later,
+            lambda: self._stopping,
+        )  # fmt: skip
+        self._stop = threading.Event()
+        self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD)
+        self._idle = threading.Event()
+        self._idle.set()
         self._stopping = False
         self._slow: dict[Effect, Callable[[Record], None]] = {
             Effect.ADMIT: self._admit,
@@ -109,16 +95,33 @@ class Acts:
 
     def load(self, record: Record) -> None:
         """Load what is active, at start."""
-        self._work.submit(self._guard, self._load_active, record.model_copy())
+        self._work.submit(self._guard, self._in_service.load_active, record.model_copy())
+
+    def _later(self, act: Callable[[Record], None], record: Record) -> None:
+        """For other threads: do this on the worker."""
+        if not self._stopping:
+            self._work.submit(self._guard, act, record)
+
+    def reload(self, record: Record) -> None:
+        """Load what serves in the slot once more, as it is configured now."""
+        self._work.submit(self._guard, self._in_service.load_anew, record.model_copy())
+
+    def install(self, record: Record, seed: Path) -> None:
+        """Install a slot's seed; `Seeded` says that it is here."""
+        self._work.submit(self._guard, partial(self._install, seed), record.model_copy())
 
     def detach(self, record: Record) -> None:
         """Take the slot's adapter off."""
         self._work.submit(self._guard, self._take_off, record.model_copy())
 
-    def stop(self) -> None:
-        """End the worker; what it was doing goes on after the next start."""
+    def stop(self, seconds_max: float | None = None) -> bool:
+        """End the worker; what it was doing goes on after the next start. False when it has not ended in time."""
         self._stopping = True
-        self._work.shutdown(wait=True, cancel_futures=True)
+        self._stop.set()
+        self._work.shutdown(wait=False, cancel_futures=True)
+        ended = self._idle.wait(seconds_max)
+        self._beats.forget(THREAD)
+        return ended
 
     def serves(self, record: Record) -> bool:
         """Whether the candidate is what answers now; after a restart it is loaded again first."""
@@ -126,11 +129,24 @@ class Acts:
         return live is not None and record.candidate == (live.adapter if record.is_adapter else live.ref)
 
     def _guard(self, act: Callable[[Record], None], record: Record) -> None:
+        self._idle.clear()
+        self._beats.watch(THREAD, STILL_S_MAX)
         try:
-            act(record)
+            self._see_through(act, record)
+        finally:
+            self._beats.forget(THREAD)
+            self._idle.set()
+
+    def _see_through(self, act: Callable[[Record], None], record: Record) -> None:
+        try:
+            if record.slot in self._slots:  # else the configuration has no such slot any more
+                act(record)
         except (SlotStopped, ProveCancelled):
             return
         except Exception as error:  # a bug of ours must not leave an update hanging without a reason
+            if record.slot not in self._slots:  # it went while it was worked on
+                log.info("update %s: given up, its slot is gone: %s", record.target, error)
+                return
             log.exception("update %s", record.target)
             self._store.count("updater_faults")
             self._fail(record, f"{type(error).__name__}: {error}")
@@ -153,11 +169,15 @@ class Acts:
 
     def _unwanted(self, record: Record) -> bool:
         """Whether the daemon stops, or the control loop has gone on from where this act began."""
+        self._beats.beat(THREAD)  # who asks this again and again moves
         current = self._current(record.target)
         return self._stopping or (current.state, current.candidate) != (record.state, record.candidate)
 
     def _options(self, record: Record) -> EngineOptions:
-        config = self._configs[record.slot]
+        return self._options_of(record.slot)
+
+    def _options_of(self, slot: str) -> EngineOptions:
+        config = self._configs[slot]
         return EngineOptions(config.threads, tuple(config.providers), config.extra)
 
     def _loaded(self, record: Record, ref: ReleaseRef, manifest: ReleaseManifest) -> Loaded:
@@ -169,8 +189,9 @@ class Acts:
         isolation = self._configs[record.slot].isolation
         ended = partial(self._process_ended, record.slot, ref.release)
         known = self._store.value(PROVEN + record.slot) == self._proof(ref)
-        loaded = load(ref, self._releases.folder(ref), manifest, self._options(record), isolation, ended,
-                      golden_max=1 if known else None)  # fmt: skip
+        with self._exchange.weighing(record.slot, ref):
+            loaded = load(ref, self._releases.folder(ref), manifest, self._options(record), isolation, ended,
+                          golden_max=1 if known else None)  # fmt: skip
         if not known:
             self._store.set_value(PROVEN + record.slot, self._proof(ref))
         return loaded
@@ -185,43 +206,31 @@ class Acts:
             self._engine_error(slot)
         self._say("engine_ended", f"{slot}: {how}", release=release)
 
-    def _load_active(self, record: Record) -> None:
-        for ref in (record.active, record.previous):
-            if ref is None:
-                continue
-            try:
-                manifest = verify(self._releases.folder(ref), ref)
-                loaded = self._loaded(record, ref, manifest)
-            except (BadRelease, EngineError) as error:
-                log.error("slot %s: %s does not load: %s", record.slot, ref.release, error)
-                self._say("model_not_loaded", f"{record.slot}: {ref.release}: {error}", release=ref.release)
-                continue
-            self._slots[record.slot].flip(loaded)
-            self._attach_if_it_fits(record.slot, ref)
-            self._report()
-            return
-
-    def _attach_if_it_fits(self, slot: str, base: ReleaseRef) -> None:
-        """After a base was (re)loaded: its adapter again, if there is one for exactly this base."""
-        adapter = self._current(slot + ADAPTER).active
-        if adapter is None:
-            return
-        folder = self._releases.folder(adapter)
+    def _install(self, seed: Path, record: Record) -> None:
+        ref: ReleaseRef | None
         try:
-            manifest = read_manifest(folder)
-            if manifest.base == base:
-                self._slots[slot].attach(adapter, folder / manifest.files["adapter"].path)
-        except (BadRelease, EngineError) as error:
-            log.error("slot %s: adapter %s: %s", slot, adapter.release, error)
-            self._say("adapter_not_loaded", f"{slot}: {adapter.release}: {error}", release=adapter.release)
+            ref = self._releases.install(seed)
+        except (BadRelease, OSError) as error:
+            log.error("slot %s: seed: %s", record.slot, error)
+            self._say("bad_seed", f"slots.{record.slot}.seed: {error}")
+            ref = None
+        self._post(Seeded(record.slot, ref))
 
     def _admit(self, record: Record) -> None:
         assert record.candidate is not None
         bad = self._store.bad(record.candidate.sha256)
         if bad:
             self._answer(record, Event.REFUSED, f"known to be bad: {bad}")
+            return
+        refused = self._exchange.known(record)
+        if refused:
+            self._refuse(record, refused)
         else:
             self._answer(record, Event.ADMITTED)
+
+    def _refuse(self, record: Record, refused: Refusal) -> None:
+        self._store.count("models_refused")
+        self._answer(record, Event.REFUSED, refused.reason, passing=refused.passing)
 
     def _download(self, record: Record) -> None:
         assert record.candidate is not None
@@ -255,7 +264,11 @@ class Acts:
         except BadRelease as error:
             self._answer(record, Event.REFUSED, str(error), passing=True)
             return
-        self._answer(record, Event.VERIFIED)
+        refused = self._exchange.refusal(record)
+        if refused:
+            self._refuse(record, refused)
+        else:
+            self._answer(record, Event.VERIFIED)
 
     def _base(self, record: Record) -> Path | None:
         """The folder of the base that an adapter goes onto; None for a whole model. Raises BadRelease."""
@@ -274,17 +287,34 @@ class Acts:
     def _prove(self, record: Record) -> None:
         assert record.candidate is not None
         config = self._configs[record.slot]
+        memory_max: int | None = None
         try:
-            folder = self._releases.folder(record.candidate)
-            proof = prove(folder, self._options(record), config.prove_s_max, self._base(record),
-                          lambda: self._unwanted(record))  # fmt: skip
+            folder, base = self._releases.folder(record.candidate), self._base(record)
+            with self._exchange.proving(record) as memory_max:
+                proof = prove(folder, self._options(record), config.prove_s_max, base, lambda: self._unwanted(record),
+                              memory_max)  # fmt: skip
+                self._exchange.proved(record, proof)
+        except NoRoom as error:
+            self._from_the_door(record, str(error))
+            return
         except (ProveFailed, BadRelease) as error:
-            self._answer(record, Event.PROVE_FAILED, str(error))
+            if isinstance(error, ProveShort) and memory_max is not None:
+                self._exchange.ran_short(record, memory_max)
+                self._from_the_door(record, str(error))
+            else:
+                self._answer(record, Event.PROVE_FAILED, str(error))
             return
         if not record.is_adapter:
             self._store.set_value(PROVEN + record.slot, self._proof(record.candidate))
         log.info("update %s: proved on %d golden inputs in %.1f s", record.target, proof.golden, proof.golden_s)
         self._answer(record, Event.PROVED)
+        self._in_service.await_flip(record)
+
+    def _from_the_door(self, record: Record, reason: str) -> None:
+        """Memory says nothing against a release's bytes: what is known of its need now is held against it at the door, where
+        a refusal is not remembered."""
+        log.warning("update %s: %s", record.target, reason)
+        self._answer(record, Event.DESIRED, reason)
 
     def _flip(self, record: Record) -> None:
         assert record.candidate is not None
@@ -299,8 +329,14 @@ class Acts:
                 self._base(record)
                 swap_ms = slot.attach(ref, folder / manifest.files["adapter"].path)
             else:
-                swap_ms = slot.flip(self._loaded(record, ref, manifest))
-                self._attach_if_it_fits(record.slot, ref)
+                swap_ms = self._exchange.swap(record, lambda: self._loaded(record, ref, manifest))
+                self._in_service.attach_if_it_fits(record.slot, ref)
+        except NoRoom as error:
+            log.warning("update %s waits: %s", record.target, error)
+            self._store.count("swaps_waiting")
+            if not self._stop.wait(PASSING_S):
+                self._answer(record, Event.RESTARTED, str(error))  # which flips again
+            return
         except (BadRelease, EngineError) as error:
             self._answer(record, Event.FLIP_FAILED, str(error))
             return
@@ -311,7 +347,10 @@ class Acts:
         if record.is_adapter:
             slot.attach(record.active, self._adapter_file(record.active) if record.active else None)
         elif slot.live is None or slot.live.ref != record.active:
-            self._load_active(record)
+            self._exchange.make_way(record.slot)
+            self._in_service.load_active(record, restoring=True)
+            if slot.vacated:
+                self._in_service.take_candidate_back(record)
             if slot.live is not None and slot.live.ref == record.candidate:
                 # Nothing else loads: the bad release goes on serving, and the next start tries again.
                 self._say("no_way_back", f"{record.slot}: neither the active nor the previous release loads")

@@ -107,7 +107,8 @@ class Capture:
 
     def _commit(self, sample: NewSample, content: bytes, question: OutboxMessage | None) -> None:
         if question is not None:  # before the sample: a crash in between costs some budget, never the limit
-            self._store.set_value(self._budget_key, self._budget.saved(self._clock.monotonic(), self._clock.now()))
+            saved = self._budget.saved(self._clock.monotonic(), self._clock.now())
+            self._store.set_value(self._budget_key, saved, durable=False)  # the sample's commit makes both durable
         self._store.capture(sample, content, question)
 
     def _sample(self, case: Case, admission: Admission, asks: bool) -> NewSample:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from edged import cli_samples
+from edged.cli_profile import app as profile_app
 
 if TYPE_CHECKING:
     from edged.config import Settings
@@ -26,13 +28,16 @@ samples_app = typer.Typer(help="The samples that this device keeps.", no_args_is
 requests_app = typer.Typer(help="The language requests that this device answered.", no_args_is_help=True)
 models_app = typer.Typer(help="The releases on this device.", no_args_is_help=True)
 app.add_typer(samples_app, name="samples")
+cli_samples.register(samples_app)
 app.add_typer(models_app, name="models")
 app.add_typer(requests_app, name="requests")
+app.add_typer(profile_app, name="profile")
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (TOML).", envvar="EDGED_CONFIG")]
 Pipeline = Annotated[str | None, typer.Option("--pipeline", help="Only those of this pipeline.")]
 Since = Annotated[str | None, typer.Option("--since", help="Only those from this time on (ISO 8601, UTC if no zone).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Prove = Annotated[bool, typer.Option(help="Let each seed answer its golden inputs, which may take minutes.")]
 
 
 def main() -> None:
@@ -58,52 +63,52 @@ def _settings(config: Path) -> Settings:
 def run(
     config: Config = DEFAULT_CONFIG,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    log_format: Annotated[
+        str | None, typer.Option("--log-format", help="auto, journald, text or json, instead of [log] format.")
+    ] = None,
 ) -> None:
-    """Run the daemon in the foreground until SIGTERM or Ctrl-C; the item in hand is finished first."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    from edged.daemon import AlreadyRunning, Daemon
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C; the item in hand is finished first, a second one ends at
+    once. SIGHUP loads the configuration again, as a change of the file does."""
+    from edged import journal
+    from edged.daemon import AlreadyRunning
     from edged.fetch import FetchError
     from edged.link import BadCredentials
+    from edged.serve import build, serve
     from edged.store import StoreError
 
+    if log_format not in (None, *journal.FORMATS):
+        raise _fail(f"--log-format {log_format}: write one of {', '.join(journal.FORMATS)}", 2)
     settings = _settings(config)
+    journal.set_up("debug" if verbose else settings.log.level, log_format or settings.log.format)
     try:
-        daemon = Daemon(settings)
+        daemon = build(settings, config)
     except (AlreadyRunning, BadCredentials, StoreError, FetchError, OSError) as error:
         raise _fail(str(error)) from None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.stop())
-    daemon.run()
+    serve(daemon)
 
 
 @app.command()
-def status(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
-    """What the running daemon does: models, broker, samples, outbox, counters. Exit status 3 when none runs."""
-    from edged.daemon import ask_status
+def status(
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every 2 s, until Ctrl-C.")] = False,
+) -> None:
+    """What the running daemon does, what is wrong first. Exit status: 0 healthy, 1 there are problems, 3 none runs."""
+    from edged import status as screen
+    from edged.status_socket import ask_status
 
     state_dir = _settings(config).device.state_dir
-    answer = ask_status(state_dir)
-    if answer is None:
-        raise _fail(f"no edged runs with state_dir {state_dir}; start it with `edged run --config {config}`", 3)
-    if as_json:
-        typer.echo(json.dumps(answer, indent=2))
-        return
-    typer.echo(f"{answer['device']} (pid {answer['pid']})   broker: {answer['broker']}")
-    for name, model in answer["models"].items():
-        adapter = f" + {model['adapter']}" if model.get("adapter") else ""
-        reason = f": {model['reason']}" if model.get("reason") else ""
-        typer.echo(f"  model {name}: {model.get('active') or 'none'}{adapter}   update: {model['update']}{reason}")
-    for name, pipeline in answer["pipelines"].items():
-        heard = "" if pipeline["breaker"] == "closed" else ", nobody answers its questions: nobody is kept waiting"
-        running = "running" if pipeline["alive"] else "DEAD"
-        typer.echo(f"  pipeline {name}: {running}, {pipeline['waiting']} waiting{heard}")
-    typer.echo(f"  samples: {_counts(answer['samples'])}")
-    typer.echo(f"  outbox: {answer['outbox']['messages']} messages, {answer['outbox']['bytes']} bytes")
-    typer.echo(f"  counters: {_counts(answer['counters'])}")
+    problems: list[screen.Problem] = []
+    for _ in screen.rounds(again=watch):
+        answer = ask_status(state_dir)
+        if answer is None:
+            raise _fail(screen.silence(state_dir, config), 3)
+        if as_json:
+            typer.echo(json.dumps(answer, indent=2))
+        else:
+            typer.echo("\n".join(screen.render(answer, colour=sys.stdout.isatty())))
+        problems = screen.problems(answer)
+    raise typer.Exit(1 if problems else 0)
 
 
 def _counts(values: dict[str, int]) -> str:
@@ -111,18 +116,41 @@ def _counts(values: dict[str, int]) -> str:
 
 
 @app.command()
-def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
-    """Find what is wrong with this device before it is deployed. Exit status 1 when something is."""
-    from edged.check import inspect
+def check(config: Config = DEFAULT_CONFIG, as_json: Json = False, prove: Prove = True) -> None:
+    """Find what is wrong with this device before it is deployed, and the fix. Exit status 1 when there is an error."""
+    from edged import check as look
+    from edged.config import ConfigError, load
 
-    findings = inspect(_settings(config))
-    if as_json:
-        typer.echo(json.dumps([{"name": f.name, "ok": f.ok, "text": f.text} for f in findings], indent=2))
-    else:
-        for finding in findings:
-            typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.name}: {finding.text}")
+    logging.getLogger("edged").addHandler(logging.NullHandler())  # what matters becomes a finding
+    try:
+        findings = look.inspect(load(config), config, proving=prove)
+    except ConfigError as error:
+        findings = look.unusable(error)
+    rows = [finding.document() for finding in findings]
+    typer.echo(json.dumps(rows, indent=2) if as_json else "\n".join(look.screen(findings)))
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def diag(
+    config: Config = DEFAULT_CONFIG,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write, replaced as a whole.")] = None,
+    prove: Prove = False,
+) -> None:
+    """Write one archive for support: state, findings, log, configuration; no secrets, images, prompts or answers."""
+    from edged import diag as archive
+
+    logging.getLogger("edged").addHandler(logging.NullHandler())
+    about = archive.subject(config, proving=prove)
+    path, parts = output or archive.default_name(about), archive.collect(about)
+    try:
+        archive.write(path, parts, about)
+    except OSError as error:
+        raise _fail(f"{path}: {error.strerror}; name another file with --output") from None
+    for name, data in parts.items():
+        typer.echo(f"{len(data):>9} bytes  {name}")
+    typer.echo(f"{path}: {path.stat().st_size} bytes; look through it before you send it")
 
 
 @app.command()

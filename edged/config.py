@@ -5,15 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
+from edged.config_sources import (
+    CameraSource,
+    DirectorySource,
+    LiveSource,
+    MqttSource,
+    Name,
+    RtspSource,
+    Seconds,
+    Section,
+)
+from edged.core import lay
 from edged.core.policy import Policy
 from edged.core.providers import long_name
+from edged.core.retention import EVICTABLE
 from edged.wire.messages import BEAT_S_MAX
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-Seconds = Annotated[float, Field(gt=0)]
+Days = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TIERS_MAX = 8
 # One tier, or several in order of preference.
 Tiers = Annotated[
@@ -59,19 +84,14 @@ class ConfigError(Exception):
     """The configuration cannot be used; the message names the key, the value and the fix, a line each."""
 
 
-class Section(BaseModel):
-    """Base of every table: an unknown key is a typing mistake and is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class Device(Section):
     """Who this device is. `id` is also the MQTT client id and the common name of its certificate."""
 
     id: Name
     site: Name = "default"
     group: Name | None = None
-    profile: Name = "generic"
+    # A profile's name, the path of its file, "auto" (`edged profile detect`), or "generic": the defaults of this file alone.
+    profile: Annotated[str, Field(min_length=1, max_length=4096)] = "generic"
     tier: Name = "device"
     state_dir: Path = Path("/var/lib/edged")
 
@@ -117,28 +137,15 @@ class Slot(Section):
     probation_s: Seconds = 60.0
     prove_s_max: Seconds = 60.0
     isolation: Literal["process", "daemon"] | None = None
+    swap: Literal["beside", "replace"] = "beside"  # `replace`: the old model leaves before the new one is loaded
     extra: dict[str, Any] = {}
-
-
-class DirectorySource(Section):
-    """Files that appear in a folder, each exactly one item. Writers rename into place, or close after writing."""
-
-    type: Literal["directory"] = "directory"
-    path: Path
-    after: Literal["delete", "move"] = "move"  # `move` to `<path>/done`; rejected files always go to `<path>/rejected`
-
-
-class MqttSource(Section):
-    """Requests on `down/infer/{pipeline}`."""
-
-    type: Literal["mqtt"] = "mqtt"
 
 
 class Pipeline(Section):
     """Items from one source through one slot."""
 
     slot: Name
-    source: Annotated[DirectorySource | MqttSource, Field(discriminator="type")]
+    source: Annotated[DirectorySource | MqttSource | CameraSource | RtspSource, Field(discriminator="type")]
     task: Name = "detect"
     results: Literal["off", "durable"] = "off"  # publish every answer on up/result
     policy: PolicyTable = Policy()
@@ -148,6 +155,12 @@ class Pipeline(Section):
     queue_max: Annotated[int, Field(ge=1, le=10_000)] = 64
     roi: Roi = WHOLE  # the part of the frame that the model sees
     ordered: bool = False  # the items are the frames of one stream, in order: objects are followed through them
+
+    @model_validator(mode="after")
+    def _newest_only(self) -> Pipeline:
+        if isinstance(self.source, LiveSource) and "queue_max" in self.model_fields_set:
+            raise ValueError("queue_max: of a live source only the newest frame counts, none waits: remove queue_max")
+        return self
 
 
 class Responder(Section):
@@ -173,6 +186,7 @@ class Host(Section):
     """The trainer: `url` overrides the address that it announces; TLS files are the broker's unless given."""
 
     url: str | None = None
+    carrier: Literal["https"] = "https"  # what brings releases here and samples there
     fetch_retry_s: Seconds = 10.0
 
 
@@ -180,8 +194,18 @@ class Store(Section):
     """Limits of what is kept. Nothing is unbounded."""
 
     blob_bytes_max: Annotated[int, Field(ge=MIB)] = 1024 * MIB
+    free_bytes_min: Annotated[int, Field(ge=0)] = 128 * MIB  # of the file system: samples leave this much free
+    # Evictable samples are given up this long after their capture: all of them, or by state; 0: kept while there is room.
+    age_days: Days | dict[Literal["used", "archived", "rejected", "captured", "unresolved"], Days] = 0.0
+    class_max: Annotated[int, Field(ge=0)] = 0  # evictable samples that show the same label; 0: while there is room
     outbox_rows_max: Annotated[int, Field(ge=10)] = 20_000
     outbox_bytes_max: Annotated[int, Field(ge=MIB)] = 512 * MIB
+
+    def ages(self) -> dict[str, float]:
+        """`age_days` by state."""
+        if isinstance(self.age_days, dict):
+            return {str(state): days for state, days in self.age_days.items()}
+        return dict.fromkeys(EVICTABLE, self.age_days)
 
 
 class Delivery(Section):
@@ -194,8 +218,73 @@ class Delivery(Section):
     presence_s: Annotated[float, Field(gt=0, le=BEAT_S_MAX)] = 30.0
 
 
+class Metrics(Section):
+    """Where Prometheus finds the metrics: `address:port`; None: nowhere."""
+
+    listen: str | None = None
+    allow_remote: bool = False  # who reaches the port reads the metrics: nobody is asked for a password
+
+    @model_validator(mode="after")
+    def _local(self) -> Metrics:
+        if self.listen is not None and not loopback(endpoint(self.listen)[0]) and not self.allow_remote:
+            raise ValueError(
+                f"listen {self.listen!r} is reachable from other machines: use 127.0.0.1, or set allow_remote = true"
+            )
+        return self
+
+
+def endpoint(text: str) -> tuple[str, int]:
+    """The address and port of `127.0.0.1:9416`, `localhost:9416` or `[::1]:9416`; raises ValueError with the fix."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdigit() or not int(port) < 65536:
+        raise ValueError(f"listen {text!r} is no address and port: write 127.0.0.1:9416")
+    return host, int(port)
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    from ipaddress import ip_address
+
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Log(Section):
+    """What is logged to standard error. `auto`: to the journal with all fields where standard error is the journal, else
+    text."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "journald", "text", "json"] = "auto"
+
+
+class Limits(Section):
+    """What the daemon may take of the machine: it works less, or refuses a model, before it goes over.
+
+    `memory_mib`: the daemon and its children together; None: the control group's limit, or the machine's memory less a
+    reserve. Temperatures in degrees Celsius. `cpu_share`: of the cores that this process may use.
+    """
+
+    memory_mib: Annotated[int, Field(ge=64)] | None = None
+    temperature_soft_c: Annotated[float, Field(ge=0, le=150)] = 75.0
+    temperature_hard_c: Annotated[float, Field(ge=0, le=150)] = 85.0
+    thermal_root: Path = Path("/sys/class/thermal")
+    cpu_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Limits:
+        if not self.temperature_soft_c < self.temperature_hard_c:
+            raise ValueError(
+                f"temperature_soft_c = {self.temperature_soft_c:g} is not below "
+                f"temperature_hard_c = {self.temperature_hard_c:g}: work slows down between the two"
+            )
+        return self
+
+
 class Settings(BaseSettings):
-    """All of it. Order of precedence: environment, then the TOML file, then the defaults."""
+    """All of it. Order of precedence: environment, then the TOML file, then the profile, then the defaults."""
 
     model_config = SettingsConfigDict(env_prefix="EDGED_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
@@ -204,9 +293,13 @@ class Settings(BaseSettings):
     host: Host = Host()
     store: Store = Store()
     delivery: Delivery = Delivery()
+    limits: Limits = Limits()
+    metrics: Metrics = Metrics()
+    log: Log = Log()
     slots: dict[Name, Slot] = {}
     pipelines: dict[Name, Pipeline] = {}
     responders: dict[Name, Responder] = {}
+    _profile: Any = None
 
     @model_validator(mode="after")
     def _slots_exist(self) -> Settings:
@@ -219,6 +312,19 @@ class Settings(BaseSettings):
                     )
         return self
 
+    @property
+    def profile(self) -> Any:
+        """The profiles.Profile that lies beneath; None: there is none."""
+        return self._profile
+
+    def under(self, profile: Any) -> Settings:
+        """The same with `profile` as what lies beneath, by its name in `device.profile`; None changes nothing."""
+        if profile is None:
+            return self
+        settings = self.model_copy(update={"device": self.device.model_copy(update={"profile": profile.name})})
+        settings._profile = profile
+        return settings
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
@@ -229,21 +335,38 @@ class Settings(BaseSettings):
 
 
 def load(path: Path) -> Settings:
-    """Read `path`, apply the environment, validate; raises ConfigError."""
+    """Read `path`, lay its profile beneath it, apply the environment, validate; raises ConfigError."""
     import tomllib
 
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; docs/edged.example.toml is a commented one to start from")
     try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; docs/edged.example.toml is a commented one to start from")
         tables = TomlConfigSettingsSource(Settings, path)()
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; it must be readable by the user that runs edged") from None
+        raise ConfigError(
+            f"{path}: {error.strerror}; it must be readable by the user that runs edged; or be root"
+        ) from None
     try:
-        return Settings(**tables)
+        return _with_profile(path, tables)
+    except SettingsError as error:
+        raise ConfigError(f"the environment: {error}") from None
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, item) for item in error.errors(include_url=False))) from None
+
+
+def _with_profile(path: Path, tables: dict[str, Any]) -> Settings:
+    environment = EnvSettingsSource(Settings)()
+    if not lay.wanted(lay.beneath(tables, environment)):
+        return Settings(**tables)
+    from edged import profiles
+
+    try:
+        profile, tables = profiles.laid(tables, environment, Settings.model_fields)
+    except profiles.ProfileError as error:
+        raise ConfigError(f"{path}: device.profile: {error}") from None
+    return Settings(**tables).under(profile)
 
 
 def _explain(path: Path, item: Any) -> str:
@@ -256,4 +379,6 @@ def _explain(path: Path, item: Any) -> str:
         return f"{path}: {key} is no known key: remove it or correct its spelling"
     value = item.get("input")
     shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
+    if key.endswith(".url"):
+        shown = " (not shown here: it may hold a password)"
     return f"{path}: {key}{shown}: {item['msg'].removeprefix('Value error, ')}"

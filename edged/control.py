@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from edged.acts import UpdateEvent
+from edged.acts import Seeded, UpdateEvent
+from edged.beats import Beats
 from edged.carrier import HttpCarrier
 from edged.clock import Clock
 from edged.config import Settings
+from edged.connection import announcements, reannouncements
 from edged.core.policy import Policy
 from edged.core.tiers import Presence
 from edged.handover import Handover
@@ -35,6 +37,9 @@ from edged.wire.messages import InvalidPayload
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+THREAD = "control"
+STILL_S_MAX = 60.0  # one event may wait for the store's lock and for a slow disk, several times
+NOT_YET = "not connected yet"
 BATCH_MAX = 64  # messages handled before the outbox gets its turn
 # Questions are acknowledged when they are answered, so those that wait fill the window in which the broker may send: the
 # other half of it stays free for desired state, verdicts and commands.
@@ -55,13 +60,19 @@ class Control:
     def __init__(
         self, settings: Settings, store: Store, link: Link, outgoing: Outgoing, clock: Clock, window: Window,
         carrier: HttpCarrier, pipelines: dict[str, Pipeline], responders: dict[tuple[str, str], Pipeline],
+        beats: Beats | None = None,
     ) -> None:  # fmt: skip
+        self._beats = beats or Beats(clock)
+        self.looped = False  # `run` has come round
+        self.health: Callable[[], dict[str, Any]] = dict  # set by the composition root: how the device is
+        self.at_tick: dict[str, Callable[[], None]] = {}  # what else is done several times a second, by its name
+        self._desired_policy: dict[str, dict[str, Any]] = {}
         self._settings, self._store, self._link, self._outgoing = settings, store, link, outgoing
         self._clock, self._window, self._carrier = clock, window, carrier
         self._pipelines = pipelines
         self.updater: Updater  # set by the composition root: each knows the other
         self.host_url: str | None = None
-        self.link_state = "not connected yet"
+        self.link_state = NOT_YET
         self._retry: list[Inbound] = []  # messages that found the store failing; at most what the broker may send
         self._report_due = False
         self._rev = {"own": -1, "group": -1}
@@ -71,7 +82,7 @@ class Control:
         self._ticked = self._window_closed = self._beat_at = clock.monotonic()
         self._beat_of: dict[str, str] = {}  # slot -> release at the last heartbeat of the responders
         self._handover = Handover(
-            store, outgoing, carrier, lambda: settings.host.url or self.host_url, self._enqueue_and_wake
+            store, outgoing, carrier, lambda: self._settings.host.url or self.host_url, self._enqueue_and_wake
         )
         self._questions = Questions(
             store, link, outgoing, clock, pipelines, self._enqueue, self.wake, self._full,
@@ -118,6 +129,10 @@ class Control:
         """End `run`, within TICK_S: called by a signal handler, which may have interrupted the inbox in its own lock."""
         self._stopping = True
 
+    def answer(self, request: str, **fields: Any) -> None:
+        """Reply to a request that no pipeline has any more."""
+        self._enqueue(self._outgoing.reply(request, **fields))
+
     def say(self, kind: str, text: str, **detail: Any) -> None:
         """An event for people."""
         self._enqueue(self._outgoing.event(kind, text, **detail))
@@ -126,14 +141,29 @@ class Control:
 
     def run(self) -> None:
         """Handle what comes until `stop`."""
+        self._beats.watch(THREAD, STILL_S_MAX)
         while not self._stopping:
+            self._beats.beat(THREAD)
             self._drain(self._clock.real(TICK_S))
+            self.looped = True
             now = self._clock.monotonic()
             if now - self._ticked >= TICK_S:
                 self._ticked = now
                 self._guarded("tick", self._tick)
             self._guarded("outbox", self._sending.pump)
+        self._beats.forget(THREAD)
         self._handover.close()
+
+    def configure(self, settings: Settings) -> None:
+        """Another configuration holds from now on; the pipelines and responders are already those of it."""
+        before, self._settings = self._settings, settings
+        self._routes.configure(settings.pipelines)
+        self._sending.configure(settings.delivery)
+        self._responding.configure(settings.responders)
+        self._apply_policies()
+        if self._link.connected:
+            self._sending.announce(reannouncements(before, settings, self._outgoing, self.live()))
+        self.report()
 
     def flush(self, seconds: float) -> None:
         """Before the end: hand over what is in the outbox, as far as that goes in this time."""
@@ -181,10 +211,11 @@ class Control:
             log.exception("inbox")
 
     def _on_event(self, event: Any) -> None:
+        self._beats.beat(THREAD)
         match event:
             case Inbound():
                 self._on_message(event)
-            case UpdateEvent():
+            case UpdateEvent() | Seeded():
                 self.updater.handle(event)
             case Connected():
                 self._on_connected(event)
@@ -215,7 +246,10 @@ class Control:
 
     def _tick(self) -> None:
         now = self._clock.now()
-        self._link.ensure_alive()
+        if not self._link.ensure_alive():
+            self._store.count("network_thread_restarts")
+        for name, act in self.at_tick.items():
+            self._guarded(name, act)
         again, self._retry = self._retry, []
         for message in again:
             self._handle(message)
@@ -234,7 +268,7 @@ class Control:
             address = topics.REPORTED(site=self._outgoing.site, dev=self._outgoing.device)
             report = messages.Reported(
                 **self._outgoing.stamp(), desired_rev=max(0, *self._rev.values()),
-                models=self.updater.reports(), health={"counters": self._store.counters()},
+                models=self.updater.reports(), health={**self.health(), "counters": self._store.counters()},
             )  # fmt: skip
             self._report_due = not self._link.publish(address, messages.encode(report))
 
@@ -300,15 +334,20 @@ class Control:
         if kind == "group" and self._own_desired:
             return  # the device's own wins
         self.updater.desire(desired)
-        for name in desired.policy.keys() - self._pipelines.keys():
+        self._desired_policy = desired.policy
+        self._apply_policies()
+        self._report_due = True
+
+    def _apply_policies(self) -> None:
+        """What the fleet desires, laid over what is configured."""
+        for name in self._desired_policy.keys() - self._pipelines.keys():
             self._refuse_policy(name, f"no such pipeline; known: {', '.join(sorted(self._pipelines)) or 'none'}")
         for name, pipeline in self._pipelines.items():  # one that is not named has its configured policy again
             try:
-                policy: Policy = replace(pipeline.config.policy, **desired.policy.get(name, {}))
+                policy: Policy = replace(pipeline.config.policy, **self._desired_policy.get(name, {}))
                 pipeline.policy = replace(policy, escalate=policy.escalate and bool(pipeline.config.escalate_to))
             except (TypeError, ValueError) as error:
                 self._refuse_policy(name, str(error))
-        self._report_due = True
 
     def _refuse_policy(self, pipeline: str, reason: str) -> None:
         self._store.count("desired_invalid")
@@ -359,15 +398,3 @@ class Control:
             return
         self._link.acknowledge(message)  # the trainer repeats a command until it hears `done`
         self._handover.submit(fields["id"], command)
-
-
-def announcements(
-    settings: Settings, outgoing: Outgoing, state: str, models: dict[str, str]
-) -> list[tuple[topics.Address, bytes]]:
-    """Birth (or death) certificate of the device and of each responder in it."""
-    body = messages.State(
-        **outgoing.stamp(), state=state, device=outgoing.device, profile=settings.device.profile,  # type: ignore[arg-type]
-        tier=settings.device.tier, models=models, capabilities=sorted(settings.pipelines),
-    )  # fmt: skip
-    out = [(topics.STATE(site=outgoing.site, dev=outgoing.device), messages.encode(body))]
-    return out + presences(settings, outgoing, state, models)

@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import queue
-import socket
 import threading
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from edged import connection, facts
+from edged.acts import THREAD as UPDATER
 from edged.acts import Carrier
 from edged.beats import Beats
 from edged.carrier import HttpCarrier
 from edged.clock import Clock, SystemClock
-from edged.config import DirectorySource as DirectoryConfig
-from edged.config import MqttSource, Responder, Settings
-from edged.config import Pipeline as PipelineConfig
-from edged.control import Control, announcements
+from edged.config import Settings
+from edged.config_sources import CameraSource, RtspSource
+from edged.config_sources import DirectorySource as DirectoryConfig
+from edged.control import Control
+from edged.core.health import Problem
 from edged.fetch import Fetcher, FetchOptions
-from edged.link import Link, LinkOptions
+from edged.health import Vitals
+from edged.in_hand import InHand
+from edged.limits import Monitor
+from edged.machine import Memory
+from edged.meaning import responding, store_limits
 from edged.metrics import Window
-from edged.outgoing import Outgoing
+from edged.notify import Herald, Notifier
 from edged.pace import Pace
-from edged.pipeline import Pipeline, Services
+from edged.pipeline import Pipeline
 from edged.releases import Releases
+from edged.reload import Reloader
+from edged.services import Services
 from edged.slot import Slot
-from edged.sources import Source
+from edged.sources import Source, live
 from edged.sources.directory import DirectorySource
 from edged.stamp import Stamp
-from edged.store import Store, StoreLimits
+from edged.status_socket import StatusSocket
+from edged.storage import StorageWatch
+from edged.store.integrity import open_store
+from edged.told import Told
 from edged.updater import Updater
-from edged.wire import messages, topics
+from edged.within import within
 
 log = logging.getLogger(__name__)
 
+# From the order to stop to the end of the process, whatever hangs: less than the unit's TimeoutStopSec.
+DRAIN_S_MAX = 15.0
+FINISH_S_MAX = 5.0  # of it, for the items in hand
 FLUSH_S = 3.0  # on shutdown the outbox may use this long to empty itself; what is left is sent after the next start
 
 
@@ -47,80 +62,130 @@ class AlreadyRunning(Exception):
 class Daemon:
     """One `edged run`. `run` blocks until `stop`, which any thread or signal handler may call."""
 
-    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+    def __init__(
+        self, settings: Settings, clock: Clock | None = None, *, config: Path | None = None,
+        notifier: Notifier | None = None,
+    ) -> None:  # fmt: skip
+        """`config`: the file that the settings came from, to be loaded again when it changes; `notifier`: the service
+        manager's ear."""
         self.settings = settings
-        clock = clock or SystemClock()
+        clock = self.clock = clock or SystemClock()
         state = settings.device.state_dir
         state.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(state)
-        limits = settings.store
-        self.store = Store(
-            state,
-            StoreLimits(
-                blob_bytes_max=limits.blob_bytes_max,
-                outbox_rows_max=limits.outbox_rows_max,
-                outbox_bytes_max=limits.outbox_bytes_max,
-            ),
-        )
-        swept = self.store.sweep()
+        opened = open_store(state, store_limits(settings), clock.now())
+        self.store, swept = opened.store, opened.swept
         if swept.temporary or swept.orphans or swept.missing:
             log.warning("after a crash: %d half files and %d orphans removed, %d samples without image rejected",
                         swept.temporary, swept.orphans, len(swept.missing))  # fmt: skip
         self.stamp = Stamp(clock)
         self.beats, self.pace = Beats(clock), Pace()
-        outgoing = Outgoing(settings.device.site, settings.device.id, self.stamp)
+        outgoing = self.told = Told(settings.device.site, settings.device.id, self.stamp)
         releases = Releases(state / "releases")
-        window = Window(clock.now())
-        self.slots = {name: Slot(name) for name in settings.slots}
+        window = self.window = Window(clock.now())
+        self.started, self.usage, self.metering = clock.now(), facts.Usage(clock), facts.Metering(self)
+        self.in_hand = InHand(
+            state / "in_hand", self.store,
+            say=lambda kind, text, **more: self.store.enqueue(outgoing.event(kind, text, **more), clock.now()),
+        )  # fmt: skip
+        self.slots = {name: self.make_slot(name) for name in settings.slots}
         inbox: queue.Queue[Any] = queue.Queue()
-        self.link = _link(settings, outgoing, inbox)
+        self.link = connection.link(settings, outgoing, inbox)
         fetcher = Fetcher(FetchOptions(settings.broker.ca, settings.broker.certificate, settings.broker.key))
-        carrier = HttpCarrier(fetcher, lambda: settings.host.url or self.control.host_url, releases)
-        services = Services(
+        carrier = HttpCarrier(fetcher, lambda: self.settings.host.url or self.control.host_url, releases)
+        self._services = Services(
             self.store, outgoing, clock, window,
             wait=lambda *waiting: self.control.wait(*waiting),
             engine_error=lambda slot: self.updater.engine_error(slot),
             unsure=lambda unsure: self.control.ask_on(unsure),
             wake=lambda: self.control.wake(),
             publish=self.link.publish,
-            beats=self.beats, pace=self.pace,
+            beats=self.beats, pace=self.pace, in_hand=self.in_hand,
         )  # fmt: skip
-        self.pipelines = {
-            name: Pipeline(name, config, self.slots[config.slot], services)
-            for name, config in settings.pipelines.items()
-        }
-        self.responders = {
-            (r.tier, r.task): Pipeline(f"responder-{name}", _responding(r), self.slots[r.slot], services)
-            for name, r in settings.responders.items()
-        }
+        self.pipelines = {name: self.make_pipeline(name, settings) for name in settings.pipelines}
+        self.responders = {(r.tier, r.task): self.make_responder(n, settings) for n, r in settings.responders.items()}
         self.control = Control(
-            settings, self.store, self.link, outgoing, clock, window, carrier, self.pipelines, self.responders
+            settings, self.store, self.link, outgoing, clock, window, carrier, self.pipelines, self.responders,
+            self.beats,
+        )  # fmt: skip
+        self.slot_configs = dict(settings.slots)
+        memory = Memory(settings.limits.memory_mib)
+        self.monitor = Monitor(
+            settings.limits, memory, self.pace, self.beats, clock, self.store.count, self.control.say
         )
         self.updater = self.control.updater = Updater(
-            self.slots, settings.slots, releases, self.store, clock, Carrier(carrier.fetch),
+            self.slots, self.slot_configs, releases, self.store, clock, Carrier(carrier.fetch),
             post=inbox.put, report=self.control.report, say=self.control.say, retry_s=settings.host.fetch_retry_s,
+            beats=self.beats, memory=memory,
         )  # fmt: skip
         self._outgoing = outgoing
-        self._sources: list[Source] = [
-            DirectorySource(config.source.path, config.source.after, self.pipelines[name].put, clock)
-            for name, config in settings.pipelines.items()
-            if isinstance(config.source, DirectoryConfig)
-        ]
-        self._status = _StatusSocket(state, self.status)
+        self.sources: dict[str, Source] = {}  # by pipeline; one that takes requests has none
+        for name in settings.pipelines:
+            source = self.make_source(name, settings)
+            if source is not None:
+                self.sources[name] = source
+        self._status = StatusSocket(state, self.status, self.beats)
+        self.serving = False  # everything has been started, and nothing was asked to end
+        self.problem_reports: list[Callable[[], Iterable[Problem]]] = []  # of parts that know themselves what is wrong
+        self.problem_reports.append(lambda: live.problems(dict(self.sources)))
+        self.vitals = Vitals(self)
+        self.herald = Herald(notifier or Notifier(), self.vitals.look, self.control.report)
+        self.reloader = Reloader(config, self)
+        self.control.health = lambda: self.vitals.look().document()
+        self.control.at_tick["reload"] = self.reloader.tick
+        self.storage = StorageWatch(
+            opened,
+            clock,
+            lambda kind, text, **more: self.store.enqueue(outgoing.event(kind, text, **more), clock.now()),
+        )
+        self.control.at_tick["storage"] = self.storage.tick
+        self.problem_reports.append(self.storage.problems)
+        self.left_running: list[str] = []  # threads that did not end in time: the process must be ended for them
+        self.overdue: Callable[[], None] = lambda: None  # called when the end takes longer than DRAIN_S_MAX
+        self._stop_asked, self._ended = threading.Event(), threading.Event()
+
+    def make_slot(self, name: str) -> Slot:
+        """The slot `name`, empty."""
+        return Slot(name, lambda: self.beats.beat(threading.current_thread().name))
+
+    def make_pipeline(self, name: str, settings: Settings) -> Pipeline:
+        """The pipeline `name`, not started."""
+        config = settings.pipelines[name]
+        return Pipeline(name, config, self.slots[config.slot], self._services)
+
+    def make_responder(self, name: str, settings: Settings) -> Pipeline:
+        """The pipeline of the responder `name`, not started."""
+        config = settings.responders[name]
+        return Pipeline(f"responder-{name}", responding(config), self.slots[config.slot], self._services)
+
+    def make_source(self, name: str, settings: Settings) -> Source | None:
+        """The source of the pipeline `name`, not started; None when its items come as requests."""
+        source, put = settings.pipelines[name].source, self.pipelines[name].put
+        if isinstance(source, DirectoryConfig):
+            return DirectorySource(source.path, source.after, put, self.clock, self.beats)
+        if isinstance(source, CameraSource | RtspSource):
+            return live.live_source(name, source, self.pipelines[name], self._services)
+        return None
 
     def run(self) -> None:
-        """Serve until `stop`; then finish the items in hand, say goodbye and close."""
+        """Serve until `stop`; then finish the items in hand, say goodbye and close. Afterwards `left_running` names what
+        did not end."""
+        threading.Thread(target=self._see_to_the_end, name="end", daemon=True).start()
+        self.herald.start()
         try:
-            self.updater.start()
+            self.monitor.start()
+            self.updater.start(self.in_hand.excuses)
             self._status.start()
+            self.metering.start()
             for pipeline in (*self.pipelines.values(), *self.responders.values()):
                 pipeline.start()
             self.link.start()
-            for source in self._sources:
+            for source in self.sources.values():
                 source.start()
             log.info(
                 "edged %s runs: %d slots, %d pipelines", self.settings.device.id, len(self.slots), len(self.pipelines)
             )
+            self.serving = True
             self.control.run()
         finally:
             self._shut_down()
@@ -128,34 +193,57 @@ class Daemon:
     def stop(self) -> None:
         """Ask `run` to end."""
         self.control.stop()
+        self._stop_asked.set()
+
+    def _see_to_the_end(self) -> None:
+        """Whatever hangs, and wherever: the end comes in time."""
+        self._stop_asked.wait()
+        if not self._ended.wait(DRAIN_S_MAX):
+            running = sorted(thread.name for thread in threading.enumerate())
+            log.error("not ended within %.0f s; these threads run: %s", DRAIN_S_MAX, ", ".join(running))
+            self.overdue()
 
     def _shut_down(self) -> None:
+        self.in_hand.close()  # a stop blames nobody
         # From the sources to the sinks: nothing new comes in, what is in hand is committed, then it is sent. First
         # everybody is told, because a source may wait for room in a queue, and a pipeline for a model that never came.
+        self.serving = False
+        self.stop()
+        self.herald.stopping()
+        self.monitor.stop()
+        until = time.monotonic() + FINISH_S_MAX
         pipelines = (*self.pipelines.values(), *self.responders.values())
         for pipeline in pipelines:
             pipeline.finish()
         for slot in self.slots.values():
             slot.stop()
-        for source in self._sources:
-            source.stop()
+        for name, source in self.sources.items():
+            if not within(max(0.0, until - time.monotonic()), f"source of {name}", source.stop):
+                self.left_running.append(f"source of {name}")
         for pipeline in pipelines:
-            pipeline.stop()
-        self.updater.stop()
+            pipeline.stop(max(0.0, until - time.monotonic()))
+            self.left_running += pipeline.running()
+        if not self.updater.stop(max(0.0, until - time.monotonic())):
+            self.left_running.append(UPDATER)
         self.control.close_window()
         self.control.flush(FLUSH_S)
-        for address, payload in announcements(self.settings, self._outgoing, "offline", {}):
+        for address, payload in connection.announcements(self.settings, self._outgoing, "offline", {}):
             self.link.publish(address, payload)
         self.control.flush(0.3)
         self.link.stop()
+        self.metering.stop()
         self._status.stop()
+        self.herald.stop()
         self.store.close()
         self._lock.close()
-        log.info("edged %s stopped", self.settings.device.id)
+        self._ended.set()
+        if self.left_running:
+            log.error("edged %s stopped; still at work: %s", self.settings.device.id, ", ".join(self.left_running))
+        else:
+            log.info("edged %s stopped", self.settings.device.id)
 
     def status(self) -> dict[str, Any]:
         """What `edged status` shows, true at this moment."""
-        rows, size = self.store.depth()
         return {
             "device": self.settings.device.id,
             "site": self.settings.device.site,
@@ -163,14 +251,14 @@ class Daemon:
             "boot": self.stamp.boot,
             "broker": self.control.link_state,
             "models": {name: r.model_dump(mode="json") for name, r in self.updater.reports().items()},
-            "pipelines": {
-                name: {"alive": p.alive(), "waiting": p.waiting(), "breaker": p.answers.state.value}
-                for name, p in self.pipelines.items()
-            },
-            "sources_alive": all(source.alive() for source in self._sources),
-            "samples": self.store.counts(),
-            "outbox": {"messages": rows, "bytes": size},
-            "counters": self.store.counters(),
+            "pipelines": {name: facts.pipeline(p, self) for name, p in list(self.pipelines.items())},
+            "sources_alive": all(source.alive() for source in list(self.sources.values())),
+            **self.storage.figures(),
+            "limits": self.monitor.status(),
+            "streams": live.statuses(dict(self.sources)),
+            "health": self.vitals.look().document(),
+            "config": self.reloader.status(),
+            **facts.more(self),
         }
 
 
@@ -182,110 +270,3 @@ def _lock(state: Path) -> Any:
         file.close()
         raise AlreadyRunning(f"{state}: another edged runs with this state_dir; stop it or choose another") from None
     return file
-
-
-def _responding(responder: Responder) -> PipelineConfig:
-    """A responder is a pipeline whose items are other devices' questions."""
-    return PipelineConfig(
-        slot=responder.slot, source=MqttSource(), task=responder.task, queue_max=responder.queue_max,
-        policy=responder.policy, escalate_to=responder.escalate_to,
-    )  # fmt: skip
-
-
-def _link(settings: Settings, outgoing: Outgoing, inbox: queue.Queue[Any]) -> Link:
-    device, broker = settings.device, settings.broker
-    own = {"site": device.site, "dev": device.id}
-    subscriptions = [
-        topics.DESIRED.filter(**own),
-        topics.VERDICT.filter(**own),
-        topics.INFER.filter(**own),
-        topics.COMMAND.filter(**own),
-        topics.HOST.filter(),
-    ]
-    if device.group:
-        subscriptions.append(topics.GROUP_DESIRED.filter(site=device.site, group=device.group))
-    asked = [p.escalate_to for p in settings.pipelines.values()] + [r.escalate_to for r in settings.responders.values()]
-    for tier in sorted(set().union(*asked)):
-        subscriptions.append(topics.RESPONDER.filter(tier=tier))
-    for r in settings.responders.values():
-        subscriptions.append(topics.ESCALATION.shared(f"{r.tier}-{r.task}", site=device.site, tier=r.tier, task=r.task))
-    will = messages.State(**outgoing.stamp(), state="offline", device=device.id)
-    return Link(
-        LinkOptions(
-            broker.host, broker.port, device.id, broker.ca, broker.certificate, broker.key, broker.keepalive_s,
-            # A dead responder's session would go on taking its half of the shared questions.
-            session_expiry_s=0 if settings.responders else broker.session_expiry_s,
-            reconnect_s_max=broker.reconnect_s_max,
-        ),
-        subscriptions,
-        will=(topics.STATE(**own), messages.encode(will)),
-        inbox=inbox,
-    )  # fmt: skip
-
-
-STATUS_SOCKET = "status.sock"
-STATUS_BYTES_MAX = 4 << 20
-
-
-class _StatusSocket:
-    """Answers every connection with one JSON document. Local to this machine and to whoever may read the state folder."""
-
-    def __init__(self, state: Path, status: Any) -> None:
-        self._state, self._make = state, status
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._thread = threading.Thread(target=self._serve, name="status", daemon=True)
-
-    def start(self) -> None:
-        (self._state / STATUS_SOCKET).unlink(missing_ok=True)
-        with _ShortPath(self._state) as path:
-            self._socket.bind(path)
-        self._socket.listen(4)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._socket.close()
-        (self._state / STATUS_SOCKET).unlink(missing_ok=True)
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection:
-                try:
-                    connection.settimeout(2)
-                    connection.sendall(json.dumps(self._make()).encode())
-                except Exception as error:  # a reader that went away must not end the readers after it
-                    log.debug("status: %s", error)
-
-
-class _ShortPath:
-    """A path to the socket that fits the 107 bytes of a Unix socket address however deep the folder lies."""
-
-    def __init__(self, state: Path) -> None:
-        self._state = state
-
-    def __enter__(self) -> str:
-        self._descriptor = os.open(self._state, os.O_RDONLY | os.O_DIRECTORY)
-        return f"/proc/self/fd/{self._descriptor}/{STATUS_SOCKET}"
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-
-def ask_status(state: Path) -> dict[str, Any] | None:
-    """The status of the daemon that works in `state`; None when none answers."""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, _ShortPath(state) as path:
-            client.settimeout(5)
-            client.connect(path)
-            data = bytearray()
-            while chunk := client.recv(65536):
-                data += chunk
-                if len(data) > STATUS_BYTES_MAX:
-                    return None
-        answer: dict[str, Any] = json.loads(data)
-    except (OSError, ValueError):
-        return None
-    return answer

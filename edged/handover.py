@@ -6,6 +6,7 @@ They run on a thread of their own, beside the control loop: an upload of hundred
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,18 @@ from typing import Any, Literal
 from edged.carrier import HttpCarrier
 from edged.fetch import FetchError, WrongContent
 from edged.outgoing import Outgoing
-from edged.store import OutboxMessage, Sample, Store, StoreError
+from edged.store import Moved, OutboxFull, OutboxMessage, Sample, Store, StoreError
 from edged.wire import messages
 
 log = logging.getLogger(__name__)
 
-LISTED_MAX = 100_000
+STOPPING = "the device is stopping: ask again"
+LISTED_MAX = 100_000  # samples of one listing
+PAGE_MAX = 200  # catalogue entries that enter the outbox in one transaction
+FREE_SHARE = 0.5  # of the outbox's free rows that a page may take: everything else is on its way too
+ROOM_S_MAX = 600.0  # that a listing waits for room in the outbox, page by page
+ROOM_LOOK_S = 0.2
+MOVE_MAX = 500  # samples that are moved in one transaction: no capture waits long for it
 
 
 class Handover:
@@ -34,7 +41,8 @@ class Handover:
         self._host, self._enqueue = host, enqueue
         self._under_way: set[str] = set()
         self._lock = threading.Lock()
-        self._closing = False
+        self._closing = threading.Event()
+        self._waited = 0.0  # seconds that a listing has now waited for room
         self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="handover")
 
     def submit(self, command_id: str, command: messages.SamplesCommand) -> None:
@@ -47,7 +55,7 @@ class Handover:
 
     def close(self) -> None:
         """Begin nothing more; what is under way ends after the image in hand."""
-        self._closing = True
+        self._closing.set()
         self._work.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, command_id: str, command: messages.SamplesCommand) -> None:
@@ -65,30 +73,67 @@ class Handover:
                 self._under_way.discard(command_id)
 
     def _move(self, command: messages.SamplesCommand) -> dict[str, Any]:
-        store = self._store
         if command.action == "list":
-            listed = store.samples(limit=LISTED_MAX)
-            for sample in listed:
-                self._enqueue(self._outgoing.catalogue(sample))
-            return {"listed": len(listed)}
-        if command.action == "claim":
-            moved = store.claim(command.samples, command.job)
-            gone = [s for s in moved.samples if not self._upload(s, command.upload_url)]
-            for sample in gone:  # the others are handed over all the same
-                moved.samples.remove(sample)
-                moved.refused[sample.id] = "its image is gone or damaged"
-        elif command.action == "used":
-            moved = store.used(command.samples, command.release)
-        elif command.action == "release":
-            moved = store.unclaim(command.samples, command.job)
-        else:
-            moved = store.archive(command.samples)
-        return {"moved": [s.id for s in moved.samples], "unknown": moved.unknown, "refused": moved.refused}
+            return self._list()
+        done: dict[str, Any] = {"moved": [], "unknown": [], "refused": {}}
+        for first in range(0, len(command.samples), MOVE_MAX):
+            moved = self._move_some(command, command.samples[first : first + MOVE_MAX])
+            done["moved"] += [sample.id for sample in moved.samples]
+            done["unknown"] += moved.unknown
+            done["refused"] |= moved.refused
+        return done
+
+    def _move_some(self, command: messages.SamplesCommand, samples: list[str]) -> Moved:
+        store = self._store
+        if command.action == "used":
+            return store.used(samples, command.release)
+        if command.action == "release":
+            return store.unclaim(samples, command.job)
+        if command.action == "archive":
+            return store.archive(samples)
+        moved = store.claim(samples, command.job)
+        gone = [s for s in moved.samples if not self._upload(s, command.upload_url)]
+        for sample in gone:  # the others are handed over all the same
+            moved.samples.remove(sample)
+            moved.refused[sample.id] = "its image is gone or damaged"
+        return moved
+
+    def _list(self) -> dict[str, Any]:
+        """The whole catalogue, oldest first, page by page as the outbox has room: a listing pushes nothing else out."""
+        self._waited = 0.0
+        store, outgoing = self._store, self._outgoing
+        listed, after = 0, (-math.inf, "")
+        while listed < LISTED_MAX:
+            page = store.samples(limit=min(PAGE_MAX, LISTED_MAX - listed, self._room()), after=after)
+            if not page:
+                break
+            try:
+                store.enqueue_many([outgoing.catalogue(sample) for sample in page], outgoing.stamp.clock.now())
+            except OutboxFull:  # by its bytes, or somebody was faster
+                self._pause()
+                continue
+            self._waited = 0.0
+            listed += len(page)
+            after = (page[-1].captured, page[-1].id)
+        return {"listed": listed, "of": sum(store.counts().values())}
+
+    def _room(self) -> int:
+        """How many entries the outbox may take now, at least one; waits for it."""
+        while not (room := math.ceil(self._store.rows_free() * FREE_SHARE)):
+            self._pause()
+        return room
+
+    def _pause(self) -> None:
+        if self._waited >= ROOM_S_MAX:
+            raise FetchError(f"the outbox has had no room for {ROOM_S_MAX:.0f} s: ask again for the whole catalogue")
+        if self._closing.wait(ROOM_LOOK_S):
+            raise FetchError(STOPPING)
+        self._waited += ROOM_LOOK_S
 
     def _upload(self, sample: Sample, url: str) -> bool:
         """Hand one image over; false when there is nothing to hand over. Raises FetchError for now or ValueError."""
-        if self._closing:
-            raise FetchError("the device is stopping: ask again")
+        if self._closing.is_set():
+            raise FetchError(STOPPING)
         host = self._host()
         # A command only points: pixels go to the trainer that this device knows, and nowhere else.
         if not host or not url.startswith(host.rstrip("/") + "/"):

@@ -17,7 +17,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,9 @@ class Link:
         client.on_subscribe = self._on_subscribe
         return client
 
-    def start(self) -> None:
-        """Connect in the background and keep trying; returns at once."""
+    def start(self, *, resume: bool = False) -> None:
+        """Connect in the background and keep trying; returns at once. `resume`: take up the session that the broker has,
+        even where ours is to end with the connection."""
         self._started = True
         properties = _properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = self.options.session_expiry_s
@@ -187,7 +188,7 @@ class Link:
             self.options.host,
             self.options.port,
             keepalive=self.options.keepalive_s,
-            clean_start=self.options.session_expiry_s == 0,
+            clean_start=self.options.session_expiry_s == 0 and not resume,
             properties=properties,
         )
         self._client.loop_start()
@@ -199,16 +200,44 @@ class Link:
         self._client.loop_stop()
         self.connected = False
 
+    def alive(self) -> bool:
+        """Whether the network thread runs, or is not meant to."""
+        thread = self._client._thread  # paho offers no public way to see that its thread is gone
+        return not self._started or (thread is not None and thread.is_alive())
+
     def ensure_alive(self) -> bool:
         """Restart the network thread if it died; true when there was nothing to do. Call it regularly."""
-        thread = self._client._thread  # paho offers no public way to see that its thread is gone
-        if not self._started or (thread is not None and thread.is_alive()):
+        if self.alive():
             return True
         log.error("the MQTT network thread is gone: starting it again")
         self._client.loop_stop()
         self._lost("the network thread died")
         self.start()
         return False
+
+    def subscribe(self, subscriptions: Sequence[str]) -> None:
+        """Listen to exactly these topics from now on, on this connection and every later one."""
+        if list(subscriptions) == self._subscriptions:
+            return
+        gone = [topic for topic in self._subscriptions if topic not in subscriptions]
+        self._subscriptions = list(subscriptions)
+        if self.connected:
+            self._subscribe()
+            if gone:
+                self._client.unsubscribe(gone)
+
+    def keep_session(self, seconds: int) -> None:
+        """The broker keeps our session for `seconds` without us. Only a new connection can tell it so: what is under way
+        is sent again on it."""
+        if seconds == self.options.session_expiry_s:
+            return
+        self.options = replace(self.options, session_expiry_s=seconds)
+        if self._started:
+            self.stop()
+            self.start(resume=True)
+
+    def _subscribe(self) -> None:
+        self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in self._subscriptions])
 
     def room(self) -> int:
         """How many more QoS 1 messages may be handed over now."""
@@ -264,7 +293,7 @@ class Link:
     @_counted
     def _on_connect(
         self,
-        client: mqtt.Client,
+        _client: mqtt.Client,
         _userdata: Any,
         flags: mqtt.ConnectFlags,
         reason: ReasonCode,
@@ -280,7 +309,7 @@ class Link:
             self._window = min(IN_FLIGHT_MAX, receive_max)
             self.connected = True
         if self._subscriptions:
-            client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in self._subscriptions])
+            self._subscribe()
         self.inbox.put(Connected(session=flags.session_present))
 
     @_counted
@@ -311,6 +340,8 @@ class Link:
         self, _client: mqtt.Client, _userdata: Any, _mid: int, reasons: list[ReasonCode], _properties: Properties | None
     ) -> None:
         # One request names all subscriptions, and the answers come in its order.
+        if len(reasons) != len(self._subscriptions):
+            return  # of a request made before they were changed; the answer to the next one is on its way
         self.refused = {topic for topic, reason in zip(self._subscriptions, reasons, strict=True) if reason.is_failure}
         if self.refused:
             log.error("the broker refuses to send %s to this client: check its rights", ", ".join(sorted(self.refused)))

@@ -12,30 +12,28 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from edged import images, regions
 from edged.answers import Answers
-from edged.beats import Beats
 from edged.capture import Admission, Capture, Kept
 from edged.cases import Answer, Case, of_image
-from edged.clock import Clock
 from edged.config import WHOLE
 from edged.config import Pipeline as PipelineConfig
 from edged.core.policy import Policy, judge, lot
 from edged.core.tracks import Lost, Track, follow
 from edged.engines.base import Detections, EngineError, Prepared, Unsuitable
-from edged.metrics import Window
-from edged.outgoing import Outgoing, boxes
-from edged.pace import Pace
+from edged.engines.host import EngineEnded
+from edged.in_hand import PREPARER, WORKER
+from edged.outgoing import boxes
 from edged.prompts import Prompts
+from edged.services import Services
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Item, Unsure, Waiting
-from edged.store import OutboxFull, OutboxMessage, StorageFull, Store, StoreError
+from edged.store import OutboxFull, OutboxMessage, StorageFull, StoreError
 from edged.wire.messages import INLINE_BYTES_MAX
-from edged.wire.topics import Address
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +53,6 @@ class Ready(NamedTuple):
     corner: tuple[int, int] = (0, 0)
 
 
-@dataclass(slots=True)
-class Services:
-    """What every pipeline of a daemon shares."""
-
-    store: Store
-    outgoing: Outgoing
-    clock: Clock
-    window: Window
-    wait: Callable[[str, Waiting], None]  # for the verdict on this sample
-    engine_error: Callable[[str], None]  # slot name: probation wants to know
-    unsure: Callable[[Unsure], None]  # a responder's own answer does not do: ask the next tier
-    wake: Callable[[], None]  # the outbox has something new
-    publish: Callable[[Address, bytes], bool]  # now or not at all, for what may be lost
-    beats: Beats  # the loops of this pipeline move
-    pace: Pace  # how much of the time its worker may work
-
-
 class Pipeline:
     """Runs the items of one source through one slot, in order."""
 
@@ -81,6 +62,7 @@ class Pipeline:
         self._queue: queue.Queue[Item] = queue.Queue(config.queue_max)
         self._prepared: queue.Queue[Ready] = queue.Queue(PREPARED_MAX)
         self._stopping = threading.Event()
+        self._left: list[Item] = []  # what a stop has taken out of a thread's hands
         self.answers = Answers(config.answer_by_s)
         self._capture = Capture(
             name, config, slot.name, services.store, services.outgoing, services.clock, self.answers
@@ -92,6 +74,7 @@ class Pipeline:
             self._may_wait, self._wait,
         )  # fmt: skip
         self._said_too_large = False
+        self._in_hand = services.in_hand.of(name, slot, self._must_stop)
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=f"{what}-{name}", daemon=True)
             for what, body in (("preparer", self._prepare_all), ("worker", self._work_all))
@@ -106,6 +89,7 @@ class Pipeline:
     def put(self, item: Item) -> bool:
         """Queue an item, waiting while the queue is full; false when the pipeline stops."""
         while not self._stopping.is_set():
+            self._beat()  # of the source: it waits for us
             try:
                 self._queue.put(item, timeout=0.2)
                 return True
@@ -125,13 +109,16 @@ class Pipeline:
         """Take no further item; whoever waits for room in the queue is turned away."""
         self._stopping.set()
 
-    def stop(self) -> None:
-        """Finish the item in hand, leave the rest to their sources, end the threads."""
+    def stop(self, seconds_max: float | None = None) -> list[Item]:
+        """Finish the item in hand, end the threads; what is left, for its source. After `seconds_max` `alive` may hold."""
         self.finish()
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join()
+                thread.join(seconds_max)
             self._s.beats.forget(thread.name)
+        self._in_hand.close()
+        queued = [*(ready.item for ready in self._prepared.queue), *self._queue.queue]
+        return list({item.id: item for item in (*self._left, *queued)}.values())
 
     def waiting(self) -> int:
         """How many items wait in the queue."""
@@ -139,7 +126,11 @@ class Pipeline:
 
     def alive(self) -> bool:
         """Whether both threads run."""
-        return all(thread.is_alive() for thread in self._threads)
+        return len(self.running()) == len(self._threads)
+
+    def running(self) -> list[str]:
+        """The names of the threads that run."""
+        return [thread.name for thread in self._threads if thread.is_alive()]
 
     def _beat(self) -> None:
         """The calling thread moves."""
@@ -171,19 +162,27 @@ class Pipeline:
             self._see_through(item, partial(self._prepare, item))
 
     def _prepare(self, item: Item) -> None:
+        if reason := self._in_hand.turned_away(item):
+            self._reject(item, "quarantined", reason)
+            return
+        if self._in_hand.last(item) and self.waiting() and self.offer(item):
+            return  # it is behind the others now
         if item.prompt is not None:
             self._hand_on(Ready(item))
             return
         try:
-            whole = images.decode(item.image) if item.frame is None else item.frame
-            image, corner = regions.cut(whole, self.config.roi)
+            with self._in_hand.held(item, PREPARER):
+                whole = images.decode(item.image) if item.frame is None else item.frame
+                image, corner = regions.cut(whole, self.config.roi)
         except images.BadImage as error:
             self._reject(item, "bad_image", str(error))
             return
         while not self.slot.wait(MODEL_WAIT_S):  # for the first model, which may be days away
-            self._beat()
+            if self._must_stop():
+                raise SlotStopped(self.name)
         with self.slot.lease() as loaded:
-            prepared = loaded.detector.prepare(image)
+            with self._in_hand.held(item, PREPARER):
+                prepared = loaded.detector.prepare(image)
             self._hand_on(Ready(item, prepared, loaded.ref.sha256, corner))
 
     def _hand_on(self, ready: Ready) -> None:
@@ -193,6 +192,7 @@ class Pipeline:
                 return
             except queue.Full:
                 continue
+        self._left.append(ready.item)
 
     # Worker thread.
 
@@ -204,7 +204,7 @@ class Pipeline:
                 continue
             started = self._s.clock.monotonic()
             if ready.prepared is None:
-                self._see_through(ready.item, partial(self._prompts.handle, ready.item))
+                self._see_through(ready.item, partial(self._handle_prompt, ready.item))
             else:
                 self._see_through(ready.item, partial(self._handle_image, ready, ready.prepared))
             self._s.wake()
@@ -227,8 +227,10 @@ class Pipeline:
                 self._s.store.count("store_errors")
                 log.error("pipeline %s: %s waits: %s", self.name, item.name, error)
                 if self._stopping.wait(self._s.clock.real(FULL_RETRY_S)):
+                    self._left.append(item)
                     raise SlotStopped(self.name) from None
             except SlotStopped:
+                self._left.append(item)
                 raise
             except Exception as error:  # a bug of ours costs this item its answer, never the pipeline
                 log.exception("pipeline %s: %s", self.name, item.name)
@@ -242,7 +244,8 @@ class Pipeline:
     def _refuse(self, item: Item, error: EngineError) -> None:
         """The engine did not answer; probation hears of it unless the item is to blame."""
         unsuitable = isinstance(error, Unsuitable)
-        if not unsuitable:
+        to_blame = isinstance(error, EngineEnded) and self._in_hand.ended(item)
+        if not unsuitable and not to_blame:
             self._s.engine_error(self.slot.name)
         if item.asked is not None and unsuitable:  # asked again, it would be as unsuitable
             live = self.slot.live
@@ -259,6 +262,10 @@ class Pipeline:
             return
         self._reject(item, "unsuitable" if unsuitable else "engine_error", str(error))
 
+    def _handle_prompt(self, item: Item) -> None:
+        with self._in_hand.held(item, WORKER):
+            self._prompts.handle(item)
+
     def _handle_image(self, ready: Ready, prepared: Prepared) -> None:
         answer = self._answer(ready, prepared)
         if answer.item.asked is not None:
@@ -273,7 +280,7 @@ class Pipeline:
 
     def _answer(self, ready: Ready, prepared: Prepared) -> Answer:
         started = self._s.clock.monotonic()
-        with self.slot.lease() as loaded:
+        with self.slot.lease() as loaded, self._in_hand.held(ready.item, WORKER):
             if ready.prepared_for != loaded.ref.sha256:  # a swap came between: the new model may want another input
                 prepared = loaded.detector.prepare(prepared.image)
             with loaded.use:
@@ -367,7 +374,8 @@ class Pipeline:
         release = live.ref.release if live else ""
         s.store.count(f"items_{counter}")
         s.window.error(self.name, release)
-        log.warning("pipeline %s: %s: %s", self.name, item.name, reason)
+        about = {"pipeline": self.name, "slot": self.slot.name, "release": release, "item": item.name}
+        log.warning("pipeline %s: %s: %s", self.name, item.name, reason, extra=about)
         if item.asked is not None:
             self._enqueue(s.outgoing.verdict(item.asked, "rejected", [], 0.0, release, reason))
         elif item.request is not None:
@@ -376,16 +384,9 @@ class Pipeline:
             prompt = (item.prompt and item.prompt.prompt) or None
             self._enqueue(s.outgoing.reply(item.request, error=reason, generation_prompt=prompt, release=release))
         elif self.config.results == "durable":
-            self._enqueue(
-                s.outgoing.result(
-                    self.name,
-                    item=item.name,
-                    release=release or "none",
-                    confidence=0.0,
-                    decision="accept",
-                    error=reason,
-                )
-            )
+            refusal = s.outgoing.result(self.name, item=item.name, release=release or "none", confidence=0.0,
+                                        decision="accept", error=reason)  # fmt: skip
+            self._enqueue(refusal)
         item.settle(reason)
 
     def _enqueue(self, message: OutboxMessage) -> None:

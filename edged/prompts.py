@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edged.capture import Admission, Capture, Kept
 from edged.cases import Case, Written, of_text
@@ -17,6 +17,7 @@ from edged.core.confidence import accept_threshold, answer_probability
 from edged.core.policy import Hints, Policy, decide, lot
 from edged.engines.base import ChatMessage, Finished, GenerateRequest, generate_all
 from edged.link import TooLarge
+from edged.services import Services
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Item, Unsure
 from edged.store import LanguageRequest, OutboxMessage
@@ -24,9 +25,6 @@ from edged.wire import messages, topics
 from edged.wire.manifest import Calibration
 from edged.wire.messages import Label, Text
 from edged.wire.parts import Prompt
-
-if TYPE_CHECKING:
-    from edged.pipeline import Services
 
 PARTIAL_S = 0.05  # pieces of one answer are at least this far apart: a fast model must not flood a broker
 MODEL_WAIT_S = 60.0  # for a model on its way; longer than this no broker keeps a request

@@ -73,6 +73,10 @@ class Responders:
         self._in_hand: set[tuple[str, str, str]] = set()  # (tier, device, sample) that a model here is to answer
         self._forwards: dict[str, _Forward] = {}  # our own question -> what it is about, oldest first
 
+    def configure(self, configs: Mapping[str, Responder]) -> None:
+        """These responders answer from now on."""
+        self._configs = {(c.tier, c.task): c for c in configs.values()}
+
     def in_hand(self) -> int:
         """How many questions are not acknowledged."""
         return len(self._in_hand)

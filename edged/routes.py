@@ -20,9 +20,13 @@ class Routes:
         self, presence: Presence, outgoing: Outgoing, clock: Clock, pipelines: Mapping[str, PipelineConfig]
     ) -> None:
         self._presence, self._outgoing, self._clock = presence, outgoing, clock
+        self._chosen: dict[str, Choice] = {}  # pipeline -> what was best at the last look
+        self.configure(pipelines)
+
+    def configure(self, pipelines: Mapping[str, PipelineConfig]) -> None:
+        """These pipelines ask from now on."""
         self._pipelines = {name: config for name, config in pipelines.items() if config.escalate_to}
         self._asked: set[Tier] = {(t, c.task) for c in self._pipelines.values() for t in c.escalate_to}
-        self._chosen: dict[str, Choice] = {}  # pipeline -> what was best at the last look
 
     def heard(self, fields: dict[str, str], responder: messages.ResponderState, *, retained: bool) -> bool:
         """Take in a heartbeat. True when open questions are worth sending again at once: somebody has just come."""

@@ -22,6 +22,13 @@ class Sending:
         self._routes = routes
         self._announced: list[tuple[Address, bytes]] = []  # what the link has not taken yet
         self._attempts: dict[str, int] = {}  # of the rows that the link holds
+        # Progress that is not in the store yet: attempts -> messages. Written once a pump, in one transaction.
+        self._sent: dict[int, list[str]] = {}
+        self._acked: dict[int, list[str]] = {}
+
+    def configure(self, delivery: Delivery) -> None:
+        """These clocks hold from the next message on."""
+        self._delivery = delivery
 
     def announce(self, announcements: list[tuple[Address, bytes]]) -> None:
         """Say this before anything else; what was to be announced before is out of date."""
@@ -38,6 +45,12 @@ class Sending:
 
     def pump(self) -> None:
         """Send what is due, as far as there is room."""
+        try:
+            self._pump()
+        finally:
+            self._keep_progress()
+
+    def _pump(self) -> None:
         while self._announced and self._link.publish(*self._announced[0]):
             del self._announced[0]
         room = self._link.room()
@@ -62,17 +75,21 @@ class Sending:
             if not sent:
                 return
             self._attempts[m.id] = row.attempts + 1
-            self._store.sent(m.id, now, now + self._retry_s(row.attempts + 1))
+            self._sent.setdefault(row.attempts + 1, []).append(m.id)
 
     def acked(self, ids: list[str]) -> None:
-        """The broker has these."""
-        now = self._clock.now()
+        """The broker has these; the store learns of it at the next `pump`."""
         # An escalation's row stays until its verdict: how soon it is sent again grows with each attempt.
-        by_attempts: dict[int, list[str]] = {}
         for message_id in ids:
-            by_attempts.setdefault(self._attempts.pop(message_id, 1), []).append(message_id)
-        for attempts, group in by_attempts.items():
-            self._store.acked_many(group, now, now + self._retry_s(attempts))
+            self._acked.setdefault(self._attempts.pop(message_id, 1), []).append(message_id)
+
+    def _keep_progress(self) -> None:
+        if not self._sent and not self._acked:
+            return
+        now = self._clock.now()
+        sent, acked = ({now + self._retry_s(n): ids for n, ids in each.items()} for each in (self._sent, self._acked))
+        self._store.progress(now, sent, acked)
+        self._sent, self._acked = {}, {}
 
     def refused(self, event: Published) -> None:
         """The broker did not take this one: try again later."""

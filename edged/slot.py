@@ -1,13 +1,15 @@
 """A slot holds one live model and changes it without losing an item.
 
 A candidate is loaded beside the live one, must answer its golden set, and becomes live by one assignment. Workers hold the
-live model by a refcounted lease; the old one unloads when its last lease ends.
+live model by a refcounted lease; the old one unloads when its last lease ends. Where there is no room for two the slot is
+vacated first: whoever wants a lease then waits until a model is live again.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,10 @@ from edged.engines.host import ProcessGenerator
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
 log = logging.getLogger(__name__)
+
+BEAT_S = 1.0  # between two signs of life of who waits for a model
+CLOSED_S = 1.0  # how long nobody is let in at first, for the leases to end
+OPEN_S = 0.05  # how long those who wait are let in again, when they did not
 
 
 class SlotStopped(Exception):
@@ -92,12 +98,18 @@ def load(
     return Loaded(ref, manifest, engine)
 
 
+class InUse(EngineError):
+    """The live model cannot leave: somebody works with it all the time."""
+
+
 class Slot:
     """One live model and the law of changing it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, beat: Callable[[], None] = lambda: None) -> None:
+        """`beat` is called now and then by a thread that waits for a lease: it stands still, but does not hang."""
+        self.name, self._beat = name, beat
         self._live: Loaded | None = None
+        self._vacated_at: float | None = None  # monotonic: since when there is no model because another one is to come
         self._stopped = False
         self._changed = threading.Condition()
 
@@ -113,13 +125,19 @@ class Slot:
 
     @contextmanager
     def lease(self, timeout_s: float | None = None) -> Iterator[Loaded]:
-        """The live model, kept in memory until the block ends; waits for the first one.
+        """The live model, kept in memory until the block ends; waits for the first one, and while the slot is vacated.
 
-        Raises SlotStopped on shutdown and EngineError when none came within `timeout_s`.
+        Raises SlotStopped on shutdown and EngineError when none came within `timeout_s`, not counting a time in which one
+        was known to come; with 0 it never waits.
         """
+        give_up = math.inf if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            if not self._changed.wait_for(lambda: self._live is not None or self._stopped, timeout_s):
-                raise EngineError(f"slot {self.name}: no model is loaded yet")
+            while self._live is None and not self._stopped:
+                left = give_up - time.monotonic()
+                if left <= 0 and (self._vacated_at is None or timeout_s == 0):
+                    raise EngineError(f"slot {self.name}: no model is loaded yet")
+                self._changed.wait(min(BEAT_S, left) if left > 0 else BEAT_S)
+                self._beat()
             live = self._live
             if self._stopped or live is None:
                 raise SlotStopped(self.name)
@@ -135,13 +153,20 @@ class Slot:
                 self._unload(live)
 
     def flip(self, candidate: Loaded, drain_s_max: float = 60.0) -> float:
-        """Make `candidate` live; returns the milliseconds from the assignment until the old model was out of use.
+        """Make `candidate` live; returns the milliseconds from the assignment until the old model was out of use, or, when
+        the slot was vacated, for which it had no model.
 
-        Items that hold a lease on the old one finish on it; every later item gets the new one.
+        Items that hold a lease on the old one finish on it; every later item gets the new one. Raises SlotStopped when
+        the slot was stopped meanwhile; nothing stays in memory then.
         """
         started = time.monotonic()
         with self._changed:
+            if self._stopped:
+                candidate.engine.close()
+                raise SlotStopped(self.name)
             old, self._live = self._live, candidate
+            if self._vacated_at is not None:
+                started, self._vacated_at = self._vacated_at, None
             if old is not None:
                 old.retired = True
             unload = old is not None and old.leases == 0
@@ -151,6 +176,50 @@ class Slot:
         if old is not None and unload:
             self._unload(old)
         return (time.monotonic() - started) * 1000
+
+    @property
+    def vacated(self) -> bool:
+        """Whether the live model has left because another one is to come."""
+        return self._vacated_at is not None
+
+    def vacate(self, drain_s_max: float = math.inf) -> None:
+        """Unload the live model when its last lease ends. From then on whoever wants a lease waits for `flip`, or until
+        `give_up` says that there will be none.
+
+        Raises InUse when the leases do not end within `drain_s_max`: then the model stays. Raises SlotStopped.
+        """
+        deadline, closed_s = time.monotonic() + drain_s_max, CLOSED_S
+        with self._changed:
+            old, self._live = self._live, None
+            self._vacated_at = self._vacated_at or time.monotonic()
+            while old is not None and not self._changed.wait_for(
+                lambda: not old.leases or self._stopped, min(closed_s, max(OPEN_S, deadline - time.monotonic()))
+            ):
+                # Somebody works for long, or waits for somebody who waits here (a preparer hands its image to a worker
+                # that has none yet). Letting them in for a moment helps the second, more patience the first.
+                self._live = old
+                self._changed.notify_all()
+                if time.monotonic() > deadline:
+                    self._vacated_at = None
+                    raise InUse(f"slot {self.name}: {old.ref.release} was in use all the time for {drain_s_max:.0f} s")
+                self._changed.wait(OPEN_S)
+                closed_s *= 2
+                if self._stopped:  # `stop` has seen to the model
+                    raise SlotStopped(self.name)
+                self._live, self._vacated_at = None, time.monotonic()
+            if old is not None:
+                old.retired = True  # on a shutdown there may be leases still
+            unload = old is not None and not old.leases
+        if old is not None and unload:
+            self._unload(old)
+        if self._stopped:
+            raise SlotStopped(self.name)
+
+    def give_up(self) -> None:
+        """No model will come after all: who waits with a time limit is told so when that has passed."""
+        with self._changed:
+            self._vacated_at = None
+            self._changed.notify_all()
 
     def attach(self, adapter: ReleaseRef | None, path: Path | None) -> float:
         """Put a LoRA adapter on the live generator (None: take it off); returns the milliseconds it took.

@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from edged.acts import ADAPTER, Acts, Carrier, Record, UpdateEvent
+from edged.acts import ADAPTER, Acts, Carrier, Record, Seeded, UpdateEvent
+from edged.beats import Beats
 from edged.clock import Clock
 from edged.config import Slot as SlotConfig
 from edged.core.update import RESTARTS_MAX, UNDER_WAY, Effect, Event, State, step
+from edged.machine import Memory
 from edged.releases import BadRelease, Releases
 from edged.slot import Slot
 from edged.store import Store
@@ -30,23 +32,27 @@ class Updater:
 
     def __init__(
         self, slots: dict[str, Slot], configs: dict[str, SlotConfig], releases: Releases, store: Store, clock: Clock,
-        carrier: Carrier, post: Callable[[UpdateEvent], None], report: Callable[[], None],
-        say: Callable[..., None], retry_s: float,
+        carrier: Carrier, post: Callable[[UpdateEvent | Seeded], None], report: Callable[[], None],
+        say: Callable[..., None], retry_s: float, beats: Beats | None = None, memory: Memory | None = None,
     ) -> None:  # fmt: skip
         self._slots, self._configs, self._releases, self._store = slots, configs, releases, store
         self._clock, self._report, self._say, self._retry_s = clock, report, say, retry_s
         self._records: dict[str, Record] = {}
         self._desired: Desired | None = None
         self._errors: dict[str, int] = {}
+        self._seeding: set[str] = set()  # slots whose seed is being installed
         self._acts = Acts(
-            slots, configs, releases, store, carrier, post, report, say, lambda target: self._records[target],
-            self.engine_error,
+            slots, configs, releases, store, carrier, post, report, say,
+            lambda target: self._records.get(target) or Record(target=target),
+            self.engine_error, beats or Beats(clock), memory,
         )  # fmt: skip
 
     # The control loop's calls.
 
-    def start(self) -> None:
-        """Load what is active, then go on with what a stop interrupted. Returns at once; models load on the worker."""
+    def start(self, excused: Callable[[State], bool] = lambda _state: False) -> None:
+        """Load what is active, then go on with what a stop interrupted. Returns at once; models load on the worker.
+
+        `excused`: whether the end of the last run does not count against an update in this state."""
         saved = self._store.updates()
         for name in self._slots:
             for target in (name, name + ADAPTER):
@@ -60,14 +66,61 @@ class Updater:
             self._acts.load(record)
         for record in self._records.values():
             if record.state in UNDER_WAY:
-                record.restarts += 1
+                record.restarts += not excused(record.state)
                 record.since = self._clock.now()  # the time without power was no probation
                 event = Event.LOOPED if record.restarts > RESTARTS_MAX else Event.RESTARTED
                 self._apply(record, event, "the daemon was restarted too often during this update")
 
-    def stop(self) -> None:
-        """End the worker; what it was doing goes on after the next start."""
-        self._acts.stop()
+    def stop(self, seconds_max: float | None = None) -> bool:
+        """End the worker; what it was doing goes on after the next start. False when it has not ended in time."""
+        return self._acts.stop(seconds_max)
+
+    # A new configuration; `slots` and `configs` are changed by its owner.
+
+    def configure(self, retry_s: float) -> None:
+        """How soon a failed fetch is tried again, from now on."""
+        self._retry_s = retry_s
+
+    def add(self, name: str) -> None:
+        """A slot has come: what it had when it was here before, or its seed."""
+        saved = self._store.updates()
+        for target in (name, name + ADAPTER):
+            record = Record.model_validate(saved[target]) if target in saved else Record(target=target)
+            if record.active is not None and not self._releases.folder(record.active).is_dir():
+                record = Record(target=target)  # removed while the slot was not here
+            if record.state in UNDER_WAY:  # the fleet says again what it desires
+                record.state, record.candidate = State.IDLE, None
+            self._records[target] = record
+        self._bring(name)
+        self._reconcile()
+
+    def change(self, name: str, *, load: bool) -> None:
+        """A slot's configuration is another; `load`: its model must be loaded anew for it."""
+        if self._records[name].active is None:
+            self._bring(name)
+        elif load:
+            self._acts.reload(self._records[name])
+
+    def remove(self, name: str) -> None:
+        """A slot is gone; what is known of its updates stays on the disk."""
+        for target in (name, name + ADAPTER):
+            self._records.pop(target, None)
+
+    def _bring(self, name: str) -> None:
+        record, seed = self._records[name], self._configs[name].seed
+        if record.active is not None:
+            self._acts.load(record)
+        elif seed is not None:
+            self._seeding.add(name)
+            self._acts.install(record, seed)
+
+    def _seeded(self, event: Seeded) -> None:
+        self._seeding.discard(event.slot)
+        record = self._records.get(event.slot)
+        if record is not None and record.active is None and event.ref is not None:
+            record.active = event.ref
+            self._save(record)
+            self._acts.load(record)
 
     def desire(self, desired: Desired) -> None:
         """Take note of the desired state and start what it asks for."""
@@ -78,13 +131,17 @@ class Updater:
             self._say("unknown_model", f"desired state names {name!r}; this device has {', '.join(self._slots)}")
         self._reconcile()
 
-    def handle(self, event: UpdateEvent) -> None:
+    def handle(self, event: UpdateEvent | Seeded) -> None:
         """A worker is done."""
-        record = self._records[event.target]
-        if event.candidate != record.candidate:
-            return  # it was superseded meanwhile
+        if isinstance(event, Seeded):
+            self._seeded(event)
+            return
+        record = self._records.get(event.target)
+        if record is None or event.candidate != record.candidate:
+            return  # it was superseded meanwhile, or its slot is gone
         if event.swap_ms is not None:
             record.swap_ms = event.swap_ms
+            self._store.count("swaps")
         if event.passing:
             record.retry_at = self._clock.now() + self._retry_s
         self._apply(record, event.event, event.reason)
@@ -111,13 +168,16 @@ class Updater:
 
     def expects(self, slot: str) -> bool:
         """Whether a model serves in this slot or is on its way there."""
-        return self._records[slot].active is not None
+        record = self._records.get(slot)
+        return record is not None and (record.active is not None or slot in self._seeding)
 
     def reports(self) -> dict[str, ModelReport]:
         """What every slot runs and how its updates stand."""
         out = {}
-        for name, slot in self._slots.items():
-            record, adapter = self._records[name], self._records[name + ADAPTER]
+        for name, slot in list(self._slots.items()):
+            record, adapter = self._records.get(name), self._records.get(name + ADAPTER)
+            if record is None or adapter is None:  # it is just coming
+                continue
             shown = adapter if adapter.state in UNDER_WAY or (adapter.since > record.since) else record
             live = slot.live
             out[name] = ModelReport(
@@ -184,6 +244,7 @@ class Updater:
         log.info(
             "update %s: %s -> %s %s%s", record.target, before.value, state.value,
             record.candidate.release if record.candidate else "", f": {reason}" if reason else "",
+            extra={"slot": record.slot, "release": record.candidate.release if record.candidate else ""},
         )  # fmt: skip
         if state in {State.FAILED, State.REVERTED} and before is not state:
             release = record.candidate.release if record.candidate else ""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes what `make demo` and `make test` need: the system packages, one environment for devices, one for the trainer.
-# Safe to run again: what is there and current is left alone. Usage: packaging/setup.sh device|trainer ...
+# Safe to run again: what is there and current is left alone. Usage: packaging/setup.sh device|trainer|tests ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,6 +44,25 @@ system_packages() {
     "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted >/dev/null
 }
 
+# What the tests need besides: a booted Debian, and a real RTSP server (GStreamer's, run by Debian's own Python). Missing
+# packages are no error here: the tests that need them say what this machine lacks.
+test_packages() {
+    local missing=()
+    command -v debootstrap >/dev/null && command -v systemd-nspawn >/dev/null && command -v systemd-analyze >/dev/null ||
+        missing+=(debootstrap systemd-container systemd)
+    /usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0"); from gi.repository import Gst, GstRtspServer
+Gst.init(None); assert all(map(Gst.ElementFactory.find, ("openh264enc", "h264parse", "rtph264pay")))' 2>/dev/null ||
+        missing+=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad)
+    [ ${#missing[@]} -eq 0 ] && return
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        say "not here, and installed by root with apt-get alone: ${missing[*]}"
+        return
+    fi
+    say "installing ${missing[*]}"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
+        >/dev/null || say "not installed: the tests that need them will say so"
+}
+
 # llama.cpp compiles for minutes: once, for both environments.
 llama_wheel() {
     ls $WHEELS/llama_cpp_python-*.whl >/dev/null 2>&1 && return
@@ -81,6 +100,7 @@ for name in "$@"; do
     case $name in
         device) environment device llm,rtsp ;;
         trainer) environment trainer llm,rtsp,trainer,demo,dev ;;
-        *) die "unknown environment '$name': device or trainer" ;;
+        tests) test_packages ;;
+        *) die "unknown environment '$name': device, trainer or tests" ;;
     esac
 done

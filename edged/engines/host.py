@@ -67,6 +67,10 @@ class Backoff:
         return delay
 
 
+class EngineEnded(EngineError):
+    """The engine's process has ended with this request in hand."""
+
+
 class _Condemned(Exception):
     """The process must be killed; the message says what it did."""
 
@@ -265,7 +269,8 @@ class ProcessGenerator:
                 self._changed.notify_all()
                 over = self._closing or not self.context  # whoever loads it decides about a first start that failed
             if call is not None:
-                call.answers.put(EngineError(f"{self._release}: the engine is closed" if over else failure))
+                closed = EngineError(f"{self._release}: the engine is closed")
+                call.answers.put(closed if over else EngineEnded(failure))
             if over:
                 return
             log.warning("%s; it is started again in %.1f s", failure, delay)

@@ -11,6 +11,7 @@ from pathlib import Path
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
+from edged.beats import Beats
 from edged.clock import Clock
 from edged.images import IMAGE_BYTES_MAX
 from edged.sources import Item
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 RESCAN_S = 2.0  # a lost notification (queue overflow, network file system) costs this much, never a file
 SETTLED_S = 0.5  # a file whose close was not seen counts as whole when it has not changed for this long,
 STALLED_S = 10.0  # and for this long when it was seen being written: its writer may only be slow
+STILL_S_MAX = 300.0  # for one look at the folder, or one file: a network file system that takes longer is gone
 PARTIAL = (".part", ".tmp", ".crdownload")
 
 
@@ -28,7 +30,10 @@ class DirectorySource(FileSystemEventHandler):
     """Watches `path`. Files whose names begin with a dot or end in .part or .tmp are not looked at: write such a name, then
     rename."""
 
-    def __init__(self, path: Path, after: str, put: Callable[[Item], bool], clock: Clock) -> None:
+    def __init__(
+        self, path: Path, after: str, put: Callable[[Item], bool], clock: Clock, beats: Beats | None = None
+    ) -> None:
+        self._beats = beats or Beats(clock)
         self._path, self._after, self._put, self._clock = path, after, put, clock
         self._taken: set[str] = set()  # handed over, not settled yet
         self._whole: set[str] = set()  # closed or moved here: no need to wait until it settles
@@ -37,7 +42,7 @@ class DirectorySource(FileSystemEventHandler):
         self._wake = threading.Event()
         self._stopping = False
         self._observer = Observer()
-        self._thread = threading.Thread(target=self._run, name=f"source-{path.name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"source-{path}", daemon=True)
 
     def start(self) -> None:
         """Create the folders if they are missing and begin; raises OSError when they cannot be made."""
@@ -45,11 +50,13 @@ class DirectorySource(FileSystemEventHandler):
             folder.mkdir(parents=True, exist_ok=True)
         self._observer.schedule(self, str(self._path), recursive=False)
         self._observer.start()
+        self._beats.watch(self._thread.name, STILL_S_MAX)
         self._thread.start()
 
     def stop(self) -> None:
         """End both threads; files not settled yet stay where they are."""
         self._stopping = True
+        self._beats.forget(self._thread.name)
         self._wake.set()
         for thread in (self._observer, self._thread):
             if thread.ident is not None:  # it was started
@@ -85,6 +92,7 @@ class DirectorySource(FileSystemEventHandler):
     def _run(self) -> None:
         while not self._stopping:
             self._wake.clear()
+            self._beats.beat(self._thread.name)
             try:
                 waiting = self._scan()
             except OSError as error:
@@ -105,6 +113,7 @@ class DirectorySource(FileSystemEventHandler):
             rows.append((stat.st_mtime_ns, path.name, stat.st_size))
         now = self._clock.now()
         for mtime_ns, name, size in sorted(rows):
+            self._beats.beat(self._thread.name)
             with self._lock:
                 if self._stopping or name in self._taken:
                     continue

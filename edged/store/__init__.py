@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from edged.store.blobs import Blobs
-from edged.store.database import Database
+from edged.store.database import Check, Database
 from edged.store.records import (
     Announce,
     BrokenStore,
@@ -20,13 +21,16 @@ from edged.store.records import (
     OutboxFull,
     OutboxMessage,
     OutboxRow,
+    Recovered,
     Sample,
+    Storage,
     StorageFull,
     StoreError,
     StoreLimits,
     SweepReport,
+    Verified,
 )
-from edged.store.samples import Samples
+from edged.store.retention import Retention
 
 __all__ = [
     "Announce",
@@ -39,21 +43,58 @@ __all__ = [
     "OutboxFull",
     "OutboxMessage",
     "OutboxRow",
+    "Recovered",
     "Sample",
+    "Storage",
     "StorageFull",
     "Store",
     "StoreError",
     "StoreLimits",
     "SweepReport",
+    "Verified",
 ]
 
 
-class Store(Samples):
+class Store(Retention):
     """Everything a device remembers; safe to use from any thread. Raises BrokenStore when the file is damaged."""
 
-    def __init__(self, folder: Path, limits: StoreLimits | None = None) -> None:
+    def __init__(self, folder: Path, limits: StoreLimits | None = None, check: Check | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(Database(folder / "edged.db"), Blobs(folder / "blobs"), limits or StoreLimits())
+        super().__init__(Database(folder / "edged.db", check), Blobs(folder / "blobs"), limits or StoreLimits())
+        self.folder = folder
+        self._mark: Callable[[bool], None] = lambda _damaged: None
+
+    def marks_with(self, mark: Callable[[bool], None]) -> None:
+        """Call `mark` when the store is closed in order, with whether damage was met since it was opened."""
+        self._mark = mark
+
+    def suspect(self) -> None:
+        """Damage was met: whatever comes now, the next start looks at everything."""
+        self._mark(True)
+
+    @property
+    def broken(self) -> str:
+        """The damage that was met since the store was opened, or empty."""
+        return self._db.broken
+
+    def recover(self, file: Path, now: float) -> Recovered:
+        """Take over what can be read of a database that was set aside; nothing else may use the store meanwhile."""
+        from edged.store import recover
+
+        return recover.recover(file, self._db, self._blobs, self._limits, now)
+
+    def verify(self) -> Verified:
+        """Read every page and every blob. Raises BrokenStore when the database is damaged."""
+        from edged.files import sha256_of
+
+        self._db.verify("full")
+        rows = self._db.read("SELECT sha256, bytes FROM blob ORDER BY sha256")
+        bad = []
+        for row in rows:
+            path = self._blobs.path(row["sha256"])
+            if not path.is_file() or sha256_of(path) != row["sha256"]:
+                bad.append(row["sha256"])
+        return Verified(sum(self.counts().values()), len(rows), bad)
 
     def close(self) -> None:
         """Keep the counters and close the file."""
@@ -61,3 +102,4 @@ class Store(Samples):
             self.flush_counters()
         finally:
             self._db.close()
+            self._mark(bool(self._db.broken))

@@ -12,11 +12,11 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edged.files import sync
-from edged.store.records import StorageFull
+from edged.store.records import StorageFull, StoreError
 
 _TEMPORARY = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -66,10 +66,11 @@ class Blobs:
             temporary.replace(target)
             sync(target.parent)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # what stays is swept at the next start
+                temporary.unlink(missing_ok=True)
             if error.errno in _FULL:
                 raise StorageFull(f"{target}: no room for {len(content)} bytes; free space or evict samples") from error
-            raise
+            raise StoreError(f"{target}: {error.strerror}; is the disk failing or mounted read-only?") from error
 
     def remove(self, sha256: str, needed: Callable[[str], bool]) -> bool:
         """Delete the file unless somebody holds it or `needed` says that a row refers to it; false when it stays.
@@ -81,6 +82,13 @@ class Blobs:
                 return False
             self.path(sha256).unlink(missing_ok=True)
             return True
+
+    def move(self, sha256: str, folder: Path) -> bool:
+        """Take the file out, to `folder/ab/<sha256>`; true."""
+        target = folder / sha256[:2] / sha256
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.path(sha256).rename(target)
+        return True
 
     def remove_temporary(self) -> int:
         """Delete what a crash left half-written; how many files."""

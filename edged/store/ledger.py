@@ -24,6 +24,10 @@ class Ledger:
         self._counting = threading.Lock()
         self._pending: Counter[str] = Counter()
 
+    def limit(self, limits: StoreLimits) -> None:
+        """These limits hold from now on."""
+        self._limits = limits
+
     def count(self, name: str, n: int = 1) -> None:
         """Add to a counter in memory; `flush_counters` keeps it."""
         if n:
@@ -137,9 +141,9 @@ class Ledger:
         rows = self._db.read("SELECT json FROM value WHERE key = ?", (key,))
         return json.loads(rows[0]["json"]) if rows else None
 
-    def set_value(self, key: str, value: Any) -> None:
-        """Keep a JSON value under `key`."""
-        with self._db.write() as tables:
+    def set_value(self, key: str, value: Any, *, durable: bool = True) -> None:
+        """Keep a JSON value under `key`. Not `durable`: a power cut may undo it, but never without what is written after."""
+        with self._db.write(durable) as tables:
             tables.execute(
                 "INSERT INTO value VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET json = excluded.json",
                 (key, json.dumps(value)),

@@ -7,7 +7,7 @@ cut, and then a message goes out again. At least once, never lost; receivers dro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from edged.store.database import Row
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DEAD_LETTERS_MAX = 200
 DEAD_LETTER_BYTES_MAX = 64 << 10  # of one payload
+_SENT = "UPDATE outbox SET due = ?, attempts = attempts + 1 WHERE id = ?"
+_SETTLED = "DELETE FROM outbox WHERE id = ? AND keep = 'ack'"
+_ACKED = "UPDATE outbox SET due = ?, error = '' WHERE id = ?"
 QUESTIONS_SHARE = 0.8  # of the outbox's limits, for what waits for a verdict
 
 
@@ -76,11 +79,7 @@ class Outbox(Ledger):
 
     def sent_many(self, message_ids: Iterable[str], now: float, retry_at: float) -> None:
         """The same for several messages in one transaction."""
-        with self._db.write(durable=False) as tables:
-            tables.conn.executemany(
-                "UPDATE outbox SET due = ?, attempts = attempts + 1 WHERE id = ?",
-                [(max(now, retry_at), message_id) for message_id in message_ids],
-            )
+        self.progress(now, {retry_at: list(message_ids)}, {})
 
     def acked(self, message_id: str, now: float, retry_at: float) -> None:
         """The broker has it: settled, or, where only the verdict settles it, due again at `retry_at`."""
@@ -88,12 +87,16 @@ class Outbox(Ledger):
 
     def acked_many(self, message_ids: Iterable[str], now: float, retry_at: float) -> None:
         """The same for several messages in one transaction."""
-        ids = list(message_ids)
+        self.progress(now, {}, {retry_at: list(message_ids)})
+
+    def progress(self, now: float, sent: Mapping[float, list[str]], acked: Mapping[float, list[str]]) -> None:
+        """`sent_many` and `acked_many` of several retry times (retry at -> message ids), in one transaction."""
         with self._db.write(durable=False) as tables:
-            tables.conn.executemany("DELETE FROM outbox WHERE id = ? AND keep = 'ack'", [(key,) for key in ids])
-            tables.conn.executemany(
-                "UPDATE outbox SET due = ?, error = '' WHERE id = ?", [(max(now, retry_at), key) for key in ids]
-            )
+            for retry_at, ids in sent.items():
+                tables.conn.executemany(_SENT, [(max(now, retry_at), message_id) for message_id in ids])
+            for retry_at, ids in acked.items():
+                tables.conn.executemany(_SETTLED, [(message_id,) for message_id in ids])
+                tables.conn.executemany(_ACKED, [(max(now, retry_at), message_id) for message_id in ids])
 
     def refused(self, message_id: str, reason: str, retry_at: float) -> None:
         """The broker said no: keep the reason and try again at `retry_at`."""
@@ -132,6 +135,10 @@ class Outbox(Ledger):
         """How many messages and payload bytes wait."""
         row = self._db.read("SELECT n, bytes FROM total WHERE name = 'outbox'")[0]
         return row["n"], row["bytes"]
+
+    def rows_free(self) -> int:
+        """How many more messages fit that wait for no verdict, as far as their number goes."""
+        return max(0, self._limits.outbox_rows_max - self.depth()[0])
 
     def resend_all(self, now: float) -> None:
         """Everything unsettled is due now: after a start, and after a reconnect that found no session.

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from edged.core.retention import EVICTABLE as EVICTABLE  # what may be deleted, in this order
+
 Json = dict[str, Any]
 Status = Literal["labelled", "unresolved", "rejected"]
 Keep = Literal["ack", "verdict"]
@@ -35,9 +37,8 @@ MOVES: Mapping[str, tuple[str, str]] = {
     "unclaim": ("claimed", "labelled"),
     "archive": ("used", "archived"),
 }
-# What may be deleted to make room, in this order. Never escalated, labelled or claimed: the training that needs them is
-# still to come. `unresolved` is last: somebody may yet label it.
-EVICTABLE: tuple[str, ...] = ("used", "archived", "rejected", "captured", "unresolved")
+# The states in which a sample has a label.
+LABELLED: tuple[str, ...] = ("labelled", "claimed", "used", "archived")
 
 
 class StoreError(Exception):
@@ -66,6 +67,11 @@ class StoreLimits:
     seen_max: int = 20_000
     requests_max: int = 10_000
     requests_bytes_max: int = 64 << 20  # of their texts
+    free_bytes_min: int = 0  # of the file system: samples never take the last of it
+    age_days: Mapping[str, float] = field(
+        default_factory=dict
+    )  # evictable state -> days since the capture; none: for ever
+    class_max: int = 0  # evictable samples that show the same label; 0: as many as there is room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +219,48 @@ class Evicted:
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """How full the store is. `full`: why nothing more is captured, or empty; `broken`: what damage was met since the
+    start, or empty."""
+
+    bytes: int
+    bytes_max: int
+    free: int  # of the file system
+    free_min: int
+    full: str
+    broken: str
+
+
+@dataclass(frozen=True, slots=True)
 class SweepReport:
     """What a start found and repaired."""
 
     temporary: int  # half-written files of a crash, removed
-    orphans: int  # blobs without a row, removed
+    orphans: int  # blobs without a row, removed or set aside
     missing: list[str]  # samples whose blob is gone, now rejected
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What `recover` made of a broken database. `lost`: reason -> samples; `states`: state -> samples taken over."""
+
+    file: str
+    samples: int = 0
+    already: int = 0  # were there from an earlier run, or captured again
+    states: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+    lost_ids: list[str] = field(default_factory=list)
+    requests: int = 0
+    damaged: int = 0  # rows and pages that are nothing any more
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """How many samples and blobs were looked at, and the blobs that are gone or not what their name says."""
+
+    samples: int
+    blobs: int
+    bad_blobs: list[str]
 
 
 # A message to send about a sample that just moved, or how to make it from the moved sample.

@@ -1,11 +1,12 @@
-"""The samples of the store: captured, labelled, claimed, used; what is swept at start and evicted when full."""
+"""The samples of the store: captured, labelled, claimed, used; what is swept at start."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -16,12 +17,10 @@ from edged.store.database import Database, Row
 from edged.store.outbox import Outbox, insert_message
 from edged.store.records import (
     CORRECTIONS,
-    EVICTABLE,
     IMPROVEMENTS,
     MOVES,
     VERDICTS,
     Announce,
-    Evicted,
     Json,
     Moved,
     NewSample,
@@ -34,6 +33,7 @@ from edged.store.records import (
     StoreLimits,
     SweepReport,
 )
+from edged.store.schema import rank
 
 if TYPE_CHECKING:
     from sqlite_utils import Database as Tables
@@ -41,13 +41,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NEW = tuple(field.name for field in fields(NewSample))
+_RANK = ("classes", "worth")  # what the order of giving up needs, see schema.rank
 _INSERT = "INSERT INTO sample ({}) VALUES ({})".format(
-    ", ".join(f'"{name}"' for name in _NEW), ", ".join("?" for _ in _NEW)
+    ", ".join(f'"{name}"' for name in _NEW + _RANK), ", ".join("?" for _ in _NEW + _RANK)
 )
 
 
 def _sample(row: Row, changed: bool = False) -> Sample:
     values = dict(row)
+    for name in _RANK:
+        del values[name]
     for name in ("prediction", "label", "provenance", "opinions", "evidence"):
         values[name] = json.loads(values[name]) if values[name] is not None else None
     return Sample(**values, changed=changed)
@@ -91,7 +94,9 @@ class Samples(Outbox):
                     self._blobs.write(sample.sha256, image)
                 self._insert(sample, escalation)
         except BaseException:
-            with suppress(StoreError):  # what stays is swept at the next start; the first error is the one to tell
+            with suppress(
+                StoreError, OSError
+            ):  # what stays is swept at the next start; the first error is the one to tell
                 self._blobs.remove(sample.sha256, self._has_blob)
             raise
 
@@ -109,6 +114,7 @@ class Samples(Outbox):
         values = [getattr(sample, name) for name in _NEW]
         for name in ("prediction", "evidence"):
             values[_NEW.index(name)] = json.dumps(getattr(sample, name))
+        values += rank(sample.state, sample.decision, sample.prediction, [])
         with self._db.write() as tables:
             if _find(tables, sample.id) is not None:
                 return
@@ -148,8 +154,16 @@ class Samples(Outbox):
                 return _sample(row)
             tables.execute(
                 "UPDATE sample SET state = ?, label = ?, provenance = ?, label_confidence = ?, label_reason = ?,"
-                " labelled = ?, opinions = CASE WHEN ? THEN ? ELSE opinions END WHERE id = ?",
-                (state, *verdict, now, len(opinions), json.dumps(list(opinions)), sample_id),
+                " classes = ?, worth = ?, labelled = ?, opinions = CASE WHEN ? THEN ? ELSE opinions END WHERE id = ?",
+                (
+                    state,
+                    *verdict,
+                    *rank(state, row["decision"], json.loads(row["prediction"]), label),
+                    now,
+                    len(opinions),
+                    json.dumps(list(opinions)),
+                    sample_id,
+                ),
             )
             return self._moved(tables, sample_id, announce, now)
 
@@ -185,11 +199,23 @@ class Samples(Outbox):
         rows = self._db.read("SELECT * FROM sample WHERE id = ?", (sample_id,))
         return _sample(rows[0]) if rows else None
 
-    def samples(self, state: str | None = None, limit: int = 100, offset: int = 0) -> list[Sample]:
-        """Samples in this state (None: in any), oldest first."""
-        where, values = ("WHERE state = ? ", [state]) if state is not None else ("", [])
-        sql = f"SELECT * FROM sample {where}ORDER BY captured, id LIMIT ? OFFSET ?"
-        return [_sample(row) for row in self._db.read(sql, [*values, limit, offset])]
+    def samples(
+        self, state: str | None = None, limit: int = 100, offset: int = 0, after: tuple[float, str] = (-math.inf, "")
+    ) -> list[Sample]:
+        """Samples in this state (None: in any), oldest first; `after` the (captured, id) of the last one of a page, the
+        next page, however many were added or deleted in between."""
+        where, values = ("state = ? AND ", [state]) if state is not None else ("", [])
+        sql = f"SELECT * FROM sample WHERE {where}(captured, id) > (?, ?) ORDER BY captured, id LIMIT ? OFFSET ?"
+        return list(self._whole(self._db.read(sql, [*values, *after, limit, offset])))
+
+    def _whole(self, rows: Iterable[Row]) -> Iterator[Sample]:
+        """One damaged row, which no check of SQLite's finds, does not hide the others."""
+        for row in rows:
+            try:
+                yield _sample(row)
+            except ValueError as error:
+                self.count("samples_unreadable")
+                log.error("sample %s: its row is damaged: %s", row["id"], error)
 
     def counts(self) -> dict[str, int]:
         """state -> number of samples."""
@@ -243,35 +269,17 @@ class Samples(Outbox):
         used: int = self._db.read("SELECT bytes FROM total WHERE name = 'blob'")[0]["bytes"]
         return used
 
-    def evict(self, bytes_wanted: int) -> Evicted:
-        """Delete samples, in the order of EVICTABLE and oldest first, until that many bytes are free."""
-        gone: list[str] = []
-        samples = freed = 0
-        with self._db.write() as tables:
-            for state in EVICTABLE:
-                rows = tables.execute(
-                    "SELECT id, sha256, bytes FROM sample WHERE state = ? ORDER BY captured, id", (state,)
-                )
-                for row in rows.fetchall() if freed < bytes_wanted else ():
-                    if freed >= bytes_wanted:
-                        break
-                    tables.execute("DELETE FROM sample WHERE id = ?", (row["id"],))
-                    samples += 1
-                    if not tables.execute("SELECT 1 FROM sample WHERE sha256 = ?", (row["sha256"],)).fetchone():
-                        tables.execute("DELETE FROM blob WHERE sha256 = ?", (row["sha256"],))
-                        gone.append(row["sha256"])
-                        freed += row["bytes"]
-        for sha256 in gone:  # after the commit: a crash in between leaves files that the next start sweeps
-            self._blobs.remove(sha256, self._has_blob)
-        self.count("samples_evicted", samples)
-        return Evicted(samples, freed)
-
-    def sweep(self) -> SweepReport:
-        """Repair what a crash left: call it at start, in the daemon only, before anything is captured."""
+    def sweep(self, aside: Path | None = None) -> SweepReport:
+        """Repair what a crash left: call it at start, in the daemon only, before anything is captured. Blobs without a row
+        are removed, or moved to the folder `aside`."""
         temporary = self._blobs.remove_temporary()
         sizes = self._blobs.sizes()
         known = {row["sha256"]: row["bytes"] for row in self._db.read("SELECT sha256, bytes FROM blob")}
-        orphans = sum(self._blobs.remove(sha256, self._has_blob) for sha256 in sizes.keys() - known.keys())
+        unknown = sizes.keys() - known.keys()
+        if aside is not None:
+            orphans = sum(self._blobs.move(sha256, aside) for sha256 in unknown)
+        else:
+            orphans = sum(self._blobs.remove(sha256, self._has_blob) for sha256 in unknown)
         lost = [sha256 for sha256, size in known.items() if sizes.get(sha256) != size]
         missing: list[str] = []
         if lost:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from edged.core.retention import classes, worth
+from edged.store.records import LABELLED, Json
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -109,7 +114,32 @@ def m004_evidence(db: Database) -> None:
     db.execute("ALTER TABLE sample ADD COLUMN evidence TEXT NOT NULL DEFAULT '{}'")
 
 
-MIGRATIONS = (m001_first_tables, m002_requests, m003_opinions, m004_evidence)
+# What the order of giving up needs, so that no pass parses JSON. `rowid` ends each index: of equals the older goes first.
+_RETENTION = """
+CREATE INDEX sample_worth ON sample (state, worth, captured);
+CREATE INDEX sample_classes ON sample (state, classes, worth, captured);
+"""
+
+
+def m005_retention(db: Database) -> None:
+    """What each sample shows and what it is worth for another training."""
+    db.execute("ALTER TABLE sample ADD COLUMN classes TEXT NOT NULL DEFAULT ''")
+    db.execute("ALTER TABLE sample ADD COLUMN worth INTEGER NOT NULL DEFAULT 0")
+    rows = db.execute("SELECT rowid, state, decision, prediction, label FROM sample")
+    db.conn.executemany(
+        "UPDATE sample SET classes = ?, worth = ? WHERE rowid = ?",
+        [(*rank(row[1], row[2], json.loads(row[3]), json.loads(row[4])), row[0]) for row in rows],
+    )
+    db.executescript(_RETENTION)
+
+
+def rank(state: str, decision: str, prediction: Sequence[Json], label: Sequence[Json]) -> tuple[str, int]:
+    """The columns `classes` and `worth` of a sample: by its label where it has one, else by what the model said."""
+    known = label if state in LABELLED else None
+    return classes(prediction if known is None else known), worth(decision, prediction, known)
+
+
+MIGRATIONS = (m001_first_tables, m002_requests, m003_opinions, m004_evidence, m005_retention)
 
 
 def migrate(db: Database) -> None:

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from edged.clock import SystemClock
-from edged.daemon import ask_status
 from edged.link import Inbound, Link, LinkOptions
 from edged.stamp import Stamp
+from edged.status_socket import ask_status
 from edged.wire import messages, topics
 from edged.wire.manifest import ReleaseRef
 from tests.system.broker import Broker
@@ -103,7 +103,11 @@ def responder_tables(folder: Path, name: str, broker: Broker, seed: Path) -> dic
 class Device:
     """`with Device(folder, tables) as device:` the process runs and has its model (where it has a seed)."""
 
-    def __init__(self, folder: Path, tables: dict[str, Any], *, ready: bool = True) -> None:
+    def __init__(
+        self, folder: Path, tables: dict[str, Any], *, ready: bool = True,
+        program: tuple[str | Path, ...] = (EDGED,), env: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self._program, self._env = program, env or {}
         self.state_dir = Path(tables["device"]["state_dir"])
         self.name: str = tables["device"]["id"]
         self.config = folder / f"{self.name}.toml"
@@ -117,7 +121,9 @@ class Device:
     def start(self) -> None:
         """Start the process and wait until it answers."""
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen([EDGED, "run", "-c", self.config], stdout=log, stderr=log, env=clean_env())
+            self.process = subprocess.Popen(
+                [*self._program, "run", "-c", self.config], stdout=log, stderr=log, env=clean_env() | self._env
+            )
         until(f"{self.name} answers\n{self.log()}", self.status)
         if self._ready:
             self.wait("its model is loaded", lambda status: all(m["active"] for m in status["models"].values()))

@@ -28,11 +28,13 @@ WORK = 256
 
 
 def planted_network(
-    path: Path, label: int = 0, *, products: int = 0, dark_fails: bool = False, blind_above: float = 1.0
-) -> None:
+    path: Path, label: int = 0, *, products: int = 0, dark_fails: bool = False, blind_above: float = 1.0,
+    dark_hangs: bool = False,
+) -> None:  # fmt: skip
     """A network that finds one box of class `label` with score 0.9 in the middle of every image, after `products` matrix
     products of useless work (-1: it never ends). `dark_fails`: a picture below a tenth of white gives NaN. `blind_above`: in
-    a picture with a mean above this share of white it finds nothing."""
+    a picture with a mean above this share of white it finds nothing. `dark_hangs`: below a tenth of white, and there alone,
+    the useless work never ends."""
     output = np.full((1, 4 + len(LABELS), 20), 0.01, dtype=np.float32)
     output[0, :4, 0] = 32, 32, 20, 20
     output[0, 4 + label, 0] = 0.9
@@ -53,7 +55,7 @@ def planted_network(
         numpy_helper.from_array(np.array([0, 1, 2, 3]), "axes"),
     ]
     last = "nothing"
-    if products:
+    if products or dark_hangs:
         turn = helper.make_graph(
             [
                 helper.make_node("MatMul", ["matrix", "matrix_in"], ["matrix_out"]),
@@ -70,7 +72,8 @@ def planted_network(
                 helper.make_tensor_value_info("matrix_out", TensorProto.FLOAT, [WORK, WORK]),
             ],
         )
-        turns = np.iinfo(np.int64).max if products < 0 else products
+        endless = np.iinfo(np.int64).max
+        turns = endless if products < 0 or dark_hangs else products
         constants += [
             numpy_helper.from_array(np.eye(WORK, dtype=np.float32), "matrix"),
             numpy_helper.from_array(np.array(turns, np.int64), "turns"),
@@ -78,9 +81,16 @@ def planted_network(
         ]
         nodes += [
             helper.make_node("Mul", ["nothing", "matrix"], ["first"]),
-            helper.make_node("Loop", ["turns", "go", "first"], ["product"], body=turn),
+            helper.make_node("Loop", ["dark_turns" if dark_hangs else "turns", "go", "first"], ["product"], body=turn),
             helper.make_node("ReduceMax", ["product"], ["last"], keepdims=0),
         ]
+        if dark_hangs:
+            constants.append(numpy_helper.from_array(np.array(products, np.int64), "light_turns"))
+            nodes[-2:-2] = [
+                helper.make_node("Less", ["above", "zero"], ["is_dark"]),
+                helper.make_node("Where", ["is_dark", "turns", "light_turns"], ["each_turns"]),
+                helper.make_node("ReduceMax", ["each_turns"], ["dark_turns"], keepdims=0),
+            ]
         last = "last"
     nodes.append(helper.make_node("Add", ["seen", last], ["output0"]))
     graph = helper.make_graph(
@@ -113,7 +123,8 @@ def calibration(sure: bool = True) -> Calibration:
 
 def make_release(
     folder: Path, release: str = "toy@1.0", label: int = 0, *, products: int = 0, dark_fails: bool = False,
-    blind_above: float = 1.0, sure: bool = True, golden_label: int | None = None, **manifest: Any,
+    blind_above: float = 1.0, sure: bool = True, golden_label: int | None = None, dark_hangs: bool = False,
+    **manifest: Any,
 ) -> ReleaseRef:  # fmt: skip
     """A whole release in `folder`. With `golden_label` its golden set expects another class than it answers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +138,10 @@ def make_release(
     assert isinstance(engine, Detector)
     roles |= write_detect_golden(folder, engine, [grey(PLAIN), grey(STRANGE)], 0.25)
     engine.close()
-    planted_network(folder / "model.onnx", label, products=products, dark_fails=dark_fails, blind_above=blind_above)
+    planted_network(
+        folder / "model.onnx", label, products=products, dark_fails=dark_fails, blind_above=blind_above,
+        dark_hangs=dark_hangs,
+    )  # fmt: skip
     return write_manifest(folder, build_manifest(folder, release, roles=roles, **plan))
 
 

@@ -16,7 +16,8 @@ from edged import images
 from edged.answers import Answers
 from edged.capture import Capture, Kept
 from edged.cases import Answer, Case, of_image
-from edged.config import WHOLE, MqttSource, Pipeline
+from edged.config import WHOLE, Pipeline
+from edged.config_sources import MqttSource
 from edged.core.breaker import LATE_MAX, State
 from edged.core.policy import Policy, judge
 from edged.core.tracks import Lost, Track
@@ -218,7 +219,7 @@ def test_a_full_store_is_said_and_is_no_question_without_an_answer(tmp_path: Pat
 
 
 def test_on_a_full_disk_answering_goes_on(bench: Bench) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise StorageFull("the disk is full")
 
     bench.store.set_value = full  # type: ignore[method-assign]

@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from edged import config
-from edged.config import ConfigError, DirectorySource, MqttSource, Settings, load
+from edged.config import ConfigError, Settings, load
+from edged.config_sources import DirectorySource, MqttSource
 from edged.core.policy import Policy
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "edged.example.toml"
@@ -95,7 +96,7 @@ def test_a_minimal_configuration_has_sensible_defaults(tmp_path: Path) -> None:
         (MINIMAL + "[pipelines.line.policy]\ntarget_risk = 2", "target_risk=2: must be a number between 0 and 1"),
         (MINIMAL + "[pipelines.line.policy]\ntarget_risk = 'low'", "target_risk='low': must be a number between"),
         (MINIMAL + "[pipelines.line.policy]\nescalate = 'no'", "escalate='no': must be true or false"),
-        (MINIMAL.replace("directory", "camera"), "'camera'"),
+        (MINIMAL.replace("directory", "pigeon"), "'pigeon'"),
         (MINIMAL.replace(', path = "/in"', ""), "FILE: pipelines.line.source.path is missing: add it"),
         ("[device\n", "FILE: not TOML: "),
     ],

@@ -15,15 +15,16 @@ from edged.answers import Answers
 from edged.beats import Beats
 from edged.capture import Capture
 from edged.cases import question
-from edged.config import MqttSource, Pipeline
+from edged.config import Pipeline
+from edged.config_sources import MqttSource
 from edged.core.policy import Policy
 from edged.engines.base import ChatMessage, Finished, GenerateRequest, Token
 from edged.link import TooLarge
 from edged.metrics import Window
 from edged.outgoing import Outgoing
 from edged.pace import Pace
-from edged.pipeline import Services
 from edged.prompts import PARTIAL_S, REFUSED_CHARS_MAX, Prompts
+from edged.services import Services
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Asked, Item, Unsure
 from edged.stamp import Stamp

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
-from edged.config import MqttSource, Responder
 from edged.config import Pipeline as PipelineConfig
+from edged.config import Responder
+from edged.config_sources import MqttSource
 from edged.core.tiers import HOPS_MAX, RETURN_SHARE, Beat, Presence
+from edged.in_hand import InHand
 from edged.link import Inbound
 from edged.metrics import Window
 from edged.outgoing import Outgoing
-from edged.pipeline import Pipeline, Services
+from edged.pipeline import Pipeline
 from edged.responders import FORWARDS_MAX, Responders
+from edged.services import Services
 from edged.slot import Slot
 from edged.sources import Asked, Unsure
 from edged.stamp import Stamp
@@ -75,7 +78,8 @@ class Middle:
     def pipeline(self) -> Pipeline:
         """One whose slot has no model: it takes no question."""
         unused = {field.name: lambda *_: None for field in fields(Services)}
-        known = {"store": self.store, "outgoing": self.outgoing, "clock": self.clock, "window": Window(0)}
+        known = {"store": self.store, "outgoing": self.outgoing, "clock": self.clock, "window": Window(0),
+                 "in_hand": InHand()}  # fmt: skip
         services = Services(**{**unused, **known})  # type: ignore[arg-type]
         return Pipeline("responder-line", PipelineConfig(slot="eye", source=MqttSource()), Slot("eye"), services)
 

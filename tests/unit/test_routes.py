@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from edged.config import MqttSource
 from edged.config import Pipeline as PipelineConfig
+from edged.config_sources import MqttSource
 from edged.core.tiers import Presence
 from edged.outgoing import Outgoing
 from edged.routes import Routes

@@ -75,7 +75,7 @@ def test_the_same_pixels_are_stored_once_and_live_until_the_last_sample_goes(sto
     store.capture(new_sample("b", image, "escalated"), image)
     assert store.evict(1).bytes == 0
     assert len(files(tmp_path)) == 1
-    assert store.sample("a") is None
+    assert store.sample("a") is not None  # without it nothing would be free
 
 
 def test_pixels_that_are_not_what_the_hash_says_are_refused(store: Store, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def test_a_damaged_database_is_named_with_the_fix(tmp_path: Path) -> None:
     (tmp_path / "edged.db").write_bytes(b"this is no database at all" * 100)
-    with pytest.raises(BrokenStore, match=r"edged\.db.*move the file away"):
+    with pytest.raises(BrokenStore, match=r"edged\.db.*edged samples recover"):
         Store(tmp_path)
 
 
