@@ -304,14 +304,16 @@ def test_cpu_time_stays_below_its_share_of_what_the_control_group_allows(
         assert status["limits"]["cpu"]["cores"] == 0.8
         feeder = Feeder(device.inbox)
         try:
-            until("items are answered", lambda: len(bus.of(Result)) >= 10, seconds=60)
+            device.wait("it slows down", lambda s: s["limits"]["share"] < 1, seconds=60)
+            answered = len(bus.of(Result))
+            until("it has settled", lambda: len(bus.of(Result)) >= answered + 30, seconds=60)
             before, began = psutil.Process(device.process.pid).cpu_times(), time.monotonic()
             time.sleep(15)
             after, ended = psutil.Process(device.process.pid).cpu_times(), time.monotonic()
         finally:
             feeder.stop()
         took = after.user + after.system - before.user - before.system
-        assert took / (ended - began) <= 0.8 * 0.5
+        assert took / (ended - began) <= 0.8 * 0.5 * 1.15, "what is measured and ruled is a window of some seconds"
         status = device.status() or {}
         assert status["limits"]["why"] == "cpu: limits.cpu_share = 0.5"
         assert status["limits"]["share"] < 1
