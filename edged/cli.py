@@ -40,6 +40,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Prove = Annotated[bool, typer.Option(help="Let each seed answer its golden inputs, which may take minutes.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"edged {version('edged')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
 def main() -> None:
     """Entry point of `edged`."""
     app()

@@ -42,7 +42,7 @@ from edged.sources.directory import DirectorySource
 from edged.stamp import Stamp
 from edged.status_socket import StatusSocket
 from edged.storage import StorageWatch
-from edged.store.integrity import open_store
+from edged.store.integrity import Opened, open_store
 from edged.told import Told
 from edged.updater import Updater
 from edged.within import within
@@ -84,10 +84,7 @@ class Daemon:
         releases = Releases(state / "releases")
         window = self.window = Window(clock.now())
         self.started, self.usage, self.metering = clock.now(), facts.Usage(clock), facts.Metering(self)
-        self.in_hand = InHand(
-            state / "in_hand", self.store,
-            say=lambda kind, text, **more: self.store.enqueue(outgoing.event(kind, text, **more), clock.now()),
-        )  # fmt: skip
+        self.in_hand = InHand(state / "in_hand", self.store, self._tell)
         self.slots = {name: self.make_slot(name) for name in settings.slots}
         inbox: queue.Queue[Any] = queue.Queue()
         self.link = connection.link(settings, outgoing, inbox)
@@ -118,31 +115,34 @@ class Daemon:
             post=inbox.put, report=self.control.report, say=self.control.say, retry_s=settings.host.fetch_retry_s,
             beats=self.beats, memory=memory,
         )  # fmt: skip
-        self._outgoing = outgoing
         self.sources: dict[str, Source] = {}  # by pipeline; one that takes requests has none
         for name in settings.pipelines:
             source = self.make_source(name, settings)
             if source is not None:
                 self.sources[name] = source
-        self._status = StatusSocket(state, self.status, self.beats)
+        self._watch(opened, config, notifier or Notifier())
+
+    def _watch(self, opened: Opened, config: Path | None, notifier: Notifier) -> None:
+        """The parts that look at the others: status, health, the service manager, a new configuration, the disk."""
+        self._status = StatusSocket(self.settings.device.state_dir, self.status, self.beats)
         self.serving = False  # everything has been started, and nothing was asked to end
-        self.problem_reports: list[Callable[[], Iterable[Problem]]] = []  # of parts that know themselves what is wrong
-        self.problem_reports.append(lambda: live.problems(dict(self.sources)))
+        self.storage = StorageWatch(opened, self.clock, self._tell)
+        # Of parts that know themselves what is wrong.
+        self.problem_reports: list[Callable[[], Iterable[Problem]]] = [
+            lambda: live.problems(dict(self.sources)), self.storage.problems,
+        ]  # fmt: skip
         self.vitals = Vitals(self)
-        self.herald = Herald(notifier or Notifier(), self.vitals.look, self.control.report)
+        self.herald = Herald(notifier, self.vitals.look, self.control.report)
         self.reloader = Reloader(config, self)
         self.control.health = lambda: self.vitals.look().document()
-        self.control.at_tick["reload"] = self.reloader.tick
-        self.storage = StorageWatch(
-            opened,
-            clock,
-            lambda kind, text, **more: self.store.enqueue(outgoing.event(kind, text, **more), clock.now()),
-        )
-        self.control.at_tick["storage"] = self.storage.tick
-        self.problem_reports.append(self.storage.problems)
+        self.control.at_tick |= {"reload": self.reloader.tick, "storage": self.storage.tick}
         self.left_running: list[str] = []  # threads that did not end in time: the process must be ended for them
         self.overdue: Callable[[], None] = lambda: None  # called when the end takes longer than DRAIN_S_MAX
         self._stop_asked, self._ended = threading.Event(), threading.Event()
+
+    def _tell(self, kind: str, text: str, **more: Any) -> None:
+        """An event for people; raises StoreError when it cannot be kept."""
+        self.store.enqueue(self.told.event(kind, text, **more), self.clock.now())
 
     def make_slot(self, name: str) -> Slot:
         """The slot `name`, empty."""
@@ -227,7 +227,7 @@ class Daemon:
             self.left_running.append(UPDATER)
         self.control.close_window()
         self.control.flush(FLUSH_S)
-        for address, payload in connection.announcements(self.settings, self._outgoing, "offline", {}):
+        for address, payload in connection.announcements(self.settings, self.told, "offline", {}):
             self.link.publish(address, payload)
         self.control.flush(0.3)
         self.link.stop()

@@ -180,10 +180,9 @@ class Pipeline:
         while not self.slot.wait(MODEL_WAIT_S):  # for the first model, which may be days away
             if self._must_stop():
                 raise SlotStopped(self.name)
-        with self.slot.lease() as loaded:
-            with self._in_hand.held(item, PREPARER):
-                prepared = loaded.detector.prepare(image)
-            self._hand_on(Ready(item, prepared, loaded.ref.sha256, corner))
+        with self.slot.lease() as loaded, self._in_hand.held(item, PREPARER):
+            ready = Ready(item, loaded.detector.prepare(image), loaded.ref.sha256, corner)
+        self._hand_on(ready)  # without the lease: a swap must not wait until the worker has room
 
     def _hand_on(self, ready: Ready) -> None:
         while not self._must_stop():

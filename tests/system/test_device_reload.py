@@ -182,7 +182,7 @@ def test_requests_of_a_pipeline_that_goes_are_answered_and_the_files_stay(
     make_release(tmp_path / "slow", "toy@1.0", products=HARD_WORK)
     configured = tables(tmp_path, "dev1", broker, tmp_path / "slow")
     with Device(tmp_path, configured) as device:
-        names = [f"{number}.png" for number in range(300)]  # more than are answered until the new file is loaded
+        names = [f"{number}.png" for number in range(120)]  # more than are answered until the new file is loaded
         image = base64.b64encode(picture()).decode()
         asked = [bus.ask("dev1", "ask", image=image) for _ in range(12)]
         put_pictures(device.inbox, names)

@@ -36,9 +36,9 @@ def settings(folder: Path, **tables: Any) -> Settings:
     return Settings(device=device, **tables)
 
 
-def look(folder: Path, now: float = NOW, **more: Any) -> Look:
+def look(folder: Path, now: float | None = None, **more: Any) -> Look:
     known = {key: more.pop(key) for key in ("config", "environment", "status", "proving") if key in more}
-    return Look(settings(folder, **more), now, **known)
+    return Look(settings(folder, **more), time.time() if now is None else now, **known)
 
 
 def levels(findings: Iterator[Finding]) -> list[tuple[str, str]]:
