@@ -6,17 +6,12 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from edged import cli_samples
-from edged.cli_profile import app as profile_app
-
-if TYPE_CHECKING:
-    from edged.config import Settings
-
-DEFAULT_CONFIG = Path("/etc/edged/edged.toml")
+from edged import cli_profile, cli_requests, cli_samples
+from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, settings_of, store_of
 
 app = typer.Typer(
     name="edged",
@@ -25,18 +20,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 samples_app = typer.Typer(help="The samples that this device keeps.", no_args_is_help=True)
-requests_app = typer.Typer(help="The language requests that this device answered.", no_args_is_help=True)
 models_app = typer.Typer(help="The releases on this device.", no_args_is_help=True)
 app.add_typer(samples_app, name="samples")
 cli_samples.register(samples_app)
 app.add_typer(models_app, name="models")
-app.add_typer(requests_app, name="requests")
-app.add_typer(profile_app, name="profile")
+app.add_typer(cli_requests.app, name="requests")
+app.add_typer(cli_profile.app, name="profile")
 
-Config = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (TOML).", envvar="EDGED_CONFIG")]
-Pipeline = Annotated[str | None, typer.Option("--pipeline", help="Only those of this pipeline.")]
-Since = Annotated[str | None, typer.Option("--since", help="Only those from this time on (ISO 8601, UTC if no zone).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Prove = Annotated[bool, typer.Option(help="Let each seed answer its golden inputs, which may take minutes.")]
 
 
@@ -59,20 +49,6 @@ def main() -> None:
     app()
 
 
-def _fail(text: str, status: int = 1) -> typer.Exit:
-    typer.echo(text, err=True)
-    return typer.Exit(status)
-
-
-def _settings(config: Path) -> Settings:
-    from edged import config as configuration
-
-    try:
-        return configuration.load(config)
-    except configuration.ConfigError as error:
-        raise _fail(str(error), 2) from None
-
-
 @app.command()
 def run(
     config: Config = DEFAULT_CONFIG,
@@ -91,13 +67,13 @@ def run(
     from edged.store import StoreError
 
     if log_format not in (None, *journal.FORMATS):
-        raise _fail(f"--log-format {log_format}: write one of {', '.join(journal.FORMATS)}", 2)
-    settings = _settings(config)
+        raise fail(f"--log-format {log_format}: write one of {', '.join(journal.FORMATS)}", 2)
+    settings = settings_of(config)
     journal.set_up("debug" if verbose else settings.log.level, log_format or settings.log.format)
     try:
         daemon = build(settings, config)
     except (AlreadyRunning, BadCredentials, StoreError, FetchError, OSError) as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     serve(daemon)
 
 
@@ -111,12 +87,12 @@ def status(
     from edged import status as screen
     from edged.status_socket import ask_status
 
-    state_dir = _settings(config).device.state_dir
+    state_dir, wrong = screen.whereabouts(config)
     problems: list[screen.Problem] = []
     for _ in screen.rounds(again=watch):
         answer = ask_status(state_dir)
         if answer is None:
-            raise _fail(screen.silence(state_dir, config), 3)
+            raise fail(wrong, 2) if wrong else fail(screen.silence(state_dir, config), 3)
         if as_json:
             typer.echo(json.dumps(answer, indent=2))
         else:
@@ -161,7 +137,7 @@ def diag(
     try:
         archive.write(path, parts, about)
     except OSError as error:
-        raise _fail(f"{path}: {error.strerror}; name another file with --output") from None
+        raise fail(f"{path}: {error.strerror}; name another file with --output") from None
     for name, data in parts.items():
         typer.echo(f"{len(data):>9} bytes  {name}")
     typer.echo(f"{path}: {path.stat().st_size} bytes; look through it before you send it")
@@ -189,9 +165,9 @@ def infer(
     """Answer one image, prompt or conversation with a slot's model, without the daemon; prints JSON. Exit status 1 when
     there is no whole answer."""
     if sum(given is not None for given in (image, prompt, messages)) != 1:
-        raise _fail("give exactly one of --image FILE, --prompt TEXT and --messages FILE", 2)
+        raise fail("give exactly one of --image FILE, --prompt TEXT and --messages FILE", 2)
     if image is not None and (schema or tokens_max or temperature or seed or stop or stream):
-        raise _fail("--image takes none of the options of language: leave them out", 2)
+        raise fail("--image takes none of the options of language: leave them out", 2)
     from edged import once
 
     def hear(piece: str) -> None:
@@ -204,9 +180,9 @@ def infer(
                 prompt, messages, schema, tokens_max=tokens_max, temperature=temperature, seed=seed,
                 stop=tuple(stop or ()),
             )  # fmt: skip
-        answer = once.answer(_settings(config), slot, image, request, release, hear if stream else None)
+        answer = once.answer(settings_of(config), slot, image, request, release, hear if stream else None)
     except once.CannotAnswer as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     typer.echo(json.dumps(answer, indent=None if stream else 2))
     if "error" in answer:
         raise typer.Exit(1)
@@ -222,7 +198,7 @@ def samples_list(
     """List samples: id, state, pipeline, release, confidence, reason, label."""
     from dataclasses import asdict
 
-    with _store(config) as store:
+    with store_of(config) as store:
         rows = store.samples(state, limit)
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
@@ -244,104 +220,21 @@ def why(
     """Why a sample was kept: what was seen, how sure that was, what the rule said, and what has become of it."""
     from edged.why import document, screen
 
-    with _store(config) as store:
+    with store_of(config) as store:
         found = store.sample(sample)
         listed = store.samples(limit=1)
     if found is None:
         example = f", for example {listed[0].id}" if listed else "; none is kept here yet"
-        raise _fail(f"no sample {sample!r} on this device: `edged samples list` shows the ids{example}")
+        raise fail(f"no sample {sample!r} on this device: `edged samples list` shows the ids{example}")
     typer.echo(json.dumps(document(found), indent=2) if as_json else "\n".join(screen(found)))
 
 
 @samples_app.command("counts")
 def samples_counts(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """How many samples are in which state."""
-    with _store(config) as store:
+    with store_of(config) as store:
         counts = store.counts()
     typer.echo(json.dumps(counts) if as_json else _counts(counts))
-
-
-def _store(config: Path) -> Any:
-    from contextlib import closing
-
-    from edged.store import Store, StoreError
-
-    folder = _settings(config).device.state_dir
-    if not (folder / "edged.db").is_file():
-        raise _fail(f"{folder}: no edged.db here yet; the daemon makes it on its first run")
-    try:
-        return closing(Store(folder))
-    except StoreError as error:
-        raise _fail(str(error)) from None
-
-
-@requests_app.command("list")
-def requests_list(
-    config: Config = DEFAULT_CONFIG,
-    pipeline: Pipeline = None,
-    since: Since = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most this many, newest first.")] = 100,
-    as_json: Json = False,
-) -> None:
-    """List language requests: id, outcome, pipeline, release, confidence, tokens, prompt."""
-    from dataclasses import asdict
-
-    start = _seconds(since)
-    with _store(config) as store:
-        rows = store.requests(limit, since=start, pipeline=pipeline)
-    if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
-        return
-    for row in rows:
-        sure = "-" if row.confidence is None else f"{row.confidence:.2f}"
-        asked = json.dumps(row.prompt or [turn["content"] for turn in row.messages], ensure_ascii=False)
-        typer.echo(
-            f"{row.id}  {row.outcome:<9} {row.pipeline} {row.adapter or row.release or '-'} p={sure} "
-            f"{row.prompt_tokens}+{row.answer_tokens} tokens  {asked[:60]}"
-        )
-    typer.echo(f"{len(rows)} requests", err=True)
-
-
-@requests_app.command("export")
-def requests_export(
-    file: Annotated[Path, typer.Argument(help="dataset.jsonl to write, replaced as a whole; - for standard output.")],
-    config: Config = DEFAULT_CONFIG,
-    pipeline: Pipeline = None,
-    since: Since = None,
-    as_json: Json = False,
-) -> None:
-    """Write the whole answers as examples for fine-tuning, oldest first: one JSON object a line with goal,
-    context_summary, plan, execution and summary."""
-    from edged import dataset
-    from edged.store import StoreLimits
-
-    start = _seconds(since)
-    with _store(config) as store:
-        rows = store.requests(StoreLimits().requests_max, since=start, pipeline=pipeline)
-        lines = dataset.lines(reversed(rows), store.sample)
-    if str(file) == "-":
-        sys.stdout.writelines(lines)
-    else:
-        try:
-            dataset.write(file, lines)
-        except OSError as error:
-            raise _fail(f"{file}: {error.strerror}; nothing was written") from None
-    summary = {"file": str(file), "written": len(lines), "left_out": len(rows) - len(lines)}
-    text = f"{file}: {len(lines)} examples; {len(rows) - len(lines)} requests have no whole answer"
-    typer.echo(json.dumps(summary) if as_json else text, err=str(file) == "-")
-
-
-def _seconds(since: str | None) -> float:
-    """Seconds since the epoch of an ISO 8601 time, in UTC unless it says otherwise."""
-    from datetime import UTC, datetime
-
-    if since is None:
-        return 0.0
-    try:
-        when = datetime.fromisoformat(since)
-    except ValueError:
-        raise _fail(f"--since {since!r}: no ISO 8601 time; write 2026-01-31 or 2026-01-31T12:00:00Z", 2) from None
-    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
 @models_app.command("list")
@@ -349,7 +242,7 @@ def models_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """List the releases on this device's disk, verified against their hashes."""
     from edged.releases import BadRelease, Releases, reference, verify
 
-    releases = Releases(_settings(config).device.state_dir / "releases")
+    releases = Releases(settings_of(config).device.state_dir / "releases")
     rows: list[dict[str, Any]] = []
     for folder in releases.candidates():
         try:
@@ -382,7 +275,7 @@ def models_verify(folder: Annotated[Path, typer.Argument(help="Release folder.")
         verify(folder, ref)
         proof = prove(folder, EngineOptions(), 120)
     except (BadRelease, ProveFailed) as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     typer.echo(f"{ref.release}: every file matches its hash; {proof.golden} golden inputs answered as promised")
 
 
@@ -397,5 +290,5 @@ def schema(
     if topic is not None:
         schemas = {name: body for name, body in schemas.items() if topic in name}
         if not schemas:
-            raise _fail(f"no topic contains {topic!r}; known: {', '.join(json_schema())}", 2)
+            raise fail(f"no topic contains {topic!r}; known: {', '.join(json_schema())}", 2)
     typer.echo(json.dumps(schemas, indent=2))

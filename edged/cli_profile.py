@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edged.cli_options import Json, fail
+
 if TYPE_CHECKING:
     from edged.core.detect import Choice, Facts
     from edged.profiles import Profile
 
 app = typer.Typer(help="What edged knows about kinds of devices.", no_args_is_help=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-
-
-def _fail(text: str, status: int = 1) -> typer.Exit:
-    typer.echo(text, err=True)
-    return typer.Exit(status)
 
 
 @app.command("list")
@@ -57,7 +52,7 @@ def profile_show(
         profile = profiles.find(name)
         path = profiles.path_of(name)
     except profiles.ProfileError as error:
-        raise _fail(str(error), 2) from None
+        raise fail(str(error), 2) from None
     if as_json:
         typer.echo(json.dumps({"path": str(path), **profile.model_dump(mode="json")}, indent=2))
     else:
@@ -82,7 +77,7 @@ def profile_detect(
     elif choice.name is not None:
         _screen(choice, profiles.find(choice.name), facts)
     if choice.name is None:
-        raise _fail(profiles.no_fit(choice, facts))
+        raise fail(profiles.no_fit(choice, facts))
 
 
 def _screen(choice: Choice, profile: Profile, facts: Facts) -> None:

@@ -11,29 +11,13 @@ from typing import Annotated
 
 import typer
 
-DEFAULT_CONFIG = Path("/etc/edged/edged.toml")
-Config = Annotated[Path, typer.Option("--config", "-c", help="Configuration file (TOML).", envvar="EDGED_CONFIG")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, settings_of
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `edged samples`."""
     app.command("recover")(recover)
     app.command("verify")(verify)
-
-
-def _fail(text: str, status: int = 1) -> typer.Exit:
-    typer.echo(text, err=True)
-    return typer.Exit(status)
-
-
-def _folder(config: Path) -> Path:
-    from edged import config as configuration
-
-    try:
-        return configuration.load(config).device.state_dir
-    except configuration.ConfigError as error:
-        raise _fail(str(error), 2) from None
 
 
 @contextmanager
@@ -46,7 +30,7 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
     except BlockingIOError:
-        raise _fail(f"edged runs with state_dir {folder}: stop it first, for example `systemctl stop edged`") from None
+        raise fail(f"edged runs with state_dir {folder}: stop it first, for example `systemctl stop edged`") from None
 
 
 def recover(
@@ -62,11 +46,11 @@ def recover(
     from edged.store import Store, StoreError
     from edged.store.recover import wanted
 
-    folder = _folder(config)
+    folder = settings_of(config).device.state_dir
     if file is not None and not file.is_file():
-        raise _fail(f"{file}: no such file; set-aside databases are {folder}/edged.db.broken-*", 2)
+        raise fail(f"{file}: no such file; set-aside databases are {folder}/edged.db.broken-*", 2)
     if not folder.is_dir():
-        raise _fail(f"{folder}: no such folder; the daemon makes it on its first run")
+        raise fail(f"{folder}: no such folder; the daemon makes it on its first run")
     files = list(wanted(folder, file))
     reports = []
     try:
@@ -74,7 +58,7 @@ def recover(
             for each in files:
                 reports.append(store.recover(each, time.time()))
     except (StoreError, OSError) as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     if as_json:
         typer.echo(json.dumps([asdict(report) for report in reports], indent=2))
     for report in reports if not as_json else ():
@@ -98,9 +82,9 @@ def verify(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """Read every page of the database and every blob, also while the daemon runs. Exit status 1 when something is wrong."""
     from edged.store import BrokenStore, Store, StoreError
 
-    folder = _folder(config)
+    folder = settings_of(config).device.state_dir
     if not (folder / "edged.db").is_file():
-        raise _fail(f"{folder}: no edged.db here yet; the daemon makes it on its first run")
+        raise fail(f"{folder}: no edged.db here yet; the daemon makes it on its first run")
     damage, samples, blobs, bad = "", 0, 0, []
     try:
         with closing(Store(folder, check="quick")) as store:
@@ -109,7 +93,7 @@ def verify(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     except BrokenStore as error:
         damage = str(error)
     except StoreError as error:
-        raise _fail(str(error)) from None
+        raise fail(str(error)) from None
     if as_json:
         typer.echo(json.dumps({"damage": damage, "samples": samples, "blobs": blobs, "bad_blobs": bad}, indent=2))
     else:

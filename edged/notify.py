@@ -163,7 +163,7 @@ class Herald:
         say: list[str] = []
         if self.phase is Phase.STARTING and health.ready:
             self.phase = Phase.SERVING
-            log.info("ready: %s", health.summary)
+            log.info("%s", health.summary)
             say.append("READY=1")
         if self.phase is not Phase.STOPPING and health.summary != self._said:
             say.append(self._status(health.summary))

@@ -32,6 +32,24 @@ class Problem:
     fix: str
 
 
+def whereabouts(config: Path) -> tuple[Path, str]:
+    """The state folder that a configuration names, and what is wrong with the file: a daemon may run on with what it
+    said before."""
+    import tomllib
+
+    from edged.config import ConfigError, Device, load
+
+    try:
+        return load(config).device.state_dir, ""
+    except ConfigError as error:
+        wrong = str(error)
+    try:
+        named = os.environ.get("EDGED_DEVICE__STATE_DIR") or tomllib.loads(config.read_text())["device"]["state_dir"]
+        return Path(named), wrong
+    except (OSError, ValueError, KeyError, TypeError):
+        return Path(Device.model_fields["state_dir"].default), wrong
+
+
 def problems(status: Document) -> list[Problem]:
     """Everything that a person should look at: what the daemon says of itself, and what its figures say."""
     health = status.get("health") or {}

@@ -200,6 +200,23 @@ def test_scripts_see_by_the_exit_status(config: Path, answer: dict[str, Any]) ->
     assert (done.exit_code, json.loads(done.stdout)["broker"]) == (1, "connection refused")
 
 
+@pytest.mark.parametrize("spoilt", ["[broker]\nport = 'no'\n", "[pipelines.line]\n"])
+def test_a_daemon_that_runs_on_with_the_old_file_is_found_beside_a_spoilt_one(
+    config: Path, answer: dict[str, Any], spoilt: str
+) -> None:
+    config.write_text(config.read_text() + spoilt)
+    assert "cam-07" in edged(config).stdout
+    answer["broker"] = "connection refused"
+    assert edged(config).exit_code == 1
+
+
+def test_a_spoilt_file_without_a_daemon_is_what_is_wrong(config: Path) -> None:
+    config.write_text(config.read_text() + "[pipelines.line]\n")
+    done = edged(config)
+    assert done.exit_code == 2
+    assert "pipelines.line.slot is missing: add it" in done.stderr
+
+
 def test_no_daemon_is_said_with_the_fix(config: Path) -> None:
     done = edged(config)
     assert (done.exit_code, done.stdout) == (3, "")
