@@ -140,20 +140,26 @@ def test_who_does_not_want_to_wait_any_longer_gets_the_local_text(
         assert device.signal(signal.SIGTERM) == 0
 
 
+def put(bus: Bus, prompt: str) -> Verdict:
+    """The verdict on a question of another device to the tier `top`, which carries `prompt`."""
+    alive(bus, "top")
+    stamp = bus.stamp()
+    question = Escalation(
+        **stamp, sample="s1", pipeline="chat", task="generate", release="x@1.0", reason="unsure", confidence=0.1,
+        prompt=prompt, sha256=hashlib.sha256(prompt.encode()).hexdigest(), label_by=stamp["ts"] + 60, origin="dev9",
+    )  # fmt: skip
+    bus.say(topics.ESCALATION(site=SITE, dev="dev9", tier="top", task="generate"), question)
+    (verdict,) = until("a verdict", lambda: bus.of(Verdict))
+    return verdict
+
+
 @pytest.mark.parametrize("spoilt", ["not JSON", '{"stop": 7}'])
 def test_a_question_that_is_no_prompt_is_rejected(
     tmp_path: Path, broker: Broker, bus: Bus, phi: dict[str, Path], spoilt: str
 ) -> None:
     top = responder(tmp_path, "top1", broker, speaker(tmp_path, phi, "large@1.0", SURE), "top")
     with Device(tmp_path, top) as device:
-        alive(bus, "top")
-        stamp = bus.stamp()
-        question = Escalation(
-            **stamp, sample="s1", pipeline="chat", task="generate", release="x@1.0", reason="unsure", confidence=0.1,
-            prompt=spoilt, sha256=hashlib.sha256(spoilt.encode()).hexdigest(), label_by=stamp["ts"] + 60, origin="dev9",
-        )  # fmt: skip
-        bus.say(topics.ESCALATION(site=SITE, dev="dev9", tier="top", task="generate"), question)
-        (verdict,) = until("a verdict", lambda: bus.of(Verdict))
+        verdict = put(bus, spoilt)
         assert verdict.status == "rejected"
         assert "prompt" in verdict.reason
         device.counted("escalations_corrupt")
@@ -164,14 +170,7 @@ def test_a_prompt_over_the_responders_context_is_left_to_somebody_else(
 ) -> None:
     make_babbler(tmp_path / "babbler")
     with Device(tmp_path, responder(tmp_path, "top1", broker, tmp_path / "babbler", "top")) as device:
-        alive(bus, "top")
-        stamp, prompt = bus.stamp(), json.dumps({"generation_prompt": "word " * 20_000})
-        question = Escalation(
-            **stamp, sample="s1", pipeline="chat", task="generate", release="x@1.0", reason="unsure", confidence=0.1,
-            prompt=prompt, sha256=hashlib.sha256(prompt.encode()).hexdigest(), label_by=stamp["ts"] + 60, origin="dev9",
-        )  # fmt: skip
-        bus.say(topics.ESCALATION(site=SITE, dev="dev9", tier="top", task="generate"), question)
-        (verdict,) = until("a verdict", lambda: bus.of(Verdict))
+        verdict = put(bus, json.dumps({"generation_prompt": "word " * 20_000}))
         assert verdict.status == "unresolved"
         assert "context" in verdict.reason
         device.counted("escalations_unsuitable")
