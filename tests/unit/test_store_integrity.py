@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sqlite3
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -382,7 +383,7 @@ def test_no_bytes_make_the_reader_of_records_do_anything_but_refuse(content: byt
     try:
         record(content)
         varint(content, 0)
-    except (Damaged, IndexError, ValueError, __import__("struct").error):
+    except (Damaged, IndexError, ValueError, struct.error):
         pass
 
 
