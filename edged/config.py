@@ -104,6 +104,8 @@ class Broker(Section):
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    bulk_certificate: Path | None = None  # for `{device}~blk`, the second connection, which carries blocks of files
+    bulk_key: Path | None = None
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
     session_expiry_s: Annotated[int, Field(ge=0, le=30 * 86400)] = 86400
     reconnect_s_max: Annotated[int, Field(ge=1, le=3600)] = 60
@@ -188,6 +190,22 @@ class Host(Section):
     url: str | None = None
     carrier: Literal["https"] = "https"  # what brings releases here and samples there
     fetch_retry_s: Seconds = 10.0
+
+
+class Trust(Section):
+    """Whose releases this device accepts: `root` is the TUF root that it was enrolled with.
+
+    `unsigned`: without a root, take whatever desired state names, pinned by its hash alone.
+    """
+
+    root: Path | None = None
+    unsigned: bool = False
+
+    @model_validator(mode="after")
+    def _either(self) -> Trust:
+        if self.root is not None and self.unsigned:
+            raise ValueError("root and unsigned = true: a device that has a root accepts nothing unsigned; remove one")
+        return self
 
 
 class Store(Section):
@@ -291,6 +309,7 @@ class Settings(BaseSettings):
     device: Device
     broker: Broker = Broker()
     host: Host = Host()
+    trust: Trust = Trust()
     store: Store = Store()
     delivery: Delivery = Delivery()
     limits: Limits = Limits()
