@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 TRAINER := build/venv-trainer/bin
 
-.PHONY: help setup deb demo test test-long soak lint types imports unit clean
+.PHONY: help setup deb demo test test-long soak crash lint types imports unit clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,10 @@ test-long: setup ## the tests that take minutes: the demo at a reduced size and 
 
 soak: setup ## 20 minutes of mixed load and disturbances; its report is docs/soak.md; options: make soak ARGS="--minutes 2"
 	@$(TRAINER)/python -m bench.soak $(ARGS)
+
+crash: setup ## kill a working device 200 times, its broker too, on a full disk and under a wrong clock; ARGS="--kills 20"
+	@packaging/setup.sh tests
+	@$(TRAINER)/python -m bench.crash $(ARGS)
 
 lint: setup
 	$(TRAINER)/ruff check .

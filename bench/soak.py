@@ -33,7 +33,7 @@ from edged.engines.host import MODULE
 from edged.releases import reference
 from edged.wire.messages import Result
 from tests.support.device import Bus, Device, merged, responder_tables, tables, toml
-from tests.support.files import FileServer, file_server
+from tests.support.files import file_server
 from tests.support.hosted import clerk
 from tests.support.models import make_release
 from tests.system.broker import Broker
@@ -57,7 +57,6 @@ class Rig:
     broker: Broker
     bus: Bus
     device: Device
-    files: FileServer
     releases: list[Path]
     plan: dict[str, Any]
     load: Load
@@ -187,8 +186,8 @@ class Rig:
         return [key for key in self.load.open if not self.was_deaf(self.load.requests[key].first)]
 
 
-def account(rig: Rig) -> tuple[dict[str, int], list[str]]:
-    """What came out, and everything that is wrong about it."""
+def came_out(rig: Rig) -> tuple[dict[str, int], dict[str, int]]:
+    """What came out, and how often each thing that must not be was found."""
     load, inbox, status = rig.load, rig.device.inbox, rig.device.status()
     assert status is not None
     done, rejected = ({path.name for path in (inbox / name).iterdir()} for name in ("done", "rejected"))
@@ -201,30 +200,36 @@ def account(rig: Rig) -> tuple[dict[str, int], list[str]]:
     silent = set(load.files) - results.keys()
     unheard = {name for name in silent if rig.was_deaf(settled.get(name, 0.0))}
     good = {name for name in load.files if name.endswith("-good.png")}
-    counters, samples = status["counters"], status["samples"]
-    twice = {"results": sum(len(ids) > 1 for ids in results.values()),
-             # What is refused is refused again when it is sent again.
-             "replies": sum(len(errors) > 1 and not all(errors.values()) for errors in load.replies.values())}  # fmt: skip
+    samples = status["samples"]
     wrong = {
         "files that are nowhere": len(set(load.files) - done - rejected),
         "files that are in two places": len(done & rejected),
         "good files that were rejected": len(good & rejected),
         "bad files that were not": len((set(load.files) - good) & done),
         "files without a result": len(silent - unheard),
-        "files with two results": twice["results"],
+        "files with two results": sum(len(ids) > 1 for ids in results.values()),
         "requests without a reply": len(rig.unanswered()),
-        "requests with two replies": twice["replies"],
+        # One that was refused may be sent again, refused again, and answered then.
+        "requests with two answers": sum(list(errors.values()).count("") > 1 for errors in load.replies.values()),
         "questions without a label": samples.get("escalated", 0) + samples.get("unresolved", 0),
         "messages left in the outbox": status["outbox"]["messages"],
-        **{f"counter {name}": counters.get(name, 0) for name in (
-            "pipeline_faults", "control_faults", "updater_faults", "store_errors", "messages_dropped", "outbox_buried",
-            "outbox_expired", "samples_not_kept", "updates_failed", "updates_reverted", "engine_ends",
-        )},
-    }  # fmt: skip
+    }
     out = {"files done": len(done), "files rejected": len(rejected), "results heard": len(results),
            "replies heard": len(load.replies), "results said while the broker or the listener was away": len(unheard),
            "replies likewise": len(load.open) - len(rig.unanswered()), "samples labelled": samples.get("labelled", 0),
-           "swaps asked for": counters.get("updates_desired", 0)}  # fmt: skip
+           "swaps asked for": status["counters"].get("updates_desired", 0)}  # fmt: skip
+    return out, wrong
+
+
+def account(rig: Rig) -> tuple[dict[str, int], list[str]]:
+    """What came out, and everything that is wrong about it."""
+    out, wrong = came_out(rig)
+    status = rig.device.status()
+    assert status is not None
+    wrong |= {f"counter {name}": status["counters"].get(name, 0) for name in (
+        "pipeline_faults", "control_faults", "updater_faults", "store_errors", "messages_dropped", "outbox_buried",
+        "outbox_expired", "samples_not_kept", "updates_failed", "updates_reverted", "engine_ends",
+    )}  # fmt: skip
     return out, [f"{name}: {count}" for name, count in wrong.items() if count]
 
 
@@ -277,10 +282,10 @@ def soak(minutes: float, folder: Path, say: Callable[[str], None]) -> tuple[dict
         device = stack.enter_context(Device(folder, plan))
         bus.online("dev1")
         load = Load(bus, "dev1", device.inbox, random.Random(7))
-        rig = Rig(broker, bus, device, files, releases, plan, load, time.monotonic(), minutes * 60)
+        rig = Rig(broker, bus, device, releases, plan, load, time.monotonic(), minutes * 60)
         rig.run(say)
         rig.settle()
-        came_out, failures = account(rig)
+        out, failures = account(rig)
         found = trends(rig.readings, rig.seconds)
         failures += [
             f"{name} rises by {t.rise:.1f}, {t.allowed:g} is allowed" for name, t in found.items() if not t.flat
@@ -291,7 +296,7 @@ def soak(minutes: float, folder: Path, say: Callable[[str], None]) -> tuple[dict
             "passed": not failures, "failures": failures, "minutes": minutes, "camera": camera,
             "machine": f"{platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}",
             "trends": {name: {**asdict(t), "flat": t.flat} for name, t in found.items()},
-            "put_in": dict(sorted(load.put_in.items())), "came_out": came_out,
+            "put_in": dict(sorted(load.put_in.items())), "came_out": out,
             "disturbed": dict(sorted(Counter(what.partition(" to ")[0] for _, what in rig.events).items())),
             "counters": {name: count for name, count in status["counters"].items() if count},
         }  # fmt: skip

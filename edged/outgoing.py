@@ -6,10 +6,11 @@ import base64
 from typing import Any, Literal
 
 from edged.engines.base import Detections
-from edged.sources import Asked, Unsure
+from edged.sources import Asked, Item, Unsure
 from edged.stamp import Stamp
 from edged.store import NewSample, OutboxMessage, Sample
 from edged.wire import messages, topics
+from edged.wire.ids import derived
 from edged.wire.messages import Box, Label, Message, Opinion, Text, label_of
 from edged.wire.topics import Address
 
@@ -70,15 +71,22 @@ class Outgoing:
             message.id, address.topic, address.qos, address.retain, expires, messages.encode(message), **kept
         )
 
-    def result(self, pipeline: str, **fields: Any) -> OutboxMessage:
-        """An answered item, for whoever listens; durable, so it outlives a day without a broker."""
+    def result(self, pipeline: str, item: Item, **fields: Any) -> OutboxMessage:
+        """An answered item, for whoever listens; durable, so it outlives a day without a broker.
+
+        Its id follows from the item: an item that is answered again after a crash has the same result to a receiver."""
         address = topics.RESULT(site=self.site, dev=self.device, pipeline=pipeline).expiring(topics.DAY_S)
-        return self.message(address, messages.Result(**self.stamp(), pipeline=pipeline, **fields))
+        stamp = self.stamp() | {"id": derived(item.id, f"result of {pipeline}")}
+        return self.message(address, messages.Result(**stamp, pipeline=pipeline, item=item.name, **fields))
 
     def reply(self, request: str, **fields: Any) -> OutboxMessage:
-        """The answer to an InferRequest."""
+        """The answer to an InferRequest. That of a request that is answered again after a crash is the same to a receiver; a
+        refusal is one of its own, because the request may be sent again and answered."""
         address = topics.REPLY(site=self.site, dev=self.device, id=request)
-        return self.message(address, messages.InferReply(**self.stamp(), request=request, **fields))
+        stamp = self.stamp()
+        if not fields.get("error"):
+            stamp |= {"id": derived(request, "reply")}
+        return self.message(address, messages.InferReply(**stamp, request=request, **fields))
 
     def command_state(
         self, kind: str, command: str, state: Literal["accepted", "done", "failed"], reason: str, detail: dict[str, Any]

@@ -313,7 +313,7 @@ class Pipeline:
         if self.config.results == "durable":
             self._enqueue(
                 s.outgoing.result(
-                    self.name, item=item.name, **local, decision=decision.action, reason=decision.reason,
+                    self.name, item, **local, decision=decision.action, reason=decision.reason,
                     sample=kept.sample, suppressed=kept.suppressed or None, latency_ms=answer.latency_ms,
                 )
             )  # fmt: skip
@@ -383,7 +383,7 @@ class Pipeline:
             prompt = (item.prompt and item.prompt.prompt) or None
             self._enqueue(s.outgoing.reply(item.request, error=reason, generation_prompt=prompt, release=release))
         elif self.config.results == "durable":
-            refusal = s.outgoing.result(self.name, item=item.name, release=release or "none", confidence=0.0,
+            refusal = s.outgoing.result(self.name, item, release=release or "none", confidence=0.0,
                                         decision="accept", error=reason)  # fmt: skip
             self._enqueue(refusal)
         item.settle(reason)

@@ -118,12 +118,16 @@ class Device:
         self._ready = ready
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start the process and wait until it answers."""
+    def spawn(self) -> None:
+        """Start the process."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._program, "run", "-c", self.config], stdout=log, stderr=log, env=clean_env() | self._env
             )
+
+    def start(self) -> None:
+        """Start the process and wait until it answers."""
+        self.spawn()
         until(f"{self.name} answers\n{self.log()}", self.status)
         if self._ready:
             self.wait("its model is loaded", lambda status: all(m["active"] for m in status["models"].values()))

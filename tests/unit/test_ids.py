@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edged.wire.ids import uuid7
+from edged.wire.ids import derived, uuid7
 
 times = st.integers(0, (1 << 48) - 1)
 entropies = st.binary(min_size=10, max_size=10)
@@ -37,3 +37,19 @@ def test_the_example_of_the_rfc() -> None:
 def test_what_does_not_fit_is_refused(unix_ms: int, entropy: bytes) -> None:
     with pytest.raises(ValueError, match="uuid7: "):
         uuid7(unix_ms, entropy)
+
+
+@given(times, entropies, st.text(max_size=20), st.text(max_size=20))
+def test_what_is_derived_is_the_same_every_time_and_as_old_as_its_source(
+    unix_ms: int, entropy: bytes, what: str, other: str
+) -> None:
+    source = uuid7(unix_ms, entropy)
+    found = uuid.UUID(derived(source, what))
+    assert (found.version, found.int >> 80) == (7, unix_ms)
+    assert str(found) == derived(source, what) != source
+    assert (derived(source, other) == str(found)) == (what == other)
+
+
+@given(st.text(max_size=40))
+def test_anything_can_be_the_source(source: str) -> None:
+    assert uuid.UUID(derived(source, "reply")).version == 7

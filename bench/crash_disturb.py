@@ -1,0 +1,90 @@
+"""What disturbs a device from outside beside a kill: a file system that is full, a clock that jumps."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from types import TracebackType
+
+DISK_MIB = 48
+LEFT_BYTES_MAX = 192 << 10  # what a full disk has left
+JUMPS_S = (10.0, 300.0, 3600.0, 86400.0, 2 * 86400.0)
+FAKETIME = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
+
+
+class CannotDisturb(Exception):
+    """This machine cannot do it; the message says what it said."""
+
+
+class Disk:
+    """`with Disk(folder):` a small file system of its own at `folder`, which `fill` fills up."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.filled = 0
+
+    def __enter__(self) -> Disk:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m,mode=700", "edged-crash", self._folder],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise CannotDisturb(f"no small file system can be mounted: {done.stderr.strip()}")
+        return self
+
+    def fill(self, chance: random.Random) -> None:
+        """Leave some kilobytes; every other time, make room again."""
+        ballast = self._folder / "ballast"
+        if ballast.exists():
+            ballast.unlink()
+            return
+        self.filled += 1
+        free = shutil.disk_usage(self._folder).free - chance.randrange(LEFT_BYTES_MAX)
+        with ballast.open("wb") as file:
+            while free > 0:
+                try:
+                    free -= file.write(bytes(min(free, 1 << 20)))
+                except OSError:  # the device was faster
+                    return
+
+    def free(self) -> None:
+        """Make room for good."""
+        (self._folder / "ballast").unlink(missing_ok=True)
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        subprocess.run(["umount", "--lazy", self._folder], check=False, capture_output=True)
+
+
+class Clock:
+    """The wall clock of whoever runs with `env`; the monotonic one goes on as ever."""
+
+    def __init__(self, file: Path, chance: random.Random) -> None:
+        library = next((str(path) for pattern in FAKETIME for path in sorted(Path("/").glob(pattern[1:]))), None)
+        if library is None:
+            raise CannotDisturb("libfaketime is missing: packaging/setup.sh tests, or apt-get install faketime")
+        self._file, self._chance = file, chance
+        self.jumps = 0
+        self.env = {
+            "LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_RESET": "1",
+        }  # fmt: skip
+        self._write(0.0)
+
+    def _write(self, offset_s: float) -> None:
+        beside = self._file.with_name(self._file.name + ".new")
+        beside.write_text(f"{offset_s:+.0f}s\n")
+        beside.replace(self._file)
+
+    def jump(self) -> None:
+        """To another time, earlier or later."""
+        self.jumps += 1
+        self._write(self._chance.choice((-1, 1)) * self._chance.choice(JUMPS_S))
+
+    def right(self) -> None:
+        """To what everybody else has."""
+        self._write(0.0)
