@@ -253,7 +253,7 @@ class Control:
         again, self._retry = self._retry, []
         for message in again:
             self._handle(message)
-        self._questions.tick(now)
+        self._questions.tick()
         self._responding.tick()
         if self._routes.changed():  # who was to answer is gone, and somebody else could
             self._store.resend_all(now)

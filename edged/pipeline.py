@@ -338,7 +338,7 @@ class Pipeline:
         """Keep whoever asked for the item waiting; `reply` is the local answer, for when it is late."""
         assert item.request is not None
         wanted = item.prompt.halt if item.prompt else lambda: ""
-        answer_by = self._s.clock.now() + self.config.answer_by_s
+        answer_by = self._s.clock.monotonic() + self.config.answer_by_s
         self._s.wait(item.id, Waiting(item.request, reply, answer_by, item.settle, corner, wanted))
 
     def _say_too_large(self, name: str, size: int) -> None:

@@ -96,10 +96,11 @@ class Questions:
             decided = _decided(verdict.label, verdict.confidence, verdict.provenance)
         self._answer(verdict.sample, decided)
 
-    def tick(self, now: float) -> None:
+    def tick(self) -> None:
         """Who waited long enough gets the local answer; where nobody answers, nobody is kept waiting from then on."""
+        now = self._clock.monotonic()
         for name, pipeline in self._pipelines.items():
-            self._on_breaker(name, pipeline.answers.tick(self._clock.monotonic()))
+            self._on_breaker(name, pipeline.answers.tick(now))
         for sample in [sample for sample, w in self._waiting.items() if w.answer_by <= now or w.wanted()]:
             self._answer(sample, {})
 

@@ -42,7 +42,8 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Somebody waits for the answer to `request`: the verdict on its sample, or the local `reply` from `answer_by` on."""
+    """Somebody waits for the answer to `request`: the verdict on its sample, or the local `reply` from `answer_by` (of the
+    monotonic clock) on."""
 
     request: str
     reply: dict[str, Any]

@@ -113,7 +113,7 @@ class Bench:
 
     def wait(self, sample: str, seconds: float) -> None:
         reply = {"confidence": 0.2, "release": "toy@1.0", "decided_by": "dev1"}
-        self.control.wait(sample, Waiting(f"r-{sample}", reply, self.clock.now() + seconds, self.settled.append))
+        self.control.wait(sample, Waiting(f"r-{sample}", reply, self.clock.monotonic() + seconds, self.settled.append))
 
     def replies(self) -> dict[str, InferReply]:
         self.link.free = 100
@@ -237,7 +237,7 @@ def test_a_text_reaches_whoever_waits_in_the_place_of_the_local_one(bench: Bench
     bench.capture("s1", task="generate")
     local = {"generated_response": "abd", "generation_prompt": "spell", "doubt": "unsure", "finish_reason": "stop",
              "adapter": "p-terse@1.0", "answer_tokens": 3, "release": "p@1.0", "decided_by": "dev1"}  # fmt: skip
-    waits = Waiting("r-s1", local, bench.clock.now() + 3600, bench.settled.append)
+    waits = Waiting("r-s1", local, bench.clock.monotonic() + 3600, bench.settled.append)
     bench.control.wait("s1", waits)
     bench.turn()
     text = Verdict(
@@ -257,7 +257,7 @@ def test_a_text_reaches_whoever_waits_in_the_place_of_the_local_one(bench: Bench
 def test_who_gives_up_waiting_gets_the_local_answer_at_the_next_tick(bench: Bench) -> None:
     bench.capture("s1", task="generate")
     given_up: list[str] = []
-    waits = Waiting("r-s1", {"generated_response": "abd"}, bench.clock.now() + 3600, bench.settled.append,
+    waits = Waiting("r-s1", {"generated_response": "abd"}, bench.clock.monotonic() + 3600, bench.settled.append,
                     wanted=lambda: "cancelled" if given_up else "")  # fmt: skip
     bench.control.wait("s1", waits)
     bench.turn()
