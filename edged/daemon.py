@@ -79,7 +79,7 @@ class Daemon:
             log.warning("after a crash: %d half files and %d orphans removed, %d samples without image rejected",
                         swept.temporary, swept.orphans, len(swept.missing))  # fmt: skip
         self.stamp = Stamp(clock)
-        self.beats, self.pace = Beats(clock), Pace()
+        self.beats, self.pace = Beats(clock), Pace(clock)
         outgoing = self.told = Told(settings.device.site, settings.device.id, self.stamp)
         releases = Releases(state / "releases")
         window = self.window = Window(clock.now())

@@ -11,7 +11,7 @@ from typing import Any
 from edged.beats import Beats
 from edged.clock import Clock
 from edged.config import Limits
-from edged.core.limits import MEMORY_SOFT, Bound, Pressure, Readings, Rules, begin, judge, mib
+from edged.core.limits import MEMORY_SOFT, Bound, CpuUse, Pressure, Readings, Rules, begin, judge, mib
 from edged.machine import CpuTime, Memory, Thermal
 from edged.pace import SHARE_MIN, Pace
 from edged.slot import trim_memory
@@ -135,7 +135,7 @@ class Monitor:
         self._say(f"{what}_ok", f"{what}: {text}")
 
     def _show(
-        self, hottest: tuple[str, float] | None, memory: tuple[float, Bound] | None, used: float | None
+        self, hottest: tuple[str, float] | None, memory: tuple[float, Bound] | None, used: CpuUse | None
     ) -> dict[str, Any]:
         pressure, rules = self._pressure, self._rules
         shown: dict[str, Any] = {"share": round(pressure.share, 3), "why": _why(pressure, rules, memory)}
@@ -153,7 +153,8 @@ class Monitor:
                 "limit": bound.name,
             }  # fmt: skip
         shown["cpu"] = {
-            "used": round(used, 3) if used is not None else None,
+            "used": round(used.share, 3) if used is not None else None,
+            "debt_s": round(pressure.cpu_debt_s, 1),
             "cores": round(self._cpu.cores(), 3),
             "cpu_share": rules.cpu_share,
         }

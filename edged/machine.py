@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edged.core.limits import MIB, Bound, mib, sensible
+from edged.core.limits import MIB, Bound, CpuUse, mib, sensible
 
 RESERVE_SHARE = 0.10  # of the machine's memory stays with the rest of the system, and at most RESERVE_BYTES_MAX
 RESERVE_BYTES_MAX = 256 * MIB
@@ -178,8 +178,8 @@ class CpuTime:
         quotas = [quota for group in self._groups if (quota := group.cores()) is not None]
         return min([float(len(os.sched_getaffinity(0))), *quotas])
 
-    def used(self, now: float) -> float | None:
-        """The share of those cores that was used since the last call at monotonic `now`; None at the first."""
+    def used(self, now: float) -> CpuUse | None:
+        """What was used of those cores since the last call, at monotonic `now`; None at the first."""
         import psutil
 
         own = os.times()
@@ -190,10 +190,15 @@ class CpuTime:
             except psutil.Error:  # it has ended: from now on its time is the parent's `children_user`
                 continue
             total += times.user + times.system + times.children_user + times.children_system
-        before, self._before = self._before, (now, total)
+        before = self._before
+        if before is not None:
+            # A child that ended while we looked is in neither sum: what it used before must not count a second time.
+            total = max(total, before[1])
+        self._before = (now, total)
         if before is None or now <= before[0]:
             return None
-        return max(0.0, total - before[1]) / (now - before[0]) / self.cores()
+        seconds = now - before[0]
+        return CpuUse((total - before[1]) / seconds / self.cores(), seconds)
 
 
 class Thermal:

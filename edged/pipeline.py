@@ -201,13 +201,13 @@ class Pipeline:
                 ready = self._prepared.get(timeout=0.2)
             except queue.Empty:
                 continue
-            started = self._s.clock.monotonic()
+            self._s.pace.begin()
             if ready.prepared is None:
                 self._see_through(ready.item, partial(self._handle_prompt, ready.item))
             else:
                 self._see_through(ready.item, partial(self._handle_image, ready, ready.prepared))
             self._s.wake()
-            self._s.pace.rest(self._s.clock.monotonic() - started, self._stopping, self._s.clock.real(1.0))
+            self._s.pace.rest(self._stopping, self._beat)
 
     def _see_through(self, item: Item, act: Callable[[], None]) -> None:
         """Do `act` for an item until it is done or the item is set aside: no error leaves an item in nobody's hands.
@@ -225,7 +225,7 @@ class Pipeline:
             except StoreError as error:
                 self._s.store.count("store_errors")
                 log.error("pipeline %s: %s waits: %s", self.name, item.name, error)
-                if self._stopping.wait(self._s.clock.real(FULL_RETRY_S)):
+                if self._s.pace.wait(FULL_RETRY_S, self._stopping):
                     self._left.append(item)
                     raise SlotStopped(self.name) from None
             except SlotStopped:
@@ -279,10 +279,10 @@ class Pipeline:
 
     def _answer(self, ready: Ready, prepared: Prepared) -> Answer:
         started = self._s.clock.monotonic()
-        with self.slot.lease() as loaded, self._in_hand.held(ready.item, WORKER):
+        with self._s.pace.admitted(self.slot.lease()) as loaded, self._in_hand.held(ready.item, WORKER):
             if ready.prepared_for != loaded.ref.sha256:  # a swap came between: the new model may want another input
                 prepared = loaded.detector.prepare(prepared.image)
-            with loaded.use:
+            with self._s.pace.admitted(loaded.use):
                 found = loaded.detector.infer([prepared])[0]
         policy, draw = self.policy, lot(ready.item.id)
         lost = self._follow(found, prepared, loaded) if self.config.ordered else ()
@@ -398,5 +398,5 @@ class Pipeline:
             except (OutboxFull, StorageFull) as error:
                 self._s.store.count("outbox_full_waits")
                 log.error("pipeline %s waits: %s", self.name, error)
-                if self._stopping.wait(self._s.clock.real(FULL_RETRY_S)):
+                if self._s.pace.wait(FULL_RETRY_S, self._stopping):
                     raise SlotStopped(self.name) from None

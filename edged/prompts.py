@@ -160,7 +160,7 @@ class Prompts:
         s = self._s
         stream = _Stream(s, item.request) if item.stream and item.request else None
         started = s.clock.monotonic()
-        with self._slot.lease(MODEL_WAIT_S) as loaded, loaded.use:
+        with s.pace.admitted(self._slot.lease(MODEL_WAIT_S)) as loaded, s.pace.admitted(loaded.use):
             text, end = self._generate(loaded, request, stream)
             adapter = loaded.adapter.release if loaded.adapter else None
         # What was fitted on the bare base says nothing about its answers with an adapter.

@@ -6,6 +6,7 @@ temperature and memory act through a backlash: they rise at once and must fall b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,9 @@ MEMORY_SOFT, MEMORY_HARD = (
 BACKLASH_MEMORY = 0.03
 CPU_AIM = 0.95  # of the share that is allowed, so that what swings around it stays below
 CPU_GAIN = 0.5  # of the error, in one step; 2 would swing for ever
-CPU_STEP_MAX = 0.5  # a step changes the share by no more than this part
+# How long a debt takes to be paid back. 4 / CPU_GAIN readings of 2 s: the shortest time that does not swing.
+CPU_PAY_S = 16.0
+CPU_DEBT_S_MAX = 300.0  # what goes beyond is forgiven: the proof of an update slows nothing down for hours
 HEADROOM = 0.05  # of a memory limit, and at most HEADROOM_BYTES_MAX, stays free whatever is loaded
 HEADROOM_BYTES_MAX = 64 * MIB
 
@@ -35,26 +38,35 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
-    """What was measured. None: it is not known now, and what was known before still counts.
+class CpuUse:
+    """CPU time used since the last reading, `seconds` ago, as a share of the cores that the process may use."""
 
-    `cpu`: CPU time used since the last reading, as a share of the cores that the process may use. `memory`: of the
-    tightest limit, 1 is all of it.
-    """
+    share: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What was measured. None: it is not known now, and what was known before still counts. `memory`: of the tightest
+    limit, 1 is all of it."""
 
     temperature_c: float | None = None
     memory: float | None = None
-    cpu: float | None = None
+    cpu: CpuUse | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """Where things stand: the held readings, the share that each of them allows, the least of these, and what it is for
-    (`temperature`, `memory`, `cpu`, or "" at full speed)."""
+    """Where things stand: the held readings, the share that CPU time allows, the least share that any of them allows, and
+    what it is for (`temperature`, `memory`, `cpu`, or "" at full speed).
+
+    `cpu_debt_s`: CPU time used above what is aimed at and not made up for yet, in seconds of what is aimed at.
+    """
 
     temperature_c: float | None = None
     memory: float | None = None
     cpu: float = 1.0
+    cpu_debt_s: float = 0.0
     share: float = 1.0
     why: str = ""
 
@@ -69,14 +81,15 @@ def judge(before: Pressure, now: Readings, rules: Rules) -> Pressure:
     """The pressure after a reading."""
     temperature = _held(before.temperature_c, now.temperature_c, BACKLASH_C)
     memory = _held(before.memory, now.memory, BACKLASH_MEMORY)
+    cpu, cpu_debt_s = _cpu(before, now.cpu, rules)
     allowed = {
         "temperature": _falling(temperature, rules.temperature_soft_c, rules.temperature_hard_c, rules.share_min),
         "memory": _falling(memory, MEMORY_SOFT, MEMORY_HARD, rules.share_min),
-        "cpu": _cpu(before, now.cpu, rules),
+        "cpu": cpu,
     }
     why = min(allowed, key=lambda name: allowed[name])
     share = allowed[why]
-    return Pressure(temperature, memory, allowed["cpu"], share, why if share < 1 else "")
+    return Pressure(temperature, memory, cpu, cpu_debt_s, share, why if share < 1 else "")
 
 
 def _held(held: float | None, reading: float | None, width: float) -> float | None:
@@ -95,17 +108,23 @@ def _falling(value: float | None, soft: float, hard: float, least: float) -> flo
     return max(least, 1.0 - (1.0 - least) * (value - soft) / (hard - soft))
 
 
-def _cpu(before: Pressure, used: float | None, rules: Rules) -> float:
-    """The share for which CPU time comes to what is allowed; CPU time grows with the share, so the error is relative."""
+def _cpu(before: Pressure, used: CpuUse | None, rules: Rules) -> tuple[float, float]:
+    """The share for which CPU time comes to what is allowed, and the debt.
+
+    A proportional-integral controller on the logarithm of the share, because CPU time grows with the share and the error is
+    relative: readings of long items jump between nothing and everything, and errors that are even leave the share as it is.
+    The integral is the debt. It is never a credit: idle time is not saved up for a burst.
+    """
     if rules.cpu_share >= 1:
-        return 1.0
+        return 1.0, 0.0
     if used is None:
-        return before.cpu
-    change = CPU_GAIN * (1.0 - used / (CPU_AIM * rules.cpu_share))
-    if change > 0 and before.share < before.cpu:
-        return before.cpu  # something else holds the workers back: that says nothing about CPU time
-    change = min(CPU_STEP_MAX, max(-CPU_STEP_MAX, change))
-    return min(1.0, max(rules.share_min, before.cpu * (1.0 + change)))
+        return before.cpu, before.cpu_debt_s
+    ratio = used.share / (CPU_AIM * rules.cpu_share)
+    debt_s = min(CPU_DEBT_S_MAX, max(0.0, before.cpu_debt_s + (ratio - 1.0) * used.seconds))
+    error = 1.0 - debt_s / CPU_PAY_S - ratio
+    if error > 0 and before.share < before.cpu:
+        return before.cpu, debt_s  # something else holds the workers back: that says nothing about CPU time
+    return min(1.0, max(rules.share_min, before.cpu * math.exp(CPU_GAIN * error))), debt_s
 
 
 def sensible(celsius: float) -> bool:

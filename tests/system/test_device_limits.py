@@ -25,6 +25,7 @@ from tests.support.models import make_release, put_pictures
 from tests.system.broker import Broker
 
 MIB = 1 << 20
+CPU_WINDOW_S = 30.0  # over which CPU time is promised to stay below its share
 
 
 @pytest.fixture
@@ -304,16 +305,15 @@ def test_cpu_time_stays_below_its_share_of_what_the_control_group_allows(
         assert status["limits"]["cpu"]["cores"] == 0.8
         feeder = Feeder(device.inbox)
         try:
-            device.wait("it slows down", lambda s: s["limits"]["share"] < 1, seconds=60)
+            status = device.wait("it slows down", lambda s: s["limits"]["share"] < 1, seconds=60)
+            assert status["limits"]["why"] == "cpu: limits.cpu_share = 0.5"
             answered = len(bus.of(Result))
             until("it has settled", lambda: len(bus.of(Result)) >= answered + 30, seconds=60)
             before, began = psutil.Process(device.process.pid).cpu_times(), time.monotonic()
-            time.sleep(15)
+            time.sleep(CPU_WINDOW_S)
             after, ended = psutil.Process(device.process.pid).cpu_times(), time.monotonic()
         finally:
             feeder.stop()
-        took = after.user + after.system - before.user - before.system
-        assert took / (ended - began) <= 0.8 * 0.5 * 1.15, "what is measured and ruled is a window of some seconds"
-        status = device.status() or {}
-        assert status["limits"]["why"] == "cpu: limits.cpu_share = 0.5"
-        assert status["limits"]["share"] < 1
+        used = (after.user + after.system - before.user - before.system) / (ended - began)
+        print(f"{used:.3f} of {0.8 * 0.5:.3f} cores used")
+        assert used <= 0.8 * 0.5

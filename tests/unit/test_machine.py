@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from edged.core.limits import (
@@ -188,6 +191,30 @@ def test_that_others_fill_the_machine_is_no_reason_to_work_less(tmp_path: Path) 
     assert found is not None
     assert found[0] < 0.5
     assert too_tight(MIB, 0, memory.bounds()) is not None, "but nothing more is loaded"
+
+
+def test_cpu_time_of_children_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that runs, of one that has just ended and is not waited for, and of one that is over."""
+    cpu, code = (
+        CpuTime(),
+        "import time\nwhile time.process_time() < 1: pass\nprint(flush=True)\nimport sys; sys.stdin.read()",
+    )
+    assert cpu.used(0.0) is None, "since when?"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        running = cpu.used(2.0)
+        with monkeypatch.context() as unseen:
+            unseen.setattr(psutil.Process, "children", lambda self, recursive: [])
+            ended = cpu.used(4.0)
+    over = cpu.used(6.0)
+    assert running is not None
+    assert ended is not None
+    assert over is not None
+    assert running.seconds == ended.seconds == over.seconds == 2.0
+    assert running.share * 2.0 * cpu.cores() > 0.9
+    assert ended.share == 0.0
+    assert over.share * 2.0 * cpu.cores() < 0.8, "its second is not counted again"
 
 
 @pytest.mark.parametrize("said", ["-274000", "1000000000", "nonsense", "", None])

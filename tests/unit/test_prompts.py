@@ -110,7 +110,7 @@ class Bench:
         services = Services(
             self.store, Outgoing("plant", "dev1", Stamp(self.clock)), self.clock, self.window,
             wait=cast(Any, None), engine_error=cast(Any, None), unsure=self.unsure.append, wake=cast(Any, None),
-            publish=self._publish, beats=Beats(self.clock), pace=Pace(),
+            publish=self._publish, beats=Beats(self.clock), pace=Pace(self.clock),
         )  # fmt: skip
         config = Pipeline(slot="tongue", task="generate", source=MqttSource(), escalate_to="big")
         answers = Answers(5.0)
