@@ -19,7 +19,7 @@ from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef, Thresh
 from trainer import calibrate
 from trainer.candidate import ENGINE, MODEL_FILE, detector, export_int8, golden_images
 from trainer.evaluate import Labelled, calibration_items, observe
-from trainer.files import write_whole
+from trainer.files import sha256_of, write_whole
 from trainer.golden import write_detect_golden, write_prompt_golden
 from trainer.releases import MANIFEST, ReleaseError, build_manifest, canonical_bytes
 
@@ -70,7 +70,8 @@ def package_detector(
         observed = observe(engine, [item.image for item in calibration])
         fitted = calibrate.fit(calibration_items(observed, calibration, thresholds), thresholds)
         roles |= write_detect_golden(beside, engine, golden_images(calibration), thresholds.score)
-    manifest = build_manifest(beside, release, roles=roles, calibration=fitted, lineage=lineage, **common)
+    told = {"checkpoint": checkpoint.name, "checkpoint_sha256": sha256_of(checkpoint), "seed": seed}
+    manifest = build_manifest(beside, release, roles=roles, calibration=fitted, lineage=lineage or told, **common)
     return _finish(beside, folder, manifest)
 
 

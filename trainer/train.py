@@ -176,19 +176,10 @@ def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple
         log.info("gate: %s %s: %s", "passed" if check.passed else "REFUSED", check.name, check.reason)
     if verdict.passed:
         with _stage(job, record, "release"):
-            evaluation = {
-                **record.facts["evaluation"],
-                "holdout_sha256": sets.holdout_sha256,
-                "gate": verdict.to_dict(),
-            }
-            lineage = {
-                "job": job.manifest.job,
-                "source": current.ref.model_dump(mode="json"),
-                "samples": record.facts["samples"],
-                "training_manifest_sha256": sha256(job.manifest.model_dump_json().encode()).hexdigest(),
-                "seed": settings.seed,
-                "lora": settings.lora.model_dump(mode="json"),
-            }
+            evaluation = record.facts["evaluation"] | {
+                "holdout_sha256": sets.holdout_sha256, "gate": verdict.to_dict(),
+            }  # fmt: skip
+            lineage = _lineage(job, settings, current, record, new)
             complete_candidate(job, manifest, calibration, evaluation=evaluation, lineage=lineage)
     return verdict, summary
 
@@ -332,6 +323,23 @@ def _evidence(
     trained, source = weights_sha256(job.run / "model.pt"), weights_sha256(checkpoint)
     new = Evidence(model, trained, new_target, new_base, method, ece, before, new_target.map50)
     return new, Evidence(current.manifest.files["model"].sha256, source, old_target, old_base)
+
+
+def _lineage(job: TrainJob, settings: Model, current: StoredRelease, record: _Record, new: Evidence) -> dict[str, Any]:
+    """Where a release comes from: its parent, its data, how it was trained, and what its export cost."""
+    return {
+        "job": job.manifest.job,
+        "parent": current.ref.model_dump(mode="json"),
+        "samples": record.facts["samples"],
+        "training_manifest_sha256": sha256(job.manifest.model_dump_json().encode()).hexdigest(),
+        "training": {
+            **{name: getattr(settings, name) for name in ("imgsz", "epochs", "batch", "lr", "replay_ratio", "seed")},
+            "lora": settings.lora.model_dump(mode="json"),
+            "weights_sha256": new.weights_sha256,
+        },
+        # The same weights on the target holdout, in float32 and as they ship.
+        "export": {"precision": "int8", "map50_float32": new.export_before, "map50": new.export_after},
+    }
 
 
 def _evaluations(new: Evidence, old: Evidence) -> dict[str, Any]:
