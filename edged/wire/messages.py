@@ -356,7 +356,7 @@ def decode(topic: str, payload: bytes) -> tuple[topics.Route, dict[str, str], Me
 def readable_id(payload: bytes) -> str | None:
     """The `id` of a payload that does not validate, when at least that can be read."""
     try:
-        value = from_json(payload)
+        value = from_json(payload, cache_strings="none")
     except ValueError:
         return None
     found = value.get("id") if isinstance(value, dict) else None

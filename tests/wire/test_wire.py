@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,23 @@ def test_what_does_not_validate_is_refused_with_its_topic_field_and_value(
 ) -> None:
     with pytest.raises(InvalidPayload, match=rf"{topic}: .*{said}|{topic}: {said}"):
         messages.decode(topic, payload)
+
+
+def test_of_a_message_nothing_stays_in_memory() -> None:
+    def hear(numbers: range) -> None:
+        for number in numbers:
+            messages.decode("edged/v1/s/d/up/state", STATE.replace('"m1"', f'"m{number:060}"').encode())
+            messages.readable_id(f'{{"id":"r{number:060}"}}'.encode())
+
+    hear(range(10))
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        hear(range(10, 3000))
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 64 << 10  # bytes; a cache of strings takes 300 KiB, and goes on
 
 
 @pytest.mark.parametrize(
