@@ -41,8 +41,13 @@ class Dedupe:
         return len(self._known)
 
     def repeats(self, looks: Sequence[Look], item: str, now: float, window_s: float) -> bool:
-        """Whether every look was escalated, by another item, within the last `window_s` seconds; false without looks."""
-        known = [k for k in self._known if now - k.at < window_s and k.item != item]
+        """Whether every look was escalated, by another item, within the last `window_s` seconds; false without looks.
+
+        What is older than that is forgotten. Times must not go back from call to call.
+        """
+        while self._known and now - self._known[0].at >= window_s:
+            self._known.popleft()
+        known = [k for k in self._known if k.item != item]
         if not known or not looks:
             return False
         bits = np.array([k.look.bits for k in known], np.uint64)

@@ -62,6 +62,16 @@ def test_its_memory_is_bounded_and_it_knows_what_it_was_told(frames: list[list[L
     assert dedupe.repeats(last, "again", 1e3, 1e4) is bool(last)
 
 
+@pytest.mark.parametrize(("window_s", "left"), [(60.0, 6), (0.0, 1)])
+def test_what_left_the_window_is_forgotten(window_s: float, left: int) -> None:
+    dedupe = Dedupe()
+    for number in range(100):
+        item, now = f"item-{number}", number * 10.0
+        dedupe.repeats([A], item, now, window_s)
+        dedupe.remember([A], item, now)
+    assert len(dedupe) == left
+
+
 def test_the_oldest_is_forgotten_first() -> None:
     dedupe = Dedupe()
     for number in range(LOOKS_MAX + 1):
