@@ -126,18 +126,20 @@ class Rig:
         """Look at the daemon and its engines' processes; one that proves a release is gone again in seconds."""
         assert self.device.process is not None
         daemon = psutil.Process(self.device.process.pid)
-        pss, fds, threads = 0, 0, 0
+        rss, pss, fds, threads = 0, 0, 0, 0
         for process in (daemon, *daemon.children()):
             try:
                 if process is not daemon and MODULE not in process.cmdline():
                     continue
                 with process.oneshot():
-                    pss += process.memory_full_info().pss
+                    memory = process.memory_full_info()
+                    rss += memory.rss
+                    pss += memory.pss
                     fds += process.num_fds()
                     threads += process.num_threads()
             except (psutil.NoSuchProcess, psutil.AccessDenied):  # one that has just ended
                 continue
-        self.readings.append(Reading(time.monotonic() - self.started, pss / 2**20, fds, threads))
+        self.readings.append(Reading(time.monotonic() - self.started, rss / 2**20, pss / 2**20, fds, threads))
 
     def run(self, say: Callable[[str], None]) -> None:
         """The whole time."""
