@@ -80,6 +80,8 @@ class DirectorySource(FileSystemEventHandler):
 
     def on_moved(self, event: FileSystemEvent) -> None:
         """A file was renamed here: it is whole."""
+        with self._lock:  # a writer that renames what it still holds open closes it under the new name
+            self._writing.discard(Path(str(event.src_path)).name)
         self._note(event.dest_path)
 
     def _note(self, path: str | bytes) -> None:

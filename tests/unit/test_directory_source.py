@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from watchdog.events import FileModifiedEvent, FileMovedEvent
 
-from edged.clock import SystemClock
+from edged.clock import FastClock, SystemClock
 from edged.sources import Item
 from edged.sources.directory import DirectorySource
 
@@ -112,6 +113,21 @@ def test_a_file_that_is_still_open_waits_until_it_is_closed(folder: Path, sink: 
         file.write(b", second half")
         file.close()
         assert sink.next().image == b"first half, second half"
+
+
+def test_a_name_whose_file_was_renamed_while_open_is_nobodys_any_more(folder: Path, sink: Sink) -> None:
+    still = FastClock(1e-9)
+    source = DirectorySource(folder, "move", sink.put, still)
+    source.on_modified(FileModifiedEvent(str(folder / "a.png")))
+    source.on_moved(FileMovedEvent(str(folder / "a.png"), str(folder / "b.png")))
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"another")
+    os.utime(folder / "a.png", (still.now() - 5, still.now() - 5))  # long enough, unless its writer only seems slow
+    source.start()
+    try:
+        assert sink.next().image == b"another"
+    finally:
+        source.stop()
 
 
 def test_settled_files_are_moved_rejected_ones_set_aside(folder: Path, sink: Sink) -> None:
