@@ -1,8 +1,10 @@
 """The processes of the benchmark `link`: python link_side.py ROLE PORT CA CERTIFICATE KEY FOLDER, with the device's python.
 
 `echo`: answers every question at once with a verdict. `edged`: the daemon's own store, control loop and link, from the
-commit of a question to the commit of its verdict. `raw`: the same with paho and sqlite3 alone: image file and row on the
-disk (fsynced as the daemon's are), one QoS 1 publish of a message that is ready, the verdict on the disk.
+commit of a question to the commit of its verdict. `raw`: the same with paho and sqlite3 alone: from the bytes of an image to
+its file and a row with the question on the disk (fsynced as the daemon's are), one QoS 1 publish, the verdict on the disk,
+then its acknowledgement. Both sides build their message, write with one writer at a time, and commit the verdicts that wait
+together; the daemon besides keeps a sample that can be looked up, and tells the broker of it once it is labelled.
 
 Each says "ready" and then, for every line `flood N` or `ping N` that it reads, the seconds that it took and the processor
 time that each question took: N questions as fast as they go, or one after the other (the median).
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import queue
 import random
@@ -34,6 +37,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 SITE, TIER, TASK = "bench", "big", "detect"
 IMAGE_BYTES = 30_000  # of a picture of 640 px as JPEG, about
 WAIT_S = 60.0
+BOX = {"label": "cat", "box": [1.0, 2.0, 30.0, 40.0], "score": 0.4}
 
 
 class Connection:
@@ -119,10 +123,10 @@ class Round:
         with self._done:
             self._left = count
 
-    def decided(self) -> None:
-        """A verdict is on the disk."""
+    def decided(self, count: int) -> None:
+        """So many more verdicts are on the disk."""
         with self._done:
-            self._left -= 1
+            self._left -= count
             self._done.notify_all()
 
     def wait(self) -> None:
@@ -164,7 +168,6 @@ def edged(at: Connection, folder: Path) -> None:
     from edged.daemon import Daemon
     from edged.outgoing import Outgoing
     from edged.store import NewSample
-    from edged.wire.messages import Box
 
     tables: dict[str, Any] = {
         "device": {"id": "edged", "site": SITE, "state_dir": folder},
@@ -179,11 +182,10 @@ def edged(at: Connection, folder: Path) -> None:
 
     def labelled(*values: Any, **more: Any) -> Any:
         out = label(*values, **more)
-        verdicts.decided()
+        verdicts.decided(1)
         return out
 
     store.label = labelled  # type: ignore[method-assign]
-    boxes = [Box(label="cat", box=(1.0, 2.0, 30.0, 40.0), score=0.4).model_dump(mode="json")]
 
     def prepare(count: int) -> list[Callable[[], None]]:
         return [partial(one, image) for image in pictures(count)]
@@ -193,7 +195,7 @@ def edged(at: Connection, folder: Path) -> None:
         key, now = stamp["id"], stamp["ts"]
         sample = NewSample(
             key, "line", TASK, "eye", "toy@1.0", "escalated", "unsure", "escalate", 0.4, 1.0,
-            hashlib.sha256(image).hexdigest(), len(image), boxes, "frame.jpg", now, None, now + 86400, {"p": 0.4},
+            hashlib.sha256(image).hexdigest(), len(image), [BOX], "frame.jpg", now, None, now + 86400, {"p": 0.4},
         )  # fmt: skip
         store.capture(sample, image, outgoing.escalation(sample, image, TIER))
         daemon.control.wake()
@@ -209,18 +211,19 @@ def edged(at: Connection, folder: Path) -> None:
 
 
 def raw(at: Connection, folder: Path) -> None:
-    """paho and sqlite3: the least that keeps a question until its verdict."""
+    """paho and sqlite3: the least that keeps a question until its verdict, and the verdict."""
     from edged.clock import SystemClock
     from edged.stamp import Stamp
-    from edged.wire import messages, topics
+    from edged.wire import topics
 
     stamp, client, verdicts = Stamp(SystemClock()), at.client("raw"), Round()
-    named = re.compile(rb'"sample":"([^"]+)"')
-    came: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    client.on_message = lambda _c, _u, message: came.put(bytes(message.payload))
+    client.manual_ack_set(True)
+    came: queue.SimpleQueue[mqtt.MQTTMessage] = queue.SimpleQueue()
+    client.on_message = lambda _c, _u, message: came.put(message)
     topic = _address(topics.ESCALATION, "raw", tier=TIER, task=TASK)
     blobs = folder / "blobs"
     blobs.mkdir(parents=True)
+    writing = threading.Lock()  # as in the daemon: quicker than the sleeping retry of SQLite
 
     def connection() -> sqlite3.Connection:
         out = sqlite3.connect(folder / "raw.db", isolation_level=None, timeout=10)
@@ -229,43 +232,40 @@ def raw(at: Connection, folder: Path) -> None:
         return out
 
     mine = connection()
-    mine.execute("CREATE TABLE question (id TEXT PRIMARY KEY, payload BLOB NOT NULL)")
+    mine.execute("CREATE TABLE question (id TEXT PRIMARY KEY, payload BLOB, verdict BLOB)")
 
     def decide() -> None:
         own = connection()
         while True:
-            found = named.search(came.get())
-            assert found is not None
-            own.execute("DELETE FROM question WHERE id = ?", (found[1].decode(),))
-            verdicts.decided()
+            batch = [came.get()]
+            while not came.empty():
+                batch.append(came.get())
+            rows = [(message.payload, json.loads(message.payload)["sample"]) for message in batch]
+            with writing:
+                own.execute("BEGIN IMMEDIATE")
+                own.executemany("UPDATE question SET payload = NULL, verdict = ? WHERE id = ?", rows)
+                own.execute("COMMIT")
+            verdicts.decided(len(batch))
+            for message in batch:
+                client.ack(message.mid, message.qos)
 
     threading.Thread(target=decide, daemon=True).start()
 
     def prepare(count: int) -> list[Callable[[], None]]:
-        return [partial(one, image, *ready(image)) for image in pictures(count)]
+        return [partial(one, image) for image in pictures(count)]
 
-    def ready(image: bytes) -> tuple[str, bytes]:
+    def one(image: bytes) -> None:
         envelope = stamp()
-        return envelope["id"], messages.encode(
-            messages.Escalation(
-                **envelope,
-                sample=envelope["id"],
-                pipeline="line",
-                task=TASK,
-                release="toy@1.0",
-                reason="uncertain",
-                confidence=0.4,
-                image=base64.b64encode(image).decode(),
-                sha256=hashlib.sha256(image).hexdigest(),
-                label_by=envelope["ts"] + 86400,
-                origin="raw",
-                path=["raw"],
-            )
-        )
-
-    def one(image: bytes, key: str, payload: bytes) -> None:
+        key = envelope["id"]
+        question = {
+            **envelope, "v": 1, "sample": key, "pipeline": "line", "task": TASK, "release": "toy@1.0", "reason": "unsure",
+            "confidence": 0.4, "image": base64.b64encode(image).decode(), "sha256": hashlib.sha256(image).hexdigest(),
+            "prediction": [BOX], "label_by": envelope["ts"] + 86400, "origin": "raw", "hops": 0, "path": ["raw"],
+        }  # fmt: skip
+        payload = json.dumps(question, separators=(",", ":")).encode()
         keep(blobs, key, image)
-        mine.execute("INSERT INTO question VALUES (?, ?)", (key, payload))
+        with writing:
+            mine.execute("INSERT INTO question VALUES (?, ?, NULL)", (key, payload))
         client.publish(topic, payload, qos=1)
 
     at.connect(client, _address(topics.VERDICT, "raw"))
