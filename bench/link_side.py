@@ -178,14 +178,14 @@ def edged(at: Connection, folder: Path) -> None:
     settings = Settings(**tables)
     daemon, verdicts = Daemon(settings), Round()
     outgoing = Outgoing(SITE, "edged", daemon.stamp)
-    store, label = daemon.store, daemon.store.label
+    store, label_many = daemon.store, daemon.store.label_many
 
     def labelled(*values: Any, **more: Any) -> Any:
-        out = label(*values, **more)
-        verdicts.decided(1)
+        out = label_many(*values, **more)
+        verdicts.decided(len(out))
         return out
 
-    store.label = labelled  # type: ignore[method-assign]
+    store.label_many = labelled  # type: ignore[method-assign]
 
     def prepare(count: int) -> list[Callable[[], None]]:
         return [partial(one, image) for image in pictures(count)]

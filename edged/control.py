@@ -22,7 +22,7 @@ from edged.core.tiers import Presence
 from edged.handover import Handover
 from edged.link import RECEIVE_MAX, Connected, Disconnected, Inbound, Link, Published
 from edged.metrics import Window
-from edged.outgoing import Outgoing, fits, plain
+from edged.outgoing import Outgoing
 from edged.pipeline import Pipeline
 from edged.questions import Questions
 from edged.responders import Responders, presences
@@ -31,6 +31,7 @@ from edged.sending import Sending
 from edged.sources import Unsure, Waiting
 from edged.store import OutboxFull, OutboxMessage, StorageFull, Store, StoreError
 from edged.updater import Updater
+from edged.verdicts import Verdicts
 from edged.wire import messages, topics
 from edged.wire.messages import InvalidPayload
 
@@ -88,6 +89,7 @@ class Control:
             store, link, outgoing, clock, pipelines, self._enqueue, self.wake, self._full,
             expects=lambda slot: self.updater.expects(slot),
         )  # fmt: skip
+        self._verdicts = Verdicts(store, link, outgoing, clock, self._questions, self._guarded)
         presence = Presence()
         self._routes = Routes(presence, outgoing, clock, settings.pipelines)
         self._sending = Sending(store, link, clock, settings.delivery, self._routes)
@@ -144,13 +146,15 @@ class Control:
         self._beats.watch(THREAD, STILL_S_MAX)
         while not self._stopping:
             self._beats.beat(THREAD)
-            self._drain(self._clock.real(TICK_S))
+            news = self._drain(self._clock.real(TICK_S))
             self.looped = True
             now = self._clock.monotonic()
-            if now - self._ticked >= TICK_S:
+            ticks = now - self._ticked >= TICK_S
+            if ticks:
                 self._ticked = now
                 self._guarded("tick", self._tick)
-            self._guarded("outbox", self._sending.pump)
+            if news or ticks or self._sending.held_back:
+                self._guarded("outbox", self._sending.pump)
         self._beats.forget(THREAD)
         self._handover.close()
 
@@ -171,8 +175,9 @@ class Control:
         while self._clock.monotonic() < deadline and self._link.connected:
             self._sending.pump()
             if self._sending.idle():
-                return
+                break
             self._drain(0.05)
+        self._guarded("outbox", self._sending.keep_progress)
 
     def _guarded(self, what: str, act: Callable[[], None]) -> None:
         try:
@@ -184,19 +189,22 @@ class Control:
             self._store.count("control_faults")
             log.exception("%s", what)
 
-    def _drain(self, timeout_s: float) -> None:
-        acked: list[str] = []
+    def _drain(self, timeout_s: float) -> bool:
+        """Handle a batch of what has come; whether there was more than acknowledgements of what we sent."""
+        news, acked = False, list[str]()
         try:
             for number in range(BATCH_MAX):
                 event = self._link.inbox.get_nowait() if number else self._link.inbox.get(timeout=timeout_s)
                 if isinstance(event, Published) and not event.error:
                     acked.append(event.ref)
                 else:
+                    news = True
                     self._handle(event)
         except queue.Empty:
             pass
-        if acked:
-            self._guarded("outbox", lambda: self._sending.acked(acked))
+        self._sending.acked(acked)
+        self._retry += self._verdicts.commit()
+        return news
 
     def _handle(self, event: Any) -> None:
         try:
@@ -253,10 +261,12 @@ class Control:
         again, self._retry = self._retry, []
         for message in again:
             self._handle(message)
+        self._retry += self._verdicts.commit()
+        self._guarded("outbox", self._sending.keep_progress)
         self._questions.tick()
         self._responding.tick()
         if self._routes.changed():  # who was to answer is gone, and somebody else could
-            self._store.resend_all(now)
+            self._sending.resend_all()
         self._beat()
         self._store.expire(now, self._outgoing.catalogue)
         self._store.drop_expired(now)
@@ -356,26 +366,8 @@ class Control:
     def _on_verdict(self, message: Inbound, _fields: dict[str, str], verdict: messages.Verdict) -> None:
         if self._responding.on_verdict(verdict):
             self._link.acknowledge(message)
-            return
-        known = self._store.sample(verdict.sample)
-        if known and verdict.status == "labelled" and not fits(known.task, verdict.label):
-            self._store.count("verdicts_unfit")
-            log.warning("verdict of %s on %s: not what a sample of task %s can be labelled with; it is asked again",
-                        verdict.provenance.who, known.id, known.task)  # fmt: skip
-            self._link.acknowledge(message)
-            return
-        sample = self._store.label(
-            verdict.sample, verdict.status, plain(verdict.label), verdict.confidence,
-            verdict.provenance.model_dump(mode="json"), verdict.reason, self._clock.now(), self._outgoing.catalogue,
-            [opinion.model_dump(mode="json") for opinion in verdict.opinions],
-        )  # fmt: skip
-        # Acknowledge after commit: a crash before it means that the verdict comes again, never that it is lost.
-        self._link.acknowledge(message)
-        if sample is None:
-            self._store.count("verdicts_unknown")
-            return
-        self._store.count("verdicts" if sample.changed else "verdicts_repeated")
-        self._questions.decided(verdict, sample.pipeline)
+        else:
+            self._verdicts.take(message, verdict)
 
     def _on_host(self, message: Inbound, _fields: dict[str, str], host: messages.HostState) -> None:
         self._link.acknowledge(message)
@@ -385,7 +377,7 @@ class Control:
     def _on_responder(self, message: Inbound, fields: dict[str, str], responder: messages.ResponderState) -> None:
         self._link.acknowledge(message)
         if self._routes.heard(fields, responder, retained=message.retain):  # who waits for an answer asks at once
-            self._store.resend_all(self._clock.now())
+            self._sending.resend_all()
 
     def _full(self) -> bool:
         return self._questions.in_hand() + self._responding.in_hand() > OPEN_MAX

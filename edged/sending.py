@@ -1,4 +1,8 @@
-"""From the outbox to the link: what is sent when, how often, and what settles it. All calls on the control loop."""
+"""From the outbox to the link: what is sent when, how often, and what settles it. All calls on the control loop.
+
+Law of this file: progress may be forgotten by a crash, and then a message goes out again. So it is written now and then,
+many messages in one transaction; until then the rows that it is about are left alone.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from edged.wire.topics import Address
 
 log = logging.getLogger(__name__)
 
+UNSAVED_MAX = 32  # messages whose progress is not in the store yet: every look for what is due passes over them
+
 
 class Sending:
     """Hands due rows to the link, never more than it may hold; who we are goes first."""
@@ -22,9 +28,9 @@ class Sending:
         self._routes = routes
         self._announced: list[tuple[Address, bytes]] = []  # what the link has not taken yet
         self._attempts: dict[str, int] = {}  # of the rows that the link holds
-        # Progress that is not in the store yet: attempts -> messages. Written once a pump, in one transaction.
-        self._sent: dict[int, list[str]] = {}
-        self._acked: dict[int, list[str]] = {}
+        self.held_back = False  # the last pump would have sent more, had there been room
+        self._sent: dict[str, int] = {}  # message -> attempts: not in the store yet
+        self._acked: dict[str, int] = {}
 
     def configure(self, delivery: Delivery) -> None:
         """These clocks hold from the next message on."""
@@ -41,26 +47,27 @@ class Sending:
 
     def idle(self) -> bool:
         """Whether nothing is to be sent, and nothing is under way."""
-        return not self._store.due(self._clock.now(), 1) and not self._attempts
+        return not self._attempts and not self._store.due(self._clock.now(), 1, self._passed_over())
 
     def pump(self) -> None:
         """Send what is due, as far as there is room."""
         try:
             self._pump()
         finally:
-            self._keep_progress()
+            if len(self._sent.keys() | self._acked.keys()) >= UNSAVED_MAX:
+                self.keep_progress()
 
     def _pump(self) -> None:
+        self.held_back = True
         while self._announced and self._link.publish(*self._announced[0]):
             del self._announced[0]
         room = self._link.room()
         if not room:
             return
         now = self._clock.now()
-        for row in self._store.due(now, room + len(self._attempts)):
+        rows = self._store.due(now, room, self._passed_over())
+        for row in rows:
             m = row.message
-            if m.id in self._attempts:
-                continue  # the link still holds it
             expiry = None if m.expires is None else max(1, int(m.expires - now))
             topic, payload = self._routes.fresh(m, now) if m.keep == "verdict" else (m.topic, m.payload)
             try:
@@ -74,20 +81,25 @@ class Sending:
                 continue
             if not sent:
                 return
-            self._attempts[m.id] = row.attempts + 1
-            self._sent.setdefault(row.attempts + 1, []).append(m.id)
+            self._attempts[m.id] = self._sent[m.id] = row.attempts + 1
+        self.held_back = len(rows) == room or self.announcing
+
+    def _passed_over(self) -> set[str]:
+        """What the link holds, and what the store does not know the progress of."""
+        return self._attempts.keys() | self._sent.keys() | self._acked.keys()
 
     def acked(self, ids: list[str]) -> None:
-        """The broker has these; the store learns of it at the next `pump`."""
+        """The broker has these; the store learns of it with the next `keep_progress`."""
         # An escalation's row stays until its verdict: how soon it is sent again grows with each attempt.
         for message_id in ids:
-            self._acked.setdefault(self._attempts.pop(message_id, 1), []).append(message_id)
+            self._acked[message_id] = self._attempts.pop(message_id, 1)
 
-    def _keep_progress(self) -> None:
+    def keep_progress(self) -> None:
+        """Write what was sent and acknowledged since the last time; call it several times a second."""
         if not self._sent and not self._acked:
             return
         now = self._clock.now()
-        sent, acked = ({now + self._retry_s(n): ids for n, ids in each.items()} for each in (self._sent, self._acked))
+        sent, acked = ({ref: now + self._retry_s(n) for ref, n in each.items()} for each in (self._sent, self._acked))
         self._store.progress(now, sent, acked)
         self._sent, self._acked = {}, {}
 
@@ -96,6 +108,7 @@ class Sending:
         log.warning("broker refused message %s: %s", event.ref, event.error)
         self._store.count("broker_refusals")
         attempts = self._attempts.pop(event.ref, 1)
+        self.keep_progress()  # that it was sent, before that it was refused
         self._store.refused(event.ref, event.error, self._clock.now() + self._retry_s(attempts))
 
     def connected(self, *, session: bool) -> None:
@@ -103,7 +116,12 @@ class Sending:
         Without a session, whatever the broker had queued or we had sent may be gone."""
         self._attempts.clear()
         if not session:
-            self._store.resend_all(self._clock.now())
+            self.resend_all()
+
+    def resend_all(self) -> None:
+        """Whatever is not settled is due now."""
+        self.keep_progress()
+        self._store.resend_all(self._clock.now())
 
     def _retry_s(self, attempts: int) -> float:
         d = self._delivery

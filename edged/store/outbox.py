@@ -6,6 +6,7 @@ cut, and then a message goes out again. At least once, never lost; receivers dro
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -68,10 +69,13 @@ class Outbox(Ledger):
             for message in messages:
                 insert_message(tables, self._limits, message, now)
 
-    def due(self, now: float, limit: int) -> list[OutboxRow]:
-        """Messages to hand over now, by due time, then by age; not those that wait for an answer or a retry."""
-        sql = "SELECT * FROM outbox WHERE due <= ? AND (expires IS NULL OR expires > ?) ORDER BY due, seq LIMIT ?"
-        return [_row(row) for row in self._db.read(sql, (now, now, limit))]
+    def due(self, now: float, limit: int, but: Iterable[str] = ()) -> list[OutboxRow]:
+        """Messages to hand over now, by due time, then by age; not those that wait for an answer or a retry, nor `but`."""
+        sql = (
+            "SELECT * FROM outbox WHERE due <= ? AND (expires IS NULL OR expires > ?)"
+            " AND id NOT IN (SELECT value FROM json_each(?)) ORDER BY due, seq LIMIT ?"
+        )
+        return [_row(row) for row in self._db.read(sql, (now, now, json.dumps(list(but)), limit))]
 
     def sent(self, message_id: str, now: float, retry_at: float) -> None:
         """Handed to the link at `now`; due again at `retry_at` unless it is settled before."""
@@ -79,7 +83,7 @@ class Outbox(Ledger):
 
     def sent_many(self, message_ids: Iterable[str], now: float, retry_at: float) -> None:
         """The same for several messages in one transaction."""
-        self.progress(now, {retry_at: list(message_ids)}, {})
+        self.progress(now, dict.fromkeys(message_ids, retry_at), {})
 
     def acked(self, message_id: str, now: float, retry_at: float) -> None:
         """The broker has it: settled, or, where only the verdict settles it, due again at `retry_at`."""
@@ -87,16 +91,14 @@ class Outbox(Ledger):
 
     def acked_many(self, message_ids: Iterable[str], now: float, retry_at: float) -> None:
         """The same for several messages in one transaction."""
-        self.progress(now, {}, {retry_at: list(message_ids)})
+        self.progress(now, {}, dict.fromkeys(message_ids, retry_at))
 
-    def progress(self, now: float, sent: Mapping[float, list[str]], acked: Mapping[float, list[str]]) -> None:
-        """`sent_many` and `acked_many` of several retry times (retry at -> message ids), in one transaction."""
+    def progress(self, now: float, sent: Mapping[str, float], acked: Mapping[str, float]) -> None:
+        """`sent_many` and `acked_many` (message id -> retry at), in one transaction."""
         with self._db.write(durable=False) as tables:
-            for retry_at, ids in sent.items():
-                tables.conn.executemany(_SENT, [(max(now, retry_at), message_id) for message_id in ids])
-            for retry_at, ids in acked.items():
-                tables.conn.executemany(_SETTLED, [(message_id,) for message_id in ids])
-                tables.conn.executemany(_ACKED, [(max(now, retry_at), message_id) for message_id in ids])
+            tables.conn.executemany(_SENT, [(max(now, at), message_id) for message_id, at in sent.items()])
+            tables.conn.executemany(_SETTLED, [(message_id,) for message_id in acked])
+            tables.conn.executemany(_ACKED, [(max(now, at), message_id) for message_id, at in acked.items()])
 
     def refused(self, message_id: str, reason: str, retry_at: float) -> None:
         """The broker said no: keep the reason and try again at `retry_at`."""

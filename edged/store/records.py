@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -129,6 +129,19 @@ class Sample:
     opinions: list[Json]  # who said what of it, as in `wire.messages.Opinion`
     evidence: Json  # what the decision was made of, for `edged why`
     changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What a verdict says of a sample."""
+
+    sample: str
+    status: Status
+    label: list[Json]
+    confidence: float
+    provenance: Json
+    reason: str = ""
+    opinions: Sequence[Json] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from edged.store.records import (
     NewSample,
     OutboxFull,
     OutboxMessage,
+    Ruling,
     Sample,
     Status,
     StorageFull,
@@ -42,8 +43,14 @@ log = logging.getLogger(__name__)
 
 _NEW = tuple(field.name for field in fields(NewSample))
 _RANK = ("classes", "worth")  # what the order of giving up needs, see schema.rank
-_INSERT = "INSERT INTO sample ({}) VALUES ({})".format(
+_INSERT = "INSERT INTO sample ({}) VALUES ({}) ON CONFLICT (id) DO NOTHING".format(
     ", ".join(f'"{name}"' for name in _NEW + _RANK), ", ".join("?" for _ in _NEW + _RANK)
+)
+
+# Of a sample about to be kept: whether it is, whether its image is, and how many bytes of images are.
+_STANDING = (
+    "SELECT EXISTS (SELECT 1 FROM sample WHERE id = ?), EXISTS (SELECT 1 FROM blob WHERE sha256 = ?),"
+    " (SELECT bytes FROM total WHERE name = 'blob')"
 )
 
 
@@ -86,11 +93,12 @@ class Samples(Outbox):
             raise ValueError(f"sample {sample.id}: the image's {len(image)} bytes are not sha256 {sample.sha256}")
         try:
             with self._blobs.hold(sample.sha256):
-                if self._db.read("SELECT 1 FROM sample WHERE id = ?", (sample.id,)):
+                kept, has_blob, bytes_used = self._db.read(_STANDING, (sample.id, sample.sha256))[0]
+                if kept:
                     return
                 # By the row, not by the file: a file without a row may not be on the disk yet.
-                if not self._has_blob(sample.sha256) or not self._blobs.path(sample.sha256).exists():
-                    self._check_room(self._db.read("SELECT bytes FROM total WHERE name = 'blob'")[0]["bytes"], sample)
+                if not has_blob or not self._blobs.path(sample.sha256).exists():
+                    self._check_room(bytes_used, sample)
                     self._blobs.write(sample.sha256, image)
                 self._insert(sample, escalation)
         except BaseException:
@@ -116,12 +124,12 @@ class Samples(Outbox):
             values[_NEW.index(name)] = json.dumps(getattr(sample, name))
         values += rank(sample.state, sample.decision, sample.prediction, [])
         with self._db.write() as tables:
-            if _find(tables, sample.id) is not None:
+            if not tables.execute(_INSERT, values).rowcount:
                 return
-            tables.execute(_INSERT, values)
-            if not tables.execute("SELECT 1 FROM blob WHERE sha256 = ?", (sample.sha256,)).fetchone():
-                self._check_room(tables.execute("SELECT bytes FROM total WHERE name = 'blob'").fetchone()[0], sample)
-                tables.execute("INSERT INTO blob VALUES (?, ?)", (sample.sha256, sample.bytes))
+            bytes_used = tables.execute("SELECT bytes FROM total WHERE name = 'blob'").fetchone()[0]
+            blob = (sample.sha256, sample.bytes)
+            if tables.execute("INSERT INTO blob VALUES (?, ?) ON CONFLICT (sha256) DO NOTHING", blob).rowcount:
+                self._check_room(bytes_used, sample)
             if escalation is not None:
                 insert_message(tables, self._limits, escalation, sample.captured)
 
@@ -142,57 +150,65 @@ class Samples(Outbox):
         In one transaction the sample moves, its escalation leaves the outbox, and `announce` (made from the moved
         sample) enters it. A full outbox costs the announcement, never the label.
         """
-        with self._db.write() as tables:
-            row = _find(tables, sample_id)
-            if row is None:
-                return None
-            tables.execute("DELETE FROM outbox WHERE sample = ? AND keep = 'verdict'", (sample_id,))
-            state = _table(row, provenance, opinions).get((row["state"], status))
-            verdict = (json.dumps(label), json.dumps(provenance), confidence, reason)
-            known = (row["label"], row["provenance"], row["label_confidence"], row["label_reason"])
-            if state is None or (state == row["state"] and verdict == known):
-                return _sample(row)
-            tables.execute(
-                "UPDATE sample SET state = ?, label = ?, provenance = ?, label_confidence = ?, label_reason = ?,"
-                " classes = ?, worth = ?, labelled = ?, opinions = CASE WHEN ? THEN ? ELSE opinions END WHERE id = ?",
-                (
-                    state,
-                    *verdict,
-                    *rank(state, row["decision"], json.loads(row["prediction"]), label),
-                    now,
-                    len(opinions),
-                    json.dumps(list(opinions)),
-                    sample_id,
-                ),
-            )
-            return self._moved(tables, sample_id, announce, now)
+        ruling = Ruling(sample_id, status, label, confidence, provenance, reason, opinions)
+        return self.label_many([ruling], now, announce)[0]
 
-    def _moved(self, tables: Tables, sample_id: str, announce: Announce | None, now: float) -> Sample:
-        row = _find(tables, sample_id)
-        assert row is not None  # the caller has just updated it in this transaction
+    def label_many(
+        self, rulings: Iterable[Ruling], now: float, announce: Announce | None = None
+    ) -> list[Sample | None]:
+        """The same for several verdicts, in their order, in one transaction: all of them, or the error and none."""
+        with self._db.write() as tables:
+            return [self._label(tables, ruling, now, announce) for ruling in rulings]
+
+    def _label(self, tables: Tables, ruling: Ruling, now: float, announce: Announce | None) -> Sample | None:
+        row = _find(tables, ruling.sample)
+        if row is None:
+            return None
+        tables.execute("DELETE FROM outbox WHERE sample = ? AND keep = 'verdict'", (ruling.sample,))
+        state = _table(row, ruling.provenance, ruling.opinions).get((row["state"], ruling.status))
+        verdict = (json.dumps(ruling.label), json.dumps(ruling.provenance), ruling.confidence, ruling.reason)
+        known = (row["label"], row["provenance"], row["label_confidence"], row["label_reason"])
+        if state is None or (state == row["state"] and verdict == known):
+            return _sample(row)
+        opinions = json.dumps(list(ruling.opinions)) if ruling.opinions else row["opinions"]
+        ranked = rank(state, row["decision"], json.loads(row["prediction"]), ruling.label)
+        moved = tables.execute(
+            "UPDATE sample SET state = ?, label = ?, provenance = ?, label_confidence = ?, label_reason = ?,"
+            " classes = ?, worth = ?, labelled = ?, opinions = ? WHERE id = ? RETURNING *",
+            (state, *verdict, *ranked, now, opinions, ruling.sample),
+        ).fetchone()
+        return self._moved(tables, moved, announce, now)
+
+    def _moved(self, tables: Tables, row: Row, announce: Announce | None, now: float) -> Sample:
+        """The sample in `row`, which has just been updated in this transaction; `announce` says so."""
         sample = _sample(row, changed=True)
         if announce is not None:
             try:
                 message = announce(sample) if callable(announce) else announce
                 insert_message(tables, self._limits, message, now)
             except OutboxFull as error:
-                log.warning("sample %s: no catalogue entry: %s", sample_id, error)
+                log.warning("sample %s: no catalogue entry: %s", sample.id, error)
                 self.count("catalogue_dropped")
         return sample
 
     def expire(self, now: float, announce: Callable[[Sample], OutboxMessage] | None = None) -> list[Sample]:
         """Escalated samples past their `label_by` become unresolved and leave the outbox; those that did."""
-        sql = "SELECT id FROM sample WHERE state = 'escalated' AND label_by <= ?"
-        if not self._db.read(sql + " LIMIT 1", (now,)):
+        late = "state = 'escalated' AND label_by <= ?"
+        if not self._db.read(f"SELECT 1 FROM sample WHERE {late} LIMIT 1", (now,)):
             return []
         with self._db.write() as tables:
-            ids = [row["id"] for row in tables.execute(sql, (now,)).fetchall()]
-            values = [(sample_id,) for sample_id in ids]
-            tables.conn.executemany("DELETE FROM outbox WHERE sample = ? AND keep = 'verdict'", values)
-            tables.conn.executemany(
-                "UPDATE sample SET state = 'unresolved', label_reason = 'no verdict in time' WHERE id = ?", values
+            moved = (
+                f"UPDATE sample SET state = 'unresolved', label_reason = 'no verdict in time' WHERE {late} RETURNING *"
             )
-            return [self._moved(tables, sample_id, announce, now) for sample_id in ids]
+            rows = tables.execute(moved, (now,)).fetchall()
+            values = [(row["id"],) for row in rows]
+            tables.conn.executemany("DELETE FROM outbox WHERE sample = ? AND keep = 'verdict'", values)
+            return [self._moved(tables, row, announce, now) for row in rows]
+
+    def task(self, sample_id: str) -> str | None:
+        """The task of a sample; None when it is unknown."""
+        rows = self._db.read("SELECT task FROM sample WHERE id = ?", (sample_id,))
+        return rows[0]["task"] if rows else None
 
     def sample(self, sample_id: str) -> Sample | None:
         """One sample; None when it is unknown."""
@@ -251,10 +267,10 @@ class Samples(Outbox):
                 if row["state"] == target and held in (value, owner):
                     moved.samples.append(_sample(row))
                 elif row["state"] == source and held in ("", owner):
-                    tables.execute("UPDATE sample SET state = ? WHERE id = ?", (target, sample_id))
-                    if column:
-                        tables.execute(f"UPDATE sample SET {column} = ? WHERE id = ?", (value, sample_id))
-                    moved.samples.append(self._moved(tables, sample_id, None, 0.0))
+                    sets = {"state": target, column: value} if column else {"state": target}
+                    sql = f"UPDATE sample SET {', '.join(f'{name} = ?' for name in sets)} WHERE id = ? RETURNING *"
+                    row = tables.execute(sql, (*sets.values(), sample_id)).fetchone()
+                    moved.samples.append(_sample(row, changed=True))
                 else:
                     moved.refused[sample_id] = f"{row['state']} ({held})" if held else row["state"]
         return moved

@@ -18,7 +18,7 @@ from edged.metrics import Window
 from edged.outgoing import Outgoing
 from edged.sources import Waiting
 from edged.stamp import Stamp
-from edged.store import NewSample, StorageFull, Store
+from edged.store import NewSample, OutboxMessage, Ruling, Sample, StorageFull, Store
 from edged.wire import messages, topics
 from edged.wire.messages import InferReply, ResponderState, State, Text, Verdict
 from tests.support.device import until
@@ -215,6 +215,45 @@ def test_a_verdict_is_acknowledged_after_it_is_committed_and_a_repeated_one_chan
     assert bench.store.counts() == {"labelled": 1}
 
 
+def test_verdicts_that_came_together_are_one_transaction(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits: list[int] = []
+    label_many = bench.store.label_many
+
+    def counted(rulings: list[Ruling], *more: Any) -> list[Sample | None]:
+        assert not bench.link.acknowledged, "not before the commit"
+        commits.append(len(rulings))
+        return label_many(rulings, *more)
+
+    monkeypatch.setattr(bench.store, "label_many", counted)
+    for name in ("s1", "s2", "s3"):
+        bench.capture(name)
+        bench.verdict(name, "labelled")
+    bench.wait("s2", 60.0)
+    bench.turn()
+    assert (commits, len(bench.link.acknowledged)) == ([3], 3)
+    assert bench.store.counts() == {"labelled": 3}
+    assert bench.replies()["r-s2"].decided_by == "big1"
+
+
+def test_a_verdict_that_trips_a_bug_does_not_hold_up_those_that_came_with_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalogue = bench.outgoing.catalogue
+
+    def spoilt(sample: Sample) -> OutboxMessage:
+        assert sample.id != "s2", "a bug"
+        return catalogue(sample)
+
+    monkeypatch.setattr(bench.outgoing, "catalogue", spoilt)
+    for name in ("s1", "s2", "s3"):
+        bench.capture(name)
+        bench.verdict(name, "labelled")
+    bench.turn()
+    assert bench.store.counts() == {"labelled": 2, "escalated": 1}
+    assert (len(bench.link.acknowledged), bench.store.counters()["control_faults"]) == (2, 1)
+    assert "verdict on s2" in caplog.text
+
+
 def test_a_label_that_is_none_of_the_samples_task_is_turned_away_and_the_question_stays(bench: Bench) -> None:
     bench.capture("s1")
     text = Verdict(
@@ -301,7 +340,7 @@ def test_a_verdict_that_finds_the_store_failing_is_taken_in_later(
 
     bench.capture("s1")
     with monkeypatch.context() as patch:
-        patch.setattr(bench.store, "label", full)
+        patch.setattr(bench.store, "label_many", full)
         bench.verdict("s1", "labelled")
         bench.turn()
         assert not bench.link.acknowledged

@@ -1,4 +1,4 @@
-"""From the outbox to the link: what was sent and acknowledged is written once a pump, and not forgotten when that fails."""
+"""From the outbox to the link: what was sent and acknowledged is written now and then, and not forgotten when that fails."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from edged.config import Delivery
-from edged.link import Link
+from edged.link import Link, Published
 from edged.routes import Routes
-from edged.sending import Sending
+from edged.sending import UNSAVED_MAX, Sending
 from edged.store import Store, StoreError
 from tests.unit.store_cases import due_ids, escalation_of, message
 
@@ -47,28 +47,38 @@ def test_what_was_sent_is_due_again_after_its_retry_time_and_what_was_acknowledg
     box.store.enqueue_many([message("m1"), message("m2"), escalation_of("q")], box.time)
     box.sending.pump()
     assert box.taken == ["m1", "m2", "m-q"]
+    box.sending.keep_progress()
     assert [row.attempts for row in box.store.due(box.time + RETRY_S, 9)] == [1, 1, 1]
     box.sending.acked(["m1", "m-q"])
     box.sending.pump()
     assert box.taken == ["m1", "m2", "m-q"], "nothing twice"
+    box.sending.keep_progress()
     assert due_ids(box.store, box.time + RETRY_S) == ["m2", "m-q"], "a question stays until its verdict"
     box.sending.acked(["m2"])
-    box.sending.pump()
+    box.sending.keep_progress()
     assert box.store.depth()[0] == 1
     assert not box.store.dead_letters()
 
 
-def test_progress_is_one_transaction_a_pump(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
-    box.store.enqueue_many([message(f"m{n}") for n in range(8)], box.time)
+def test_progress_of_many_messages_is_one_transaction_and_until_then_nothing_goes_twice(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.store.enqueue_many([message(f"m{n}") for n in range(UNSAVED_MAX)], box.time)
     writes: list[int] = []
     write = box.store._db.write
     monkeypatch.setattr(box.store._db, "write", lambda *a, **k: writes.append(1) or write(*a, **k))
-    box.sending.pump()
-    box.sending.acked([f"m{n}" for n in range(8)])
-    box.sending.pump()
+    sent = [f"m{n}" for n in range(UNSAVED_MAX)]
+    for taken in (sent[:16], sent[16:], []):
+        box.sending.pump()
+        box.sending.acked(taken)
+    assert box.taken == sent
+    assert len(writes) == 1, "written as soon as so many are not"
+    box.sending.keep_progress()
     assert len(writes) == 2
+    assert box.store.depth() == (0, 0)
+    box.sending.keep_progress()
     box.sending.pump()
-    assert len(writes) == 2, "and none where nothing has moved"
+    assert len(writes) == 2, "and nothing where nothing has moved"
 
 
 def test_progress_that_the_store_did_not_take_is_written_later(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +92,49 @@ def test_progress_that_the_store_did_not_take_is_written_later(box: Box, monkeyp
     with monkeypatch.context() as broken:
         broken.setattr(Store, "progress", full)
         with pytest.raises(StoreError):
-            box.sending.pump()
+            box.sending.keep_progress()
     box.sending.pump()
+    box.sending.keep_progress()
     assert box.store.depth() == (0, 0)
     assert box.taken == ["m"]
+
+
+@pytest.mark.parametrize("session", [False, True])
+def test_a_question_that_was_under_way_when_the_connection_ended_goes_out_again(box: Box, session: bool) -> None:
+    box.store.enqueue_many([message("m"), escalation_of("q")], box.time)
+    box.sending.pump()
+    box.sending.acked(["m"])
+    box.sending.connected(session=session)
+    box.sending.pump()
+    again = [] if session else ["m-q"]  # the broker that has our session has the question too
+    assert box.taken == ["m", "m-q", *again]
+    box.sending.keep_progress()
+    box.time += RETRY_S
+    box.sending.pump()
+    assert box.taken == ["m", "m-q", "m-q"], "and what was acknowledged does not"
+
+
+def test_a_refused_message_keeps_the_reason_and_is_tried_again(box: Box) -> None:
+    box.store.enqueue(message("m"), box.time)
+    box.sending.pump()
+    box.sending.refused(Published("m", "Quota exceeded"))
+    box.sending.pump()
+    assert box.taken == ["m"]
+    (row,) = box.store.due(box.time + RETRY_S, 9)
+    assert (row.attempts, row.error) == (1, "Quota exceeded")
+    box.time += RETRY_S
+    box.sending.pump()
+    assert box.taken == ["m", "m"]
+
+
+def test_it_says_when_there_was_more_than_fits(box: Box) -> None:
+    box.store.enqueue_many([message("m1"), message("m2")], box.time)
+    box.room = 1
+    box.sending.pump()
+    assert (box.taken, box.sending.held_back) == (["m1"], True)
+    box.room = 0
+    box.sending.pump()
+    assert box.sending.held_back
+    box.room = 16
+    box.sending.pump()
+    assert (box.taken, box.sending.held_back) == (["m1", "m2"], False)
