@@ -14,6 +14,7 @@ import queue
 import random
 import socket
 import ssl
+import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from typing import Any
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.properties import Properties, VariableByteIntegers
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
@@ -41,6 +42,20 @@ PACKET_OVERHEAD = 1024  # topic, properties and header, on the safe side
 
 def _properties(packet: int) -> Properties:
     return Properties(packet)  # type: ignore[no-untyped-call]  # paho leaves this constructor untyped
+
+
+class _OfPublish:
+    """The properties of a PUBLISH that we use, for paho to pack. Its own class takes thirty times as long for them."""
+
+    def __init__(self, expiry_s: int | None, correlation: bytes | None) -> None:
+        # MQTT 5, section 2.2.2.2: 2 is the Message Expiry Interval, 9 the Correlation Data.
+        packed = b"" if expiry_s is None else struct.pack("!BI", 2, expiry_s)
+        if correlation is not None:
+            packed += struct.pack("!BH", 9, len(correlation)) + correlation
+        self._packed = bytes(VariableByteIntegers.encode(len(packed)) + packed)  # type: ignore[no-untyped-call]
+
+    def pack(self) -> bytes:
+        return self._packed
 
 
 class TooLarge(ValueError):
@@ -259,14 +274,12 @@ class Link:
             raise TooLarge(
                 f"{address.topic}: {len(payload)} bytes do not fit the broker's max_packet_size {self._packet_max}"
             )
-        properties = _properties(PacketTypes.PUBLISH)
-        if address.expiry_s is not None:
-            properties.MessageExpiryInterval = address.expiry_s
-        if correlation is not None:
-            properties.CorrelationData = correlation
         if self.room() == 0 or (address.qos == 0 and self._unwritten() >= UNWRITTEN_MAX):
             return False
-        info = self._client.publish(address.topic, payload, address.qos, address.retain, properties)
+        properties = _OfPublish(address.expiry_s, correlation)
+        info = self._client.publish(
+            address.topic, payload, address.qos, address.retain, properties  # type: ignore[arg-type]
+        )  # fmt: skip
         if info.rc not in (mqtt.MQTT_ERR_SUCCESS, mqtt.MQTT_ERR_NO_CONN):
             return False
         with self._lock:

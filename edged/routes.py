@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pydantic import ValidationError
+
 from edged.clock import Clock
 from edged.config import Pipeline as PipelineConfig
 from edged.core.tiers import Beat, Choice, Presence, Tier, choose
 from edged.outgoing import Outgoing
 from edged.store import OutboxMessage
 from edged.wire import messages, topics
-from edged.wire.messages import InvalidPayload
 
 
 class Routes:
@@ -50,13 +51,16 @@ class Routes:
 
     def fresh(self, message: OutboxMessage, now: float) -> tuple[str, bytes]:
         """Topic and payload of a question in the outbox as it is to be asked at `now` (seconds since the epoch)."""
+        fields = topics.ESCALATION.match(message.topic)
         try:
-            _, fields, question = messages.decode(message.topic, message.payload)
-        except InvalidPayload:  # kept by another version: its receiver may understand it
+            way = messages.Waybill.model_validate_json(message.payload)
+        except ValidationError:  # kept by another version: its receiver may understand it
             return message.topic, message.payload
-        assert isinstance(question, messages.Escalation)
-        config = self._pipelines.get(question.pipeline)
-        tier = self._choose(config).tier if config else fields["tier"]
-        left = None if question.answer_by is None or question.answer_by <= now else question.answer_by - now
-        address = topics.ESCALATION(site=fields["site"], dev=fields["dev"], tier=tier, task=fields["task"])
-        return address.topic, messages.encode(question.model_copy(update={"answer_within_s": left}))
+        config = self._pipelines.get(way.pipeline)
+        topic, payload = message.topic, message.payload
+        if config is not None and fields is not None:
+            topic = topics.ESCALATION(**{**fields, "tier": self._choose(config).tier}).topic
+        if way.answer_by is not None and way.answer_by > now:
+            question = messages.Escalation.model_validate_json(payload)
+            payload = messages.encode(question.model_copy(update={"answer_within_s": way.answer_by - now}))
+        return topic, payload

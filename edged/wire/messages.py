@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from edged.wire import topics
@@ -119,6 +119,13 @@ class Escalation(Message):
     origin: str  # the device that saw the item
     hops: Annotated[int, Field(ge=0, le=HOPS_MAX)] = 0
     path: Annotated[list[str], Field(max_length=HOPS_MAX + 1)] = []  # the devices that have had it, the origin first
+
+
+class Waybill(BaseModel):
+    """What of an Escalation tells its way, read without the rest: the image is most of it."""
+
+    pipeline: str
+    answer_by: Finite | None = None
 
 
 class Provenance(Part):

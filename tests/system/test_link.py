@@ -9,10 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import paho.mqtt.client as mqtt
 import pytest
+from paho.mqtt.enums import CallbackAPIVersion
 
 from edged.link import (
     IN_FLIGHT_MAX,
@@ -94,6 +97,32 @@ def test_a_message_arrives_and_its_sender_is_told(connect: Opener) -> None:
     assert wait_for(sender, Published) == Published("ref", "")
     message = wait_for(receiver, Inbound)
     assert (message.topic, message.payload, message.retain) == (metrics().topic, b"hello", False)
+
+
+@pytest.mark.parametrize("correlation", [None, b"c", b"long" * 60])
+@pytest.mark.parametrize("expiry_s", [None, 90, 7 * topics.DAY_S])
+def test_a_message_carries_its_expiry_and_its_correlation(
+    broker: Broker, connect: Opener, expiry_s: int | None, correlation: bytes | None
+) -> None:
+    came: queue.Queue[mqtt.MQTTMessage] = queue.Queue()
+    ready = threading.Event()
+    other = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="other", protocol=mqtt.MQTTv5)
+    other.on_message = lambda _client, _userdata, message: came.put(message)
+    other.on_subscribe = lambda *_: ready.set()
+    other.on_connect = lambda client, *_: client.subscribe(metrics().topic, qos=1)
+    other.connect(broker.host, broker.port)
+    other.loop_start()
+    try:
+        assert ready.wait(WAIT_S_MAX)
+        assert connect("b").publish(replace(metrics(), expiry_s=expiry_s), b"hello", "ref", correlation=correlation)
+        message = came.get(timeout=WAIT_S_MAX)
+    finally:
+        other.disconnect()
+        other.loop_stop()
+    left = getattr(message.properties, "MessageExpiryInterval", None)
+    # The broker takes off the seconds that it kept it.
+    assert left is None if expiry_s is None else left is not None and 0 <= expiry_s - left <= WAIT_S_MAX
+    assert (message.payload, getattr(message.properties, "CorrelationData", None)) == (b"hello", correlation)
 
 
 def test_a_retained_message_waits_for_whoever_comes_later(connect: Opener) -> None:
