@@ -18,6 +18,7 @@ from edged.acts import Carrier
 from edged.beats import Beats
 from edged.carrier import HttpCarrier
 from edged.clock import Clock, SystemClock
+from edged.clock_steps import ClockSteps
 from edged.config import Settings
 from edged.config_sources import CameraSource, RtspSource
 from edged.config_sources import DirectorySource as DirectoryConfig
@@ -135,7 +136,10 @@ class Daemon:
         self.herald = Herald(notifier, self.vitals.look, self.control.report)
         self.reloader = Reloader(config, self)
         self.control.health = lambda: self.vitals.look().document()
-        self.control.at_tick |= {"reload": self.reloader.tick, "storage": self.storage.tick}
+        self._clock_steps = ClockSteps(self.clock, self.store)
+        self.control.at_tick |= {
+            "clock": self._look_at_clock, "reload": self.reloader.tick, "storage": self.storage.tick,
+        }  # fmt: skip
         self.left_running: list[str] = []  # threads that did not end in time: the process must be ended for them
         self.overdue: Callable[[], None] = lambda: None  # called when the end takes longer than DRAIN_S_MAX
         self._stop_asked, self._ended = threading.Event(), threading.Event()
@@ -143,6 +147,10 @@ class Daemon:
     def _tell(self, kind: str, text: str, **more: Any) -> None:
         """An event for people; raises StoreError when it cannot be kept."""
         self.store.enqueue(self.told.event(kind, text, **more), self.clock.now())
+
+    def _look_at_clock(self) -> None:
+        if by_s := self._clock_steps.tick():
+            self.updater.clock_stepped(by_s)
 
     def make_slot(self, name: str) -> Slot:
         """The slot `name`, empty."""

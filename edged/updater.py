@@ -162,6 +162,13 @@ class Updater:
                 assert record.candidate is not None
                 self._start(record, record.candidate)
 
+    def clock_stepped(self, by_s: float) -> None:
+        """The wall clock was set by so many seconds: a probation and a wait last as long as they would have."""
+        for record in self._records.values():
+            record.since += by_s
+            if record.retry_at is not None:
+                record.retry_at += by_s
+
     def engine_error(self, slot: str) -> None:
         """A worker's engine failed on an item; enough of them end a probation."""
         self._errors[slot] = self._errors.get(slot, 0) + 1

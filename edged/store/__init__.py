@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,8 @@ __all__ = [
     "Verified",
 ]
 
+WALL = "wall"  # key of the wall time when this was looked at last
+
 
 class Store(Retention):
     """Everything a device remembers; safe to use from any thread. Raises BrokenStore when the file is damaged."""
@@ -97,6 +100,30 @@ class Store(Retention):
             if not path.is_file() or sha256_of(path) != row["sha256"]:
                 bad.append(row["sha256"])
         return Verified(sum(self.counts().values()), len(rows), bad)
+
+    def last_wall(self) -> float | None:
+        """The wall time that was kept last; None before the first."""
+        kept = self.value(WALL)
+        return None if kept is None else float(kept)
+
+    def keep_wall(self, now: float) -> None:
+        """Keep the wall time, as far as nothing newer is lost with it."""
+        self.set_value(WALL, now, durable=False)
+
+    def clock_stepped(self, by_s: float, now: float) -> None:
+        """The wall clock was set by `by_s` and shows `now`: messages and questions keep the time that they had left. In one
+        transaction with the time, so that a crash does it once."""
+        with self._db.write() as tables:
+            tables.execute("UPDATE outbox SET expires = expires + ? WHERE expires IS NOT NULL", (by_s,))
+            tables.execute("UPDATE outbox SET due = ? WHERE due > ?", (now, now))
+            tables.execute(
+                "UPDATE sample SET label_by = label_by + ?, answer_by = answer_by + ? WHERE state = 'escalated'",
+                (by_s, by_s),
+            )
+            tables.execute(
+                "INSERT INTO value VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET json = excluded.json",
+                (WALL, json.dumps(now)),
+            )
 
     def close(self) -> None:
         """Keep the counters and close the file."""

@@ -1,0 +1,114 @@
+"""A clock that is set: what waits keeps the time that it had left, whoever set the clock and whenever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edged.clock_steps import KEEP_S, ClockSteps
+from edged.store import OutboxMessage, Store
+
+DAY_S = 86400.0
+START = 1_800_000_000.0
+
+
+class SetClock:
+    """A wall clock that can be set beside one that cannot."""
+
+    def __init__(self) -> None:
+        self.wall, self.mono = START, 100.0
+
+    def now(self) -> float:
+        return self.wall
+
+    def monotonic(self) -> float:
+        return self.mono
+
+    def real(self, seconds: float) -> float:
+        return seconds
+
+    def passes(self, seconds: float) -> None:
+        self.wall += seconds
+        self.mono += seconds
+
+
+def message(name: str, expires: float | None) -> OutboxMessage:
+    return OutboxMessage(name, f"t/{name}", 1, False, expires, b"{}", "ack", None, None)
+
+
+def left(store: Store, clock: SetClock) -> dict[str, float | None]:
+    rows = store.due(clock.now(), 100)
+    return {row.message.id: None if row.message.expires is None else row.message.expires - clock.now() for row in rows}
+
+
+@pytest.mark.parametrize("by_s", [3600.0, -3600.0, 20 * 365 * DAY_S, -300.0])
+def test_a_message_keeps_the_time_it_had_left_when_the_clock_is_set(tmp_path: Path, by_s: float) -> None:
+    clock, store = SetClock(), Store(tmp_path)
+    steps = ClockSteps(clock, store)
+    store.enqueue_many([message("minute", START + 60), message("for ever", None)], clock.now())
+    clock.passes(20)
+    assert steps.tick() == 0
+    clock.wall += by_s
+    assert steps.tick() == pytest.approx(by_s)
+    assert store.drop_expired(clock.now()) == 0
+    assert left(store, clock) == {"minute": pytest.approx(40), "for ever": None}
+    clock.passes(41)
+    assert steps.tick() == 0
+    assert store.drop_expired(clock.now()) == 1
+    store.flush_counters()
+    assert store.counters()["clock_steps"] == 1
+    store.close()
+
+
+def test_what_waits_for_a_retry_does_not_wait_for_the_clock_to_come_back(tmp_path: Path) -> None:
+    clock, store = SetClock(), Store(tmp_path)
+    steps = ClockSteps(clock, store)
+    store.enqueue(message("m", None), clock.now())
+    store.sent("m", clock.now(), clock.now() + 30)
+    clock.wall -= 2 * DAY_S
+    steps.tick()
+    assert [row.message.id for row in store.due(clock.now(), 10)] == ["m"]
+    store.close()
+
+
+def test_a_start_with_another_clock_is_a_step_and_a_short_stop_is_none(tmp_path: Path) -> None:
+    clock, store = SetClock(), Store(tmp_path)
+    steps = ClockSteps(clock, store)
+    store.enqueue(message("day", START + DAY_S), clock.now())
+    clock.passes(KEEP_S + 1)
+    steps.tick()
+    had = left(store, clock)["day"]
+    store.close()
+    clock.passes(10)  # a restart
+    store = Store(tmp_path)
+    assert ClockSteps(clock, store).tick() == 0
+    store.close()
+    clock.wall -= 300 * DAY_S  # a battery is empty: the device starts in the past, and is set right after a while
+    store = Store(tmp_path)
+    steps = ClockSteps(clock, store)
+    assert steps.tick() < 0
+    clock.passes(30)
+    clock.wall += 300 * DAY_S
+    assert steps.tick() == pytest.approx(300 * DAY_S)
+    assert had is not None
+    assert left(store, clock)["day"] == pytest.approx(had - 40, abs=KEEP_S + 15)
+    store.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.1, 30), st.sampled_from([0.0, 0.0, 7200.0, -7200.0, 1e8, -1e8])), max_size=12))
+def test_only_time_that_passes_is_taken_off(
+    tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[float, float]]
+) -> None:
+    clock, store = SetClock(), Store(tmp_path_factory.mktemp("steps"))
+    steps = ClockSteps(clock, store)
+    store.enqueue(message("m", START + 1000), clock.now())
+    for seconds, by_s in turns:
+        clock.passes(seconds)
+        clock.wall += by_s
+        steps.tick()
+    assert left(store, clock)["m"] == pytest.approx(1000 - sum(seconds for seconds, _ in turns), abs=0.01)
+    store.close()
