@@ -1,7 +1,7 @@
 """Messages that must reach the broker, in the order they were made, until something settles them.
 
-Law of this file: what goes in is durable; progress (handed over, acknowledged, refused) may be forgotten by a power
-cut, and then a message goes out again. At least once, never lost; receivers drop duplicates by id.
+Law of this file: what goes in is durable; progress (handed over, acknowledged, refused) may be forgotten by a crash or a
+power cut, and then a message goes out again. At least once, never lost; receivers drop duplicates by id.
 """
 
 from __future__ import annotations
