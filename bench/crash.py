@@ -3,7 +3,7 @@
     make crash [ARGS="--kills 20 --seed 7 --only kills --json"]
 
 Three parts: kills during downloads, proofs, swaps, escalations and starts; kills on a file system that is full (tmpfs, as
-root); kills while the clock jumps both ways (libfaketime). Exit status 0 when nothing was lost, doubled or damaged, and the
+root); kills while the clock jumps both ways. Exit status 0 when nothing was lost, doubled or damaged, and the
 device serves and can still be updated.
 """
 
