@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.checkpoints import MODEL_ID
-from trainer.terminal import fail, load, open_database, show
+from trainer.cli_release import release_app
+from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
@@ -25,7 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-release_app = typer.Typer(help="The registry of releases.", no_args_is_help=True)
 rollout_app = typer.Typer(help="Bring a release to the fleet: canary first, then everybody.", no_args_is_help=True)
 fleet_app = typer.Typer(help="The devices: what they run, and what they shall run.", no_args_is_help=True)
 samples_app = typer.Typer(help="The samples that devices keep, as far as the trainer knows them.", no_args_is_help=True)
@@ -34,12 +33,7 @@ app.add_typer(rollout_app, name="rollout")
 app.add_typer(fleet_app, name="fleet")
 app.add_typer(samples_app, name="samples")
 
-Config = Annotated[
-    Path, typer.Option("--config", "-c", envvar="TRAINER_CONFIG", help="The trainer's TOML file.", show_default=True)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
-CONFIG = Path("trainer.toml")
 
 
 @app.command()
@@ -108,126 +102,6 @@ def train(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it reports every figure that the gate reports
     train_here(settings, model, manifest, samples, output_dir, ablate, require_threshold, min_samples, dry_run)
-
-
-@release_app.command("add")
-def release_add(
-    folder: Annotated[Path, typer.Argument(help="Folder with the files and their release.json.")],
-    config: Config = CONFIG,
-    as_json: Json = False,
-) -> None:
-    """Register a release. The same bytes again change nothing; other bytes under the same version are refused."""
-    from trainer.releases import Registry, ReleaseError
-
-    try:
-        ref = Registry(load(config).releases).register(folder)
-    except ReleaseError as error:
-        fail(str(error))
-    show(ref.model_dump(mode="json"), as_json)
-
-
-@release_app.command("make")
-def release_make(
-    model: Annotated[str, typer.Argument(help="A model of the configuration: [models.NAME].")],
-    out: Annotated[Path, typer.Argument(help="Folder to write, made anew.")],
-    version: Annotated[str, typer.Option(help="The release's version.")] = "1.0",
-    config: Config = CONFIG,
-) -> None:
-    """Make the first release of a model from its checkpoint: ONNX, int8, calibration, golden set.
-
-    Labels, size, thresholds and the calibration images come from [models.NAME]. Register it with `release add`.
-    """
-    from trainer.config import ConfigError
-    from trainer.datasets import DatasetError, read_folder
-    from trainer.package import package_detector
-
-    settings = load(config)
-    try:
-        chosen = settings.model(model)
-        calibration = [image.decode(chosen.labels) for image in read_folder(chosen.calibration)]
-        manifest = package_detector(
-            chosen.checkpoint,
-            out,
-            f"{model}@{version}",
-            labels=chosen.labels,
-            imgsz=chosen.imgsz,
-            calibration=calibration,
-            thresholds=chosen.thresholds(),
-            seed=chosen.seed,
-        )
-    except (ConfigError, DatasetError, ValueError, OSError) as error:
-        fail(str(error))
-    typer.echo(f"{manifest.release}: {out}, calibrated on {manifest.calibration.items} images")
-
-
-@release_app.command("make-phi")
-def release_make_phi(
-    out: Annotated[Path, typer.Argument(help="Folder to write, made anew.")],
-    model_id: Annotated[str, typer.Option(help="A Phi of the Hugging Face hub, or a folder.")] = MODEL_ID,
-    name: Annotated[str | None, typer.Option(help="The release's name; none: the last part of the model's.")] = None,
-    version: Annotated[str, typer.Option(help="The release's version.")] = "1.0",
-    quantization: Annotated[str, typer.Option(help="As llama.cpp calls it.")] = "Q4_K_M",
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Golden prompt, whose answer every device must give; may be repeated.")
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help='Questions that trained nothing, {"prompt": ..., "answer": ...} a line: how sure it may be.'),
-    ] = None,
-) -> None:
-    """Make the first release of a language model from its checkpoint: GGUF, quantised, golden set, calibration."""
-    from edged.engines.base import EngineError
-    from trainer.checkpoints import CheckpointError, find_checkpoint
-    from trainer.export.gguf import ExportError
-    from trainer.package import GOLDEN_PROMPTS, package_gguf, read_expected
-    from trainer.releases import ReleaseError
-
-    try:
-        manifest = package_gguf(
-            find_checkpoint(model_id), out, f"{name or Path(model_id).name.lower()}@{version}",
-            prompts=prompt or GOLDEN_PROMPTS, quantization=quantization, lineage={"source": model_id},
-            calibration=read_expected(calibration) if calibration else (),
-        )  # fmt: skip
-    except (CheckpointError, ExportError, EngineError, ReleaseError, ValueError, OSError) as error:
-        fail(str(error))
-    fitted = manifest.calibration
-    sure = fitted.method if fitted.method == "uncalibrated" else f"calibrated on {fitted.items} answers"
-    typer.echo(
-        f"{manifest.release}: {out}, {manifest.files['model'].bytes} bytes ({quantization}) of {model_id}, {sure}"
-    )
-
-
-@release_app.command("list")
-def release_list(
-    name: Annotated[str | None, typer.Argument(help="Only releases of this model.")] = None,
-    config: Config = CONFIG,
-    as_json: Json = False,
-) -> None:
-    """Every registered release, oldest version first."""
-    from trainer.releases import Registry
-
-    rows = [
-        {
-            "release": each.ref.release,
-            "kind": each.manifest.kind,
-            "bytes": sum(entry.bytes for entry in each.manifest.files.values()),
-            "created": each.manifest.created,
-            "sha256": each.ref.sha256,
-        }
-        for each in Registry(load(config).releases).list(name)
-    ]
-    show(rows, as_json)
-
-
-@release_app.command("show")
-def release_show(release: Annotated[str, typer.Argument(help="name@version")], config: Config = CONFIG) -> None:
-    """A release's manifest: files, calibration, evaluation, lineage."""
-    from trainer.releases import Registry, ReleaseError
-
-    try:
-        show(Registry(load(config).releases).get(release).manifest.model_dump(mode="json"), as_json=True)
-    except ReleaseError as error:
-        fail(str(error))
 
 
 @rollout_app.command("start")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from trainer.config import TrainerConfig
     from trainer.database import Database
 
+Config = Annotated[
+    Path, typer.Option("--config", "-c", envvar="TRAINER_CONFIG", help="The trainer's TOML file.", show_default=True)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+CONFIG = Path("trainer.toml")
 EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_FEW = 1, 3, 4
 
 

@@ -1,0 +1,133 @@
+"""`trainer release`: make, register, list and show releases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.checkpoints import MODEL_ID
+from trainer.terminal import CONFIG, Config, Json, fail, load, show
+
+release_app = typer.Typer(help="The registry of releases.", no_args_is_help=True)
+
+
+@release_app.command("add")
+def release_add(
+    folder: Annotated[Path, typer.Argument(help="Folder with the files and their release.json.")],
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Register a release. The same bytes again change nothing; other bytes under the same version are refused."""
+    from trainer.releases import Registry, ReleaseError
+
+    try:
+        ref = Registry(load(config).releases).register(folder)
+    except ReleaseError as error:
+        fail(str(error))
+    show(ref.model_dump(mode="json"), as_json)
+
+
+@release_app.command("make")
+def release_make(
+    model: Annotated[str, typer.Argument(help="A model of the configuration: [models.NAME].")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, made anew.")],
+    version: Annotated[str, typer.Option(help="The release's version.")] = "1.0",
+    config: Config = CONFIG,
+) -> None:
+    """Make the first release of a model from its checkpoint: ONNX, int8, calibration, golden set.
+
+    Labels, size, thresholds and the calibration images come from [models.NAME]. Register it with `release add`.
+    """
+    from trainer.config import ConfigError
+    from trainer.datasets import DatasetError, read_folder
+    from trainer.package import package_detector
+
+    settings = load(config)
+    try:
+        chosen = settings.model(model)
+        calibration = [image.decode(chosen.labels) for image in read_folder(chosen.calibration)]
+        manifest = package_detector(
+            chosen.checkpoint,
+            out,
+            f"{model}@{version}",
+            labels=chosen.labels,
+            imgsz=chosen.imgsz,
+            calibration=calibration,
+            thresholds=chosen.thresholds(),
+            seed=chosen.seed,
+        )
+    except (ConfigError, DatasetError, ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"{manifest.release}: {out}, calibrated on {manifest.calibration.items} images")
+
+
+@release_app.command("make-phi")
+def release_make_phi(
+    out: Annotated[Path, typer.Argument(help="Folder to write, made anew.")],
+    model_id: Annotated[str, typer.Option(help="A Phi of the Hugging Face hub, or a folder.")] = MODEL_ID,
+    name: Annotated[str | None, typer.Option(help="The release's name; none: the last part of the model's.")] = None,
+    version: Annotated[str, typer.Option(help="The release's version.")] = "1.0",
+    quantization: Annotated[str, typer.Option(help="As llama.cpp calls it.")] = "Q4_K_M",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Golden prompt, whose answer every device must give; may be repeated.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='Questions that trained nothing, {"prompt": ..., "answer": ...} a line: how sure it may be.'),
+    ] = None,
+) -> None:
+    """Make the first release of a language model from its checkpoint: GGUF, quantised, golden set, calibration."""
+    from edged.engines.base import EngineError
+    from trainer.checkpoints import CheckpointError, find_checkpoint
+    from trainer.export.gguf import ExportError
+    from trainer.package import GOLDEN_PROMPTS, package_gguf, read_expected
+    from trainer.releases import ReleaseError
+
+    try:
+        manifest = package_gguf(
+            find_checkpoint(model_id), out, f"{name or Path(model_id).name.lower()}@{version}",
+            prompts=prompt or GOLDEN_PROMPTS, quantization=quantization, lineage={"source": model_id},
+            calibration=read_expected(calibration) if calibration else (),
+        )  # fmt: skip
+    except (CheckpointError, ExportError, EngineError, ReleaseError, ValueError, OSError) as error:
+        fail(str(error))
+    fitted = manifest.calibration
+    sure = fitted.method if fitted.method == "uncalibrated" else f"calibrated on {fitted.items} answers"
+    typer.echo(
+        f"{manifest.release}: {out}, {manifest.files['model'].bytes} bytes ({quantization}) of {model_id}, {sure}"
+    )
+
+
+@release_app.command("list")
+def release_list(
+    name: Annotated[str | None, typer.Argument(help="Only releases of this model.")] = None,
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Every registered release, oldest version first."""
+    from trainer.releases import Registry
+
+    rows = [
+        {
+            "release": each.ref.release,
+            "kind": each.manifest.kind,
+            "bytes": sum(entry.bytes for entry in each.manifest.files.values()),
+            "created": each.manifest.created,
+            "sha256": each.ref.sha256,
+        }
+        for each in Registry(load(config).releases).list(name)
+    ]
+    show(rows, as_json)
+
+
+@release_app.command("show")
+def release_show(release: Annotated[str, typer.Argument(help="name@version")], config: Config = CONFIG) -> None:
+    """A release's manifest: files, calibration, evaluation, lineage."""
+    from trainer.releases import Registry, ReleaseError
+
+    try:
+        show(Registry(load(config).releases).get(release).manifest.model_dump(mode="json"), as_json=True)
+    except ReleaseError as error:
+        fail(str(error))
