@@ -27,6 +27,7 @@ from edged.releases import BadRelease, Releases, read_manifest, verify
 from edged.room import Refusal, Room
 from edged.slot import Loaded, Slot, SlotStopped, load
 from edged.store import Store
+from edged.trust import Untrusted
 from edged.update_record import ADAPTER, Record, Seeded, UpdateEvent
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
@@ -43,7 +44,8 @@ PROVEN = "proven/"  # + slot: the release that has answered its whole golden set
 @dataclass(frozen=True, slots=True)
 class Carrier:
     """How the bytes of a release get here: fetch the manifest, then each blob, into a folder, until the third argument
-    says that nobody wants them. Raises FetchError, WrongContent or BadRelease. Other carriers fit in here beside HTTP."""
+    says that nobody wants them. Raises FetchError, Untrusted, WrongContent or BadRelease. Other carriers fit in here beside
+    HTTP."""
 
     fetch: Callable[[ReleaseRef, Path, Callable[[], bool]], None]
 
@@ -76,6 +78,7 @@ class Acts:
         self._idle = threading.Event()
         self._idle.set()
         self._stopping = False
+        self._untrusted: dict[str, str] = {}  # target -> why its release was not trusted, as it was last said
         self._slow: dict[Effect, Callable[[Record], None]] = {
             Effect.ADMIT: self._admit,
             Effect.DOWNLOAD: self._download,
@@ -239,6 +242,12 @@ class Acts:
             self._carrier.fetch(record.candidate, folder, lambda: self._unwanted(record))
         except (WrongContent, BadRelease) as error:
             self._answer(record, Event.VERIFY_FAILED, str(error))
+        except Untrusted as error:
+            self._store.count("releases_untrusted")
+            if self._untrusted.get(record.target) != str(error):  # it is tried again and again, and said once
+                self._untrusted[record.target] = str(error)
+                self._say("release_untrusted", f"{record.target}: {error}", release=record.candidate.release)
+            self._answer(record, Event.FETCH_FAILED, str(error), passing=True)
         except (FetchError, OSError) as error:
             self._answer(record, Event.FETCH_FAILED, str(error), passing=True)
         else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edged.fetch import Fetcher, FetchError, WrongContent
 from edged.files import sha256_of
-from edged.releases import MANIFEST, MANIFEST_BYTES_MAX, BadRelease, Releases, read_manifest
+from edged.releases import MANIFEST, BadRelease, Releases, read_manifest
 from edged.wire.manifest import ReleaseRef
 
 log = logging.getLogger(__name__)
@@ -18,19 +18,25 @@ log = logging.getLogger(__name__)
 class HttpCarrier:
     """Fetches a release into a folder: the manifest first, checked against its pinned hash, then each blob."""
 
-    def __init__(self, fetcher: Fetcher, url: Callable[[], str | None], releases: Releases) -> None:
-        self._fetcher, self._url, self._releases = fetcher, url, releases
+    def __init__(
+        self, fetcher: Fetcher, url: Callable[[], str | None], releases: Releases,
+        admit: Callable[[ReleaseRef, Callable[[], bool]], int],
+    ) -> None:  # fmt: skip
+        """`admit`: the length in bytes of a release's manifest, if this device may install it (trust.Trust.admit)."""
+        self._fetcher, self._url, self._releases, self._admit = fetcher, url, releases, admit
 
     def fetch(self, ref: ReleaseRef, folder: Path, cancelled: Callable[[], bool]) -> None:
-        """Bring every file of `ref` into `folder`; what is there and whole is not fetched again. Raises FetchError
-        (try later, also when `cancelled` said so), or WrongContent or BadRelease (it is not what was promised)."""
-        url = self._url()
-        if not url:
-            raise FetchError("the trainer's address is not known yet: it announces itself on MQTT, or set host.url")
+        """Bring every file of `ref` into `folder`; what is there and whole is not fetched again.
+
+        Raises FetchError (try later, also when `cancelled` said so), Untrusted, or WrongContent or BadRelease (it is not
+        what was promised).
+        """
+        manifest_bytes = self._admit(ref, cancelled)
+        url = self._host()
         folder.mkdir(parents=True, exist_ok=True)
         manifest_path = folder / MANIFEST
         if not manifest_path.is_file() or sha256_of(manifest_path) != ref.sha256:
-            data = self._fetcher.get_bytes(f"{url}/releases/{ref.release}/{MANIFEST}", MANIFEST_BYTES_MAX)
+            data = self._fetcher.get_bytes(f"{url}/releases/{ref.release}/{MANIFEST}", manifest_bytes)
             beside = manifest_path.with_name(MANIFEST + ".new")
             beside.write_bytes(data)
             found = sha256_of(beside)
@@ -47,6 +53,16 @@ class HttpCarrier:
             if self._link_from_another(entry.sha256, target):
                 continue
             self._fetcher.fetch(f"{url}/blobs/{entry.sha256}", target, entry.sha256, entry.bytes, cancelled=cancelled)
+
+    def metadata(self, name: str, bytes_max: int) -> bytes:
+        """A file of the releases' signed metadata, as the trainer has it; raises FetchError or WrongContent."""
+        return self._fetcher.get_bytes(f"{self._host()}/metadata/{name}", bytes_max)
+
+    def _host(self) -> str:
+        url = self._url()
+        if not url:
+            raise FetchError("the trainer's address is not known yet: it announces itself on MQTT, or set host.url")
+        return url
 
     def _link_from_another(self, sha256: str, target: Path) -> bool:
         """Hard-link the same bytes from a release that is already here: what did not change is not sent."""

@@ -15,6 +15,7 @@ from typing import Any
 from edged.check_broker import broker, certificates
 from edged.check_machine import clock, disk, memory, permissions, service_user
 from edged.check_profile import profile
+from edged.check_trust import trust
 from edged.config import ConfigError, Settings, Slot
 from edged.config_sources import DirectorySource
 from edged.findings import Finding, Look
@@ -188,5 +189,5 @@ def _seed(title: str, slot: Slot, seed: Path, proving: bool) -> Finding:
 # In the order in which people mend things.
 PARTS: tuple[Callable[[Look], Iterator[Finding]], ...] = (
     configuration, environment, profile, memory, permissions, service_user, disk, clock, running, sources, certificates,
-    broker, slots,
+    broker, trust, slots,
 )  # fmt: skip

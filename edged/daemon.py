@@ -45,6 +45,7 @@ from edged.status_socket import StatusSocket
 from edged.storage import StorageWatch
 from edged.store.integrity import Opened, open_store
 from edged.told import Told
+from edged.trust import Trust
 from edged.updater import Updater
 from edged.within import within
 
@@ -90,7 +91,10 @@ class Daemon:
         inbox: queue.Queue[Any] = queue.Queue()
         self.link = connection.link(settings, outgoing, inbox)
         fetcher = Fetcher(FetchOptions(settings.broker.ca, settings.broker.certificate, settings.broker.key))
-        carrier = HttpCarrier(fetcher, lambda: self.settings.host.url or self.control.host_url, releases)
+        self.trust = Trust(settings.trust, state / "trust", lambda *of: carrier.metadata(*of), clock)
+        carrier = HttpCarrier(
+            fetcher, lambda: self.settings.host.url or self.control.host_url, releases, self.trust.admit
+        )
         self._services = Services(
             self.store, outgoing, clock, window,
             wait=lambda *waiting: self.control.wait(*waiting),

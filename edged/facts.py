@@ -129,5 +129,6 @@ def more(daemon: Daemon) -> dict[str, Any]:
         "stalled": daemon.beats.stalled(),
         "usage": daemon.usage.now(),
         "events": daemon.told.events(),
+        "trust": daemon.trust.status(),
         "cores": os.cpu_count(),
     }

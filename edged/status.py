@@ -156,6 +156,7 @@ def render(status: Document, *, colour: bool = False, zone: Any = None) -> list[
         lines += _pipelines(kind, status.get(kind) or {})
     lines += _streams(status.get("streams") or {})
     lines += _store(status)
+    lines += _trust(status)
     lines += _machine(status)
     events = (status.get("events") or [])[-EVENTS_SHOWN:]
     for number, event in enumerate(reversed(events)):
@@ -228,6 +229,22 @@ def _store(status: Document) -> Iterator[str]:
     yield _line("samples", kept)
     outbox = status.get("outbox") or {}
     yield _line("outbox", f"{outbox.get('messages', 0)} messages, {size(outbox.get('bytes', 0))}")
+
+
+def _trust(status: Document) -> Iterator[str]:
+    trust, now = status.get("trust") or {}, status.get("now") or 0.0
+    if trust.get("mode") == "signed" and "at" in trust:
+        ends = min(trust["expires"].values(), default=0.0)
+        until = f"good for {duration(ends - now)}" if ends > now else "expired since, renewed with the next install"
+        text = f"root {trust['root_version']}, metadata checked {duration(now - trust['at'])} ago, {until}"
+    else:
+        text = {
+            "signed": "signed releases only; no metadata was checked yet",
+            "unsigned": "unsigned: whatever desired state names is installed",
+            "closed": "no root: every release is refused; enrol this device",
+        }.get(str(trust.get("mode")), "")
+    if text:
+        yield _line("trust", text)
 
 
 def _machine(status: Document) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`trainer release`: make, register, list and show releases."""
+"""`trainer release`: make, register, sign, list, show and revoke releases."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ def release_add(
     config: Config = CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Register a release. The same bytes again change nothing; other bytes under the same version are refused."""
-    from trainer.releases import Registry, ReleaseError
+    """Register a release, and sign it where there are keys (`trainer keys init`).
 
+    The same bytes again change nothing; other bytes under the same version are refused.
+    """
+    from trainer.keys import TrustError
+    from trainer.releases import Registry, ReleaseError
+    from trainer.signing import register
+
+    settings = load(config)
     try:
-        ref = Registry(load(config).releases).register(folder)
-    except ReleaseError as error:
+        ref = register(settings, Registry(settings.releases), folder)
+    except (ReleaseError, TrustError, OSError) as error:
         fail(str(error))
     show(ref.model_dump(mode="json"), as_json)
 
@@ -106,20 +112,59 @@ def release_list(
     config: Config = CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Every registered release, oldest version first."""
+    """Every registered release, oldest version first, and whether devices may install it."""
+    from trainer.keys import TrustError
     from trainer.releases import Registry
+    from trainer.signing import listing, repository_of
 
-    rows = [
-        {
-            "release": each.ref.release,
-            "kind": each.manifest.kind,
-            "bytes": sum(entry.bytes for entry in each.manifest.files.values()),
-            "created": each.manifest.created,
-            "sha256": each.ref.sha256,
-        }
-        for each in Registry(load(config).releases).list(name)
-    ]
-    show(rows, as_json)
+    settings = load(config)
+    try:
+        show(listing(Registry(settings.releases), repository_of(settings), name), as_json)
+    except (TrustError, OSError) as error:
+        fail(str(error))
+
+
+@release_app.command("sign")
+def release_sign(
+    release: Annotated[str, typer.Argument(help="name@version, registered")], config: Config = CONFIG
+) -> None:
+    """Let devices install a release that was registered before there were keys. Idempotent."""
+    from trainer.keys import TrustError
+    from trainer.releases import Registry, ReleaseError
+    from trainer.signing import repository_of, sign
+
+    settings = load(config)
+    try:
+        repository = repository_of(settings)
+        if repository is None:
+            fail(f"{settings.trust.folder}: no keys are here; make them with `trainer keys init`")
+        sign(repository, Registry(settings.releases).get(release))
+    except (ReleaseError, TrustError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"{release} is signed")
+
+
+@release_app.command("revoke")
+def release_revoke(
+    release: Annotated[str, typer.Argument(help="name@version")],
+    reason: Annotated[str, typer.Option(help="Why, for whoever meets it later.")],
+    config: Config = CONFIG,
+) -> None:
+    """Let no device install a release any more, for good. Devices that run it go on until they are told another."""
+    from edged.wire.manifest import ReleaseId
+    from trainer.keys import TrustError
+    from trainer.signing import repository_of
+
+    settings = load(config)
+    try:
+        repository = repository_of(settings)
+        if repository is None:
+            fail(f"{settings.trust.folder}: no keys are here; without signatures there is nothing to revoke")
+        signed = repository.revoke(str(ReleaseId(release)), reason)
+    except (TrustError, ValueError, OSError) as error:
+        fail(str(error))
+    was = "is not signed any more" if signed else "was not signed, and will not be"
+    typer.echo(f"{release} {was}; give devices that run it another: `trainer fleet status`, `trainer fleet set`")
 
 
 @release_app.command("show")

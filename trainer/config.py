@@ -18,6 +18,7 @@ from trainer.tuners.settings import LoraSettings, SettingsError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
+Days = Annotated[float, Field(gt=0, le=3650)]
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -88,6 +89,24 @@ class Http(Tls):
                 f"host {self.host!r} without `ca`: only this machine may connect unencrypted; set ca, certificate, key"
             )
         return self
+
+
+class Trust(Section):
+    """The keys that sign releases and the metadata that says what is signed, in `folder` (`trainer keys init`).
+
+    Days from signing to expiry; online metadata is renewed by `trainer serve` at half of it. See docs/security.md.
+    """
+
+    folder: Path = Path("trust")
+    root_days: Days = 365.0
+    targets_days: Days = 365.0
+    models_days: Days = 7.0
+    snapshot_days: Days = 7.0
+    timestamp_days: Days = 1.0
+
+    def lifetimes(self) -> dict[str, float]:
+        """Days by role."""
+        return {key.removesuffix("_days"): days for key, days in self.model_dump(exclude={"folder"}).items()}
 
 
 class Model(Section):
@@ -198,6 +217,7 @@ class TrainerConfig(BaseSettings):
     data_dir: Path = Path("/var/lib/edged-trainer")
     broker: Broker = Broker()
     http: Http = Http()
+    trust: Trust = Trust()
     models: dict[Name, Model] = {}
     rollout: Rollout = Rollout()
     command_resend_s: Seconds = 30.0

@@ -32,6 +32,7 @@ from trainer.orders import Orders
 from trainer.releases import Registry
 from trainer.rollouts import Rollouts
 from trainer.server import Server, ServerOptions
+from trainer.signing import Signing, repository_of
 from trainer.status import status
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Coordinator:
         self.jobs = Jobs(self.host)
         self.rollouts = Rollouts(self.host)
         self.orders = Orders(self.host, self.jobs, self.rollouts)
+        self.signing = Signing(self.host)
         self.counters: dict[str, int] = {}
         self.server = Server(
             ServerOptions(
@@ -76,6 +78,7 @@ class Coordinator:
             claimed=self._is_claimed,
             status=lambda: status(self.host, self.counters, self.link.connected),
             arrived=lambda _digest: None if self._stopping.is_set() else self._wake.set(),
+            metadata=self._metadata,
         )  # fmt: skip
         self._address = topics.HOST(trainer=config.name)
         self.link = Link(
@@ -116,6 +119,7 @@ class Coordinator:
                     self._ticked = time.monotonic()
                     for name, act in (
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
+                        ("signing", self.signing.tick),
                         ("catalogue", self._ask_for_catalogues), ("prune", self._prune),
                     ):  # fmt: skip
                         self._guarded(name, act)
@@ -348,6 +352,10 @@ class Coordinator:
             self._pruned = time.monotonic()
             with self.host.database.write() as connection:
                 fleet.prune(connection, self.host.now())
+
+    def _metadata(self, name: str) -> bytes | None:
+        repository = repository_of(self.host.config)
+        return repository.read(name) if repository is not None else None
 
     def _is_claimed(self, digest: str) -> bool:
         with self.host.database.read() as connection:

@@ -26,8 +26,10 @@ from trainer.database import commands, jobs, rollouts, samples
 from trainer.files import write_whole
 from trainer.fleet import ENDED, current_release, members, trainable, training_counts
 from trainer.host import Host, new_id
+from trainer.keys import TrustError
 from trainer.releases import ReleaseError
 from trainer.rollouts import start_rollout
+from trainer.signing import register
 
 log = logging.getLogger(__name__)
 
@@ -237,13 +239,13 @@ class Jobs:
                 self._end(connection, row, outcome.status, outcome.reason, outcome.summary)
             return
         try:
-            # Both are idempotent: after a crash before the commit they are done again.
-            ref = host.registry.register(run / "candidate")
+            # All are idempotent: after a crash before the commit they are done again.
+            ref = register(host.config, host.registry, run / "candidate")
             host.config.checkpoints.mkdir(parents=True, exist_ok=True)
             beside = host.config.checkpoints / f".{row['target']}.pt"
             shutil.copyfile(run / "model.pt", beside)
             beside.replace(host.config.checkpoints / f"{row['target']}.pt")
-        except (ReleaseError, OSError) as error:
+        except (ReleaseError, TrustError, OSError) as error:
             with host.database.write() as connection:
                 self._end(connection, row, "failed", f"the release could not be registered: {error}", outcome.summary)
             return

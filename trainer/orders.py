@@ -15,6 +15,7 @@ from trainer.host import Host, new_id
 from trainer.jobs import Jobs
 from trainer.releases import ReleaseError
 from trainer.rollouts import Rollouts, runs_now, start_rollout
+from trainer.signing import installable
 
 KEEP_S = 86400.0
 POLL_S = 0.1
@@ -79,6 +80,7 @@ class Orders:
 
     def _start(self, release: str) -> dict[str, Any]:
         stored = self._host.registry.get(release)
+        installable(self._host.config, stored)
         with self._host.database.write() as connection:
             started = start_rollout(self._host, connection, stored.ref)
         if isinstance(started, str):
@@ -92,6 +94,8 @@ class Orders:
         host = self._host
         models = {slot: host.registry.get(release) for slot, release in wanted_models.items()}
         adapters = {slot: host.registry.get(name) if name else None for slot, name in wanted_adapters.items()}
+        for stored in (*models.values(), *filter(None, adapters.values())):
+            installable(host.config, stored)
         for slot, stored in models.items():
             if stored.manifest.kind == "lora":
                 return {"error": f"{slot}: {stored.ref.release} is an adapter; use --adapter"}

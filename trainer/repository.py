@@ -243,7 +243,9 @@ def read(path: Path) -> Metadata[Any]:
     try:
         return Metadata.from_bytes(path.read_bytes())
     except (OSError, RepositoryError) as error:
-        raise TrustError(f"{path}: {error}; restore it from a backup of the trust folder") from None
+        raise TrustError(
+            f"{path}: {error}; run this as the trainer's user, or restore the trust folder from a backup"
+        ) from None
 
 
 def write(folder: Path, role: str, metadata: Metadata[Any]) -> bytes:

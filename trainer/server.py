@@ -1,4 +1,4 @@
-"""What devices reach over HTTP: releases by name, files by hash with Range, and the way up for samples.
+"""What devices reach over HTTP: releases by name, files by hash with Range, signed metadata, the way up for samples.
 
 With certificates only clients that the authority knows get in. Bytes are checked as they arrive: what a device uploads
 must be a sample that an open job claims, of the length allowed, with the hash that names it.
@@ -65,10 +65,12 @@ class Server:
         claimed: Callable[[str], bool],
         status: Callable[[], dict[str, Any]],
         arrived: Callable[[str], None],
+        metadata: Callable[[str], bytes | None] = lambda _name: None,
     ) -> None:
+        """`metadata`: the bytes of a file of the releases' signed metadata; None when there is none of this name."""
         self.port = options.port
         self._options, self._registry, self._samples = options, registry, samples
-        self._claimed, self._status, self._arrived = claimed, status, arrived
+        self._claimed, self._status, self._arrived, self._metadata = claimed, status, arrived, metadata
         samples.mkdir(parents=True, exist_ok=True)
         for left in samples.glob(".upload-*"):  # of an earlier process
             left.unlink()
@@ -124,6 +126,7 @@ class Server:
                 Route("/status", self._get_status),
                 Route("/releases/{release}/release.json", self._get_release),
                 Route("/blobs/{sha256}", self._get_blob),
+                Route("/metadata/{name}", self._get_metadata),
                 Route("/samples/{sha256}", self._put_sample, methods=["PUT"]),
             ]
         )
@@ -149,6 +152,13 @@ class Server:
         if path is None:
             return _problem(404, f"no release holds a file with SHA-256 {digest!r}")
         return FileResponse(path, media_type="application/octet-stream", headers={"etag": f'"{digest}"'})
+
+    async def _get_metadata(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        data = await run_in_threadpool(self._metadata, name)
+        if data is None:
+            return _problem(404, f"no metadata {name!r}; where `trainer keys init` was not run there is none at all")
+        return Response(data, media_type="application/json", headers={"cache-control": "no-store"})
 
     async def _put_sample(self, request: Request) -> Response:
         digest = request.path_params["sha256"]

@@ -74,6 +74,7 @@ def tables(folder: Path, name: str, at: Broker, seed: Path | None, **more: Any) 
         "broker": {"host": at.host, "port": at.port, "reconnect_s_max": 1},
         "delivery": {"retry_s": 2.0, "window_s": 2.0},
         "host": {"fetch_retry_s": 1.0},
+        "trust": {"unsigned": True},
         "slots": {"eye": {"probation_s": 0.5}},
         "pipelines": {
             "line": {

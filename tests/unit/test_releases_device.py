@@ -12,13 +12,17 @@ import pytest
 
 from edged.carrier import HttpCarrier
 from edged.fetch import Fetcher, FetchError, WrongContent
-from edged.releases import BadRelease, Releases, read_manifest, reference, verify
+from edged.releases import MANIFEST_BYTES_MAX, BadRelease, Releases, read_manifest, reference, verify
 from edged.wire.manifest import ReleaseRef
 from tests.support.files import file_server
 
 
 def never() -> bool:
     return False
+
+
+def admitted(_ref: ReleaseRef, _cancelled: Callable[[], bool]) -> int:
+    return MANIFEST_BYTES_MAX
 
 
 def test_a_whole_release_verifies(toy: Path) -> None:
@@ -101,7 +105,7 @@ def test_the_carrier_fetches_only_what_is_not_here_yet(tmp_path: Path, toy: Path
     ref = reference(toy2)
     with file_server() as server:
         server.publish(toy2, ref)
-        carrier = HttpCarrier(Fetcher(), lambda: server.url, releases)
+        carrier = HttpCarrier(Fetcher(), lambda: server.url, releases, admitted)
         folder = releases.folder(ref)
         carrier.fetch(ref, folder, never)
         assert verify(folder, ref)
@@ -124,14 +128,14 @@ def test_a_forged_manifest_is_not_kept(tmp_path: Path, toy: Path) -> None:
     with file_server() as server:
         server.publish(toy, ref)
         with pytest.raises(WrongContent, match="desired state pins 000000000000"):
-            HttpCarrier(Fetcher(), lambda: server.url, releases).fetch(ref, releases.folder(ref), never)
+            HttpCarrier(Fetcher(), lambda: server.url, releases, admitted).fetch(ref, releases.folder(ref), never)
     assert not list(releases.folder(ref).iterdir())
 
 
 def test_without_an_address_the_transfer_waits(tmp_path: Path, toy: Path) -> None:
     releases = Releases(tmp_path / "releases")
     with pytest.raises(FetchError, match=r"the trainer's address is not known yet.*set host\.url"):
-        HttpCarrier(Fetcher(), lambda: None, releases).fetch(reference(toy), tmp_path / "x", never)
+        HttpCarrier(Fetcher(), lambda: None, releases, admitted).fetch(reference(toy), tmp_path / "x", never)
 
 
 def test_a_manifest_read_twice_is_the_same(toy: Path) -> None:
