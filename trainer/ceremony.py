@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from tuf.api.metadata import (
-    TOP_LEVEL_ROLE_NAMES,
     DelegatedRole,
     Delegations,
     Metadata,
@@ -126,25 +125,29 @@ def _write_first(
 # Changes.
 
 
-def rotate(repository: Repository, role: str, keyid: str | None, media: Sequence[Path], passphrase: Passphrase) -> str:
-    """Replace a key of a role (None: all of them) by a new one; what came of it.
+def rotate(
+    repository: Repository, roles: Sequence[str], keyid: str | None, media: Sequence[Path], passphrase: Passphrase
+) -> str:
+    """Replace the keys of these roles (or of one role this one key) by new ones; what came of it.
 
-    A new offline key is written into the first of `media`. Raises TrustError.
+    New offline keys are written into `media`, in turn. Raises TrustError.
     """
     with repository.locked():
         current = repository.current()
-        old = [_find(current, role, keyid)] if keyid is not None else current.keyids(role)
-        new = [Key.new(role) for _ in old]
-        staged = _Staged(repository, current)
-        for key in old:
-            staged.delegator(role).revoke_key(key, role)
-        for each in new:
-            staged.delegator(role).add_key(each.signer.public_key, role)
-        if role in OFFLINE and not media:
-            raise TrustError(f"a new {role} key needs a folder to be written to: name one with --offline")
-        for each in new:  # before anything names them: a crash leaves a key that nobody uses
-            each.save(media[0] if role in OFFLINE else repository.keys, passphrase if role in OFFLINE else None)
-        return staged.sign(new, media, passphrase)
+        staged, new = _Staged(repository, current), []
+        for role in roles:
+            delegator = staged.delegator(role)
+            old = [_find(current, role, keyid)] if keyid is not None else current.keyids(role)
+            if role in OFFLINE and not media:
+                raise TrustError(f"a new {role} key needs a folder to be written to: name one with --offline")
+            for number, key in enumerate(old):
+                made = Key.new(role)
+                delegator.revoke_key(key, role)
+                delegator.add_key(made.signer.public_key, role)
+                new.append((made, media[number % len(media)] if role in OFFLINE else None))
+        for made, medium in new:  # before anything names them: a crash leaves a key that nobody uses
+            made.save(medium or repository.keys, passphrase if medium else None)
+        return staged.sign([made for made, _ in new], media, passphrase)
 
 
 def drop(repository: Repository, keyid: str, media: Sequence[Path], passphrase: Passphrase) -> str:
@@ -247,11 +250,11 @@ class _Staged:
         return self._next[role]
 
     def delegator(self, role: str) -> Any:
-        """Who names the role's keys. Where the keys of targets change, targets is signed anew."""
+        """Who names the role's keys. Where the keys of targets change, targets is signed anew. Raises TrustError."""
+        if role not in (*OFFLINE, *ONLINE):
+            raise TrustError(f"{role!r} is no role; roles: {', '.join((*OFFLINE, *ONLINE))}")
         if role == Targets.type:
             self.next(Targets.type)
-        if role not in (*TOP_LEVEL_ROLE_NAMES, MODELS):
-            raise TrustError(f"{role!r} is no role; roles: {', '.join((*OFFLINE, *ONLINE))}")
         return self.next(Targets.type if role == MODELS else Root.type).signed
 
     def sign(self, new: Sequence[Key], media: Sequence[Path], passphrase: Passphrase) -> str:

@@ -101,16 +101,21 @@ def keys_list(config: Config = CONFIG, as_json: Json = False) -> None:
 
 @keys_app.command("rotate")
 def keys_rotate(
-    role: Annotated[str, typer.Argument(help="root, targets, models, snapshot or timestamp")],
+    roles: Annotated[list[str], typer.Argument(help="Of root, targets, models, snapshot, timestamp.")],
     key: Annotated[str | None, typer.Option(help="Only this key, as `trainer keys list` shows it.")] = None,
     offline: Offline = None,
     passphrase_file: Secret = None,
     config: Config = CONFIG,
 ) -> None:
-    """Replace a role's keys (or one of them) by new ones. A new offline key goes into the first --offline folder."""
+    """Replace the keys of roles (or one key of one role) by new ones. New offline keys go into --offline folders in turn.
+
+    After a break-in at the trainer: `trainer keys rotate models snapshot timestamp`, in one ceremony.
+    """
     from trainer.ceremony import rotate
 
-    _perform(config, lambda it: rotate(it, role, key, offline or [], _asker(passphrase_file, new=True)))
+    if key is not None and len(roles) > 1:
+        fail(f"--key {key}: name its role alone")
+    _perform(config, lambda it: rotate(it, roles, key, offline or [], _asker(passphrase_file, new=True)))
 
 
 @keys_app.command("revoke")

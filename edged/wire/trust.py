@@ -19,7 +19,7 @@ METADATA_BYTES_MAX = {
 }
 ROOT_ROTATIONS_MAX = 256  # that a device catches up with at once
 
-_NAME = re.compile(rf"^(?:\d{{1,9}}\.)?(root|timestamp|snapshot|targets|{MODELS})\.json$")
+_NAME = re.compile(rf"(?:\d{{1,9}}\.)?(root|timestamp|snapshot|targets|{MODELS})\.json", re.ASCII)
 
 
 def target_path(release: str) -> str:
@@ -29,5 +29,5 @@ def target_path(release: str) -> str:
 
 def role_of(name: str) -> str | None:
     """The role that the metadata file `name` belongs to (`7.snapshot.json`: snapshot); None: it is no such name."""
-    found = _NAME.match(name)
+    found = _NAME.fullmatch(name)
     return found[1] if found else None

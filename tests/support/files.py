@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
 class FileServer:
     """Serves `files` (path -> bytes) whole. A path in `cut` announces the full length and ends the connection after that
-    many bytes; a path in `held` comes drop by drop until its event is set."""
+    many bytes; a path in `held` comes drop by drop until its event is set; one in `endless` never ends."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.cut: dict[str, int] = {}
         self.held: dict[str, threading.Event] = {}
+        self.endless: set[str] = set()
         self.requested: list[str] = []
         owner = self
 
@@ -26,6 +27,14 @@ class FileServer:
             def do_GET(self) -> None:
                 owner.requested.append(self.path)
                 data = owner.files.get(self.path)
+                if self.path in owner.endless:
+                    self.send_response(200)
+                    self.end_headers()
+                    with suppress(OSError):  # until the client hangs up
+                        while True:
+                            self.wfile.write(b" " * 65536)
+                    self.close_connection = True
+                    return
                 if data is None:
                     self.send_error(404)
                     return
@@ -50,7 +59,7 @@ class FileServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="files", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), name="files", daemon=True)
         self._thread.start()
 
     def publish(self, folder: Path, ref: ReleaseRef) -> None:
