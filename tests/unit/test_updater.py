@@ -20,6 +20,7 @@ from edged.prove import Proof
 from edged.releases import Releases, reference
 from edged.slot import Slot
 from edged.store import Store
+from edged.trust import Untrusted
 from edged.updater import ERRORS_MAX, Updater
 from edged.wire.manifest import ReleaseRef
 from edged.wire.messages import Desired, ModelReport
@@ -61,6 +62,7 @@ class Box:
         self.server = {reference(folder): folder for folder in server}
         self.clock = Clock()
         self.said: list[str] = []
+        self.distrust = ""  # why no release is trusted
         self.rev = 0
         self.switch_on()
 
@@ -77,6 +79,8 @@ class Box:
         self.updater.start()
 
     def _fetch(self, ref: ReleaseRef, folder: Path, _cancelled: Callable[[], bool]) -> None:
+        if self.distrust:
+            raise Untrusted(self.distrust)
         if ref not in self.server:
             raise FetchError("nobody answers")
         shutil.copytree(self.server[ref], folder, dirs_exist_ok=True)
@@ -246,3 +250,23 @@ def test_a_late_answer_about_another_release_changes_nothing(tmp_path: Path, toy
     assert box.eye.update == "failed"
     box.updater.handle(UpdateEvent("eye", reference(toy2), module.Event.DOWNLOADED))
     assert box.eye.update == "failed"
+
+
+def test_a_release_that_is_not_trusted_is_said_once_and_installed_when_it_is(
+    tmp_path: Path, toy: Path, toy2: Path
+) -> None:
+    box = Box(tmp_path, toy, toy2)
+    box.distrust = "timestamp.json is expired"
+    box.desire(reference(toy2))
+    for _ in range(3):
+        assert (box.eye.active, box.eye.update, box.eye.reason) == ("toy@1.0", "failed", "timestamp.json is expired")
+        box.wait(RETRY_S)
+    box.distrust = "the clock says 1970"
+    box.wait(RETRY_S)
+    said = [text for text in box.said if text.startswith("release_untrusted")]
+    assert said == ["release_untrusted: eye: timestamp.json is expired", "release_untrusted: eye: the clock says 1970"]
+    assert box.store.counters()["releases_untrusted"] == 5
+    box.distrust = ""  # these bytes were never bad
+    box.wait(RETRY_S)
+    box.wait(PROBATION_S)
+    assert (box.eye.active, box.eye.update) == ("toy@1.1", "committed")
