@@ -253,3 +253,18 @@ def test_who_may_not_look_is_told_so(closed: str) -> None:
         )  # fmt: skip
     assert "may not" in done.stdout, done.stderr
     assert "run this as root" in done.stdout
+
+
+def test_whom_a_device_trusts_is_a_line() -> None:
+    def line(**trust: Any) -> str:
+        lines = render(document(trust=trust), zone=UTC)
+        return next(text for text in lines if text.startswith("trust"))
+
+    now = document()["now"]
+    checked = {"root_version": 3, "at": now - 7200, "expires": {"root": now + 9e6, "timestamp": now + 79200}}
+    assert line(mode="signed", **checked) == "trust      root 3, metadata checked 2 h 0 min ago, good for 22 h 0 min"
+    checked["expires"]["timestamp"] = now - 1
+    assert line(mode="signed", **checked).endswith("ago, expired since, renewed with the next install")
+    assert line(mode="signed") == "trust      signed releases only; no metadata was checked yet"
+    assert line(mode="unsigned").startswith("trust      unsigned: ")
+    assert line(mode="closed") == "trust      no root: every release is refused; enrol this device"
