@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 from edged.link import LinkOptions
 from trainer.broker import BrokerTls, Clients, write_broker_config
 from trainer.ca import create_ca, issue
+from trainer.cli_keys import PASSPHRASE
+from trainer.config import load_config
 
 SITE = "line1"
 TRAINER, RESPONDER, OBSERVER = "trainer", "responder", "observer"
@@ -42,6 +45,7 @@ class Line:
         self._device_bin = device_python.parent
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
         self.broker_port = free_port()
+        self._passphrase = secrets.token_hex()  # of the keys that sign releases
         self.ca = create_ca(folder / "ca").certificate.resolve()
 
     def __enter__(self) -> Line:
@@ -107,6 +111,21 @@ class Line:
         path = write_toml(state / "edged.toml", tables, comment)
         self._start(name, [str(self._device_bin / "edged"), "run", "--config", str(path)])
         return path
+
+    def trainer(self, config: Path, *arguments: str) -> None:
+        """A command of `trainer`; raises LineError when it fails."""
+        command = [str(Path(sys.executable).parent / "trainer"), *arguments, "--config", str(config)]
+        env = {**os.environ, PASSPHRASE: self._passphrase}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=env)
+        if done.returncode:
+            raise LineError(f"`trainer {' '.join(arguments)}` failed: {(done.stderr or done.stdout).strip()}")
+
+    def make_keys(self, config: Path) -> dict[str, Any]:
+        """Keys that sign releases; the [trust] table of a device that is enrolled. In a plant each medium goes to a
+        custodian (docs/operations.md); nobody keeps these."""
+        media = [part for name in ("a", "b", "c") for part in ("--offline", str(self.folder / "offline" / name))]
+        self.trainer(config, "keys", "init", *media)
+        return {"root": str(load_config(config).trust.folder / "metadata" / "1.root.json")}
 
     def start_trainer(self, config: Path) -> None:
         """`trainer serve`."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -67,13 +65,15 @@ class Demo:
     def _start(self, line: Line, assets: Assets) -> TrainerConfig:
         line.start_broker()
         path = self._trainer_config(line, assets)
+        trust = line.make_keys(path)
         for release in (assets.base, assets.teacher, assets.phi, assets.adapter):
-            self._trainer(path, "release", "add", str(release))
+            line.trainer(path, "release", "add", str(release))
         line.start_trainer(path)
         responder = {
             "device": {"tier": TIER},
             "slots": {TEACHER_SLOT: {"seed": str(assets.teacher)}},
             "responders": {"larger": {"tier": TIER, "task": "detect", "slot": TEACHER_SLOT}},
+            "trust": trust,
         }
         comment = (
             "The responder. In a plant this is a GPU host with a larger network in this slot; here it is a network of the "
@@ -94,7 +94,7 @@ class Demo:
                 slots["phi"] = {"seed": str(assets.phi), "probation_s": 3.0}
                 pipelines["ask"] = {"slot": "phi", "task": "generate", "source": {"type": "mqtt"}}
             delivery = {"window_s": 2.0, "retry_s": 10.0}
-            line.start_device(name, {"slots": slots, "pipelines": pipelines, "delivery": delivery})
+            line.start_device(name, {"slots": slots, "pipelines": pipelines, "delivery": delivery, "trust": trust})
         return load_config(path)
 
     def _trainer_config(self, line: Line, assets: Assets) -> Path:
@@ -117,12 +117,6 @@ class Demo:
             }},
             "rollout": {"watch_s": plan.watch_s, "items_min": plan.items_min, "install_s_max": 120.0},
         })  # fmt: skip
-
-    def _trainer(self, config: Path, *arguments: str) -> None:
-        command = [str(Path(sys.executable).parent / "trainer"), *arguments, "--config", str(config)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        if done.returncode:
-            raise LineError(f"`trainer {' '.join(arguments)}` failed: {(done.stderr or done.stdout).strip()}")
 
     # The course.
 
@@ -250,7 +244,7 @@ class Demo:
 
     def _swap_adapter(self, observer: Observer, line: Line) -> None:
         path = self._work / "line" / TRAINER / "trainer.toml"
-        self._trainer(path, "fleet", "set", LANGUAGE_DEVICE, "--model", "phi=phi@1.0", "--adapter", "phi=phi-style@1.0")
+        line.trainer(path, "fleet", "set", LANGUAGE_DEVICE, "--model", "phi=phi@1.0", "--adapter", "phi=phi-style@1.0")
 
         def there() -> bool:
             models = observer.reported[LANGUAGE_DEVICE].models
