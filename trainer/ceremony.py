@@ -150,6 +150,17 @@ def rotate(
         return staged.sign([made for made, _ in new], media, passphrase)
 
 
+def add(repository: Repository, role: str, media: Sequence[Path], passphrase: Passphrase) -> str:
+    """Give an offline role one more key, written into the first of `media`; what came of it. Raises TrustError."""
+    if role not in OFFLINE or not media:
+        raise TrustError(f"{role!r}: name {' or '.join(OFFLINE)}, and with --offline the folder of the new key first")
+    with repository.locked():
+        staged, made = _Staged(repository, repository.current()), Key.new(role)
+        staged.delegator(role).add_key(made.signer.public_key, role)
+        made.save(media[0], passphrase)
+        return staged.sign([made], media, passphrase)
+
+
 def drop(repository: Repository, keyid: str, media: Sequence[Path], passphrase: Passphrase) -> str:
     """Take a key out of its offline role without a successor; what came of it. Raises TrustError."""
     with repository.locked():

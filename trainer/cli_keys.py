@@ -118,6 +118,19 @@ def keys_rotate(
     _perform(config, lambda it: rotate(it, roles, key, offline or [], _asker(passphrase_file, new=True)))
 
 
+@keys_app.command("add")
+def keys_add(
+    role: Annotated[str, typer.Argument(help="root or targets")],
+    offline: Offline = None,
+    passphrase_file: Secret = None,
+    config: Config = CONFIG,
+) -> None:
+    """Give root or targets one more key, as after `revoke`. It goes into the first --offline folder."""
+    from trainer.ceremony import add
+
+    _perform(config, lambda it: add(it, role, offline or [], _asker(passphrase_file, new=True)))
+
+
 @keys_app.command("revoke")
 def keys_revoke(
     key: Annotated[str, typer.Argument(help="The key, as `trainer keys list` shows it.")],

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
+ENDLESS_BYTES = 64 << 20  # more than anybody should take, and little enough for the machine of whoever does
+
 
 class FileServer:
     """Serves `files` (path -> bytes) whole. A path in `cut` announces the full length and ends the connection after that
-    many bytes; a path in `held` comes drop by drop until its event is set; one in `endless` never ends."""
+    many bytes; a path in `held` comes drop by drop until its event is set; one in `endless` goes on for ENDLESS_BYTES."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -31,7 +33,7 @@ class FileServer:
                     self.send_response(200)
                     self.end_headers()
                     with suppress(OSError):  # until the client hangs up
-                        while True:
+                        for _ in range(ENDLESS_BYTES >> 16):
                             self.wfile.write(b" " * 65536)
                     self.close_connection = True
                     return

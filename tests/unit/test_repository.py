@@ -154,6 +154,11 @@ def test_one_key_of_several_is_replaced_or_taken_away(owner: Owner) -> None:
     assert len(left) == 2
     with pytest.raises(TrustError, match=r"root has 2 keys left and needs 2: `trainer keys rotate root --key"):
         ceremony.drop(owner.repository, left[0], owner.media, passphrase)
+    ceremony.add(owner.repository, "root", [owner.media[0].with_name("new"), *owner.media], passphrase)
+    assert len(owner.repository.current().keyids("root")) == 3
+    assert owner.repository.current().root.signed.roles["root"].threshold == 2
+    with pytest.raises(TrustError, match="'models': name root or targets"):
+        ceremony.add(owner.repository, "models", owner.media, passphrase)
     consistent(owner)
 
 
@@ -257,6 +262,25 @@ def test_a_crash_between_any_two_files_leaves_what_devices_accept_or_the_next_lo
         assert ("toy@1.1" in owner.repository.signed()) == (change != "revoke")  # remembered before it was signed
         number += 1
     assert number > 1
+
+
+def test_a_look_at_what_is_due_mends_what_a_new_root_made_invalid(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = repository.write
+
+    def write(folder: Path, role: str, metadata: object) -> bytes:
+        if role == "timestamp":
+            raise Crash
+        return real(folder, role, metadata)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repository, "write", write)
+        with pytest.raises(Crash):
+            ceremony.rotate(owner.repository, ["timestamp"], None, owner.media, passphrase)
+    assert not owner.repository.current().verified("timestamp")
+    assert owner.repository.renew() == ["timestamp"]
+    consistent(owner)
 
 
 def test_only_a_few_old_versions_are_kept_and_every_root(owner: Owner) -> None:

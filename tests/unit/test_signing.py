@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,9 +15,12 @@ from trainer import ceremony, signing
 from trainer.config import load_config
 from trainer.database import Database, events
 from trainer.host import Host
+from trainer.jobs import Jobs
 from trainer.keys import TrustError
+from trainer.orders import Orders, await_answer, place
 from trainer.releases import MANIFEST, Registry
 from trainer.repository import Repository
+from trainer.rollouts import Rollouts
 from trainer.server import Server, ServerOptions
 from trainer.signing import Signing, installable, listing, register, repository_of
 
@@ -117,6 +121,32 @@ def test_what_is_registered_is_signed_and_what_is_revoked_is_not_rolled_out(
         installable(host.config, host.registry.get("toy@1.0"))
     rows = {row["release"]: (row["signed"], row["revoked"]) for row in listing(host.registry, repository)}
     assert rows == {"toy@1.0": (False, "it burns"), "toy@1.1": (False, None)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [("rollout_start", {"release": "toy@1.0"}),
+     ("desire", {"device": "d", "models": {"eye": "toy@1.0"}, "adapters": {}}),
+     ("desire", {"device": "d", "models": {}, "adapters": {"eye": "toy@1.0"}})],
+)  # fmt: skip
+def test_no_order_names_a_release_that_devices_would_refuse(
+    host: Host, owner: Owner, toy: Path, kind: str, body: dict[str, Any]
+) -> None:
+    orders = Orders(host, Jobs(host), Rollouts(host))
+
+    def answer() -> str:
+        order = place(host.database, kind, body)
+        orders.tick()
+        said = await_answer(host.database, order, 0)
+        assert said is not None
+        return str(said["error"])
+
+    host.registry.register(toy)
+    assert answer().startswith("toy@1.0 is not signed, and devices would refuse it")
+    register(host.config, host.registry, toy)
+    assert "signed" not in answer()  # what else is wrong: there is no such device, or no fleet
+    owner.repository.revoke("toy@1.0", "it burns")
+    assert answer() == "toy@1.0 was revoked: it burns"
 
 
 def test_what_a_thief_signed_is_listed(host: Host, owner: Owner, toy: Path, toy2: Path) -> None:

@@ -371,3 +371,43 @@ def test_all_online_keys_stolen_and_not_revoked_install_a_model(
     thiefs = leading_to(served, own, owner.online("snapshot"), owner.online("timestamp"))
     server.files.update({f"/metadata/{name}": data for name, data in thiefs.items()})
     device.install(ref)
+
+
+def test_a_trainer_from_an_old_backup_is_refused_until_its_online_keys_are_new(
+    tmp_path: Path, device: Device, owner: Owner, server: FileServer, toy2: Path
+) -> None:
+    backup = shutil.copytree(owner.repository.folder, tmp_path / "backup")
+    ref = owner.release(toy2)
+    owner.publish(server)
+    device.install(ref)
+    shutil.rmtree(owner.repository.folder)
+    shutil.copytree(backup, owner.repository.folder)
+    served = {name for name in server.files if name.startswith("/metadata/")}
+    for name in served:
+        del server.files[name]
+    owner.publish(server)
+    with pytest.raises(Untrusted, match=r"New timestamp version 2 must be >= 3"):
+        device.install(ref)
+    owner.release(toy2)
+    ceremony.rotate(owner.repository, [MODELS, "snapshot", "timestamp"], None, owner.media[:2], passphrase)
+    owner.publish(server)
+    device.install(ref)
+
+
+def test_devices_come_back_when_the_offline_roles_were_renewed_too_late(
+    device: Device, owner: Owner, server: FileServer, toy2: Path
+) -> None:
+    clock = Wall(time.time() + 400 * DAY_S)
+    late, slow = owner.at(clock.time), Device(device.folder, device.root, server.url, clock)
+    ref = owner.release(toy2)
+    late.renew()
+    owner.publish(server)
+    with pytest.raises(Untrusted, match=r"root\.json is expired"):
+        slow.install(ref)
+    ceremony.extend(late, "root", owner.media[:2], passphrase)
+    owner.publish(server)
+    with pytest.raises(Untrusted, match="targets is expired"):
+        slow.install(ref)
+    ceremony.extend(late, "targets", owner.media[:2], passphrase)
+    owner.publish(server)
+    slow.install(ref)
