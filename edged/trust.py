@@ -1,8 +1,8 @@
 """What this device may install: releases that its owner signed, by TUF metadata that is verified and kept here.
 
 Whoever delivers metadata and bytes is trusted with nothing. Expired metadata, or a clock that is wrong, refuses installs
-and nothing else. The library is imported when an update needs it; Ed25519 is verified in pure Python, 5 to 7 ms a
-signature on an x86-64 core, some forty signatures an install at the most: not worth a cryptography package on a device.
+and nothing else. The library is imported when an update needs it. Ed25519 is verified in pure Python, 5 to 7 ms a
+signature on an x86-64 core, half a second an install: not worth a cryptography package on a device.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Trust:
     """Admits releases. For one thread at a time.
 
     `metadata(name, bytes_max)`: the bytes of a metadata file, from anywhere; raises FetchError, with status 404 where
-    there is no such file. `folder`: where verified metadata is kept.
+    there is no such file, or WrongContent when it is longer. `folder`: where verified metadata is kept.
     """
 
     def __init__(self, config: TrustConfig, folder: Path, metadata: Metadata, clock: Clock) -> None:

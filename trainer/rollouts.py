@@ -23,6 +23,7 @@ from trainer.database import devices, rollouts
 from trainer.fleet import Member, desire, desired_of, members, outcome, window
 from trainer.host import Host, new_id
 from trainer.releases import ReleaseError
+from trainer.signing import forgotten
 
 OWN_PAST_S_MIN = 900.0  # a fleet of one is compared with at least this much of its own past
 ENDED = (Phase.DONE.value, Phase.ABORTED.value)
@@ -57,6 +58,9 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
                 f"{member.device} runs {member.active}, which is not registered, so there would be no way back: "
                 "`trainer release add` its folder first"
             )
+    for release in {each["release"] for each in previous.values() if each is not None}:
+        if forgotten(host.config, release):
+            return f"{release} runs and is not signed, so there would be no way back: `trainer release sign {release}` first"
     row = {"id": rollout.id, "model": model, "release": ref.release, "sha256": ref.sha256, "previous": previous}
     state = {"phase": rollout.phase.value, "state": rollout.to_dict(), "created": now, "updated": now}
     connection.execute(insert(rollouts).values(**row, **state))

@@ -54,6 +54,13 @@ def installable(config: TrainerConfig, stored: StoredRelease) -> None:
         raise TrustError(f"{release} is not signed, and devices would refuse it: `trainer release sign {release}`")
 
 
+def forgotten(config: TrainerConfig, release: str) -> bool:
+    """Whether there are keys, and they did not sign this release: it is older than they are. One that was revoked is not
+    forgotten: nobody should go back to it, and what replaces it must not wait for that."""
+    repository = repository_of(config)
+    return repository is not None and release not in {**repository.signed(), **repository.revoked()}
+
+
 def listing(registry: Registry, repository: Repository | None, name: str | None = None) -> list[dict[str, Any]]:
     """The releases (of `name`), and whether devices may install them; also what is signed and was never registered
     here: nobody but a thief of the key signs that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from edged.wire.messages import CommandState, Metrics, ModelReport, Reported, SampleEntry, State
+from tests.support.trusted import Owner
 from trainer import fleet
 from trainer.child import METADATA
 from trainer.config import load_config
@@ -21,6 +23,7 @@ from trainer.jobs import Jobs
 from trainer.orders import Orders, await_answer, place
 from trainer.releases import MANIFEST, Registry, build_manifest, canonical_bytes
 from trainer.rollouts import Rollouts, start_rollout
+from trainer.signing import repository_of, sign
 from trainer.status import job_status
 
 CONFIG = """
@@ -355,3 +358,28 @@ def test_without_a_way_back_there_is_no_rollout(world: World) -> None:
         answer = start_rollout(world.host, connection, ref)
     assert isinstance(answer, str)
     assert "d2 runs digits@0.9, which is not registered" in answer
+
+
+def test_with_keys_a_job_signs_what_passed_and_there_is_a_way_back(world: World, tmp_path: Path) -> None:
+    owner = Owner(tmp_path / "owner")
+    shutil.copytree(owner.repository.folder, world.host.config.trust.folder)
+    repository = repository_of(world.host.config)
+    assert repository is not None
+    finished(world, "passed")
+    assert repository.signed().keys() == {"digits@1.1"}
+    assert "digits@1.0 runs and is not signed, so there would be no way back" in world.job()["detail"]
+    first = world.host.registry.get("digits@1.0")
+    sign(repository, first)
+    with world.host.database.write() as connection:
+        started = start_rollout(world.host, connection, world.host.registry.get("digits@1.1").ref)
+    assert not isinstance(started, str)
+
+
+def test_what_replaces_a_revoked_release_does_not_wait_for_a_way_back(world: World, tmp_path: Path) -> None:
+    owner = Owner(tmp_path / "owner")
+    shutil.copytree(owner.repository.folder, world.host.config.trust.folder)
+    repository = repository_of(world.host.config)
+    assert repository is not None
+    repository.revoke("digits@1.0", "it burns")
+    finished(world, "passed")
+    assert world.job()["status"] == "deploying"
