@@ -60,7 +60,7 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
             )
     for release in {each["release"] for each in previous.values() if each is not None}:
         if forgotten(host.config, release):
-            return f"{release} runs and is not signed, so there would be no way back: `trainer release sign {release}` first"
+            return f"{release} runs and is not signed, so there would be no way back: `trainer release sign` it first"
     row = {"id": rollout.id, "model": model, "release": ref.release, "sha256": ref.sha256, "previous": previous}
     state = {"phase": rollout.phase.value, "state": rollout.to_dict(), "created": now, "updated": now}
     connection.execute(insert(rollouts).values(**row, **state))
