@@ -2,32 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edged.link import RECEIVE_MAX
-from edged.wire import topics
+from trainer.core.access import Identity
+from trainer.core.dynsec import document
+from trainer.files import write_whole
+
+CONFIG, STATE, ACCESS, DROP_IN = "mosquitto.conf", "state", "dynamic-security.json", "mosquitto.service.d/edged.conf"
+CRL = "tls/crl.pem"
+SERVICE_USER = "mosquitto"
+KEEPALIVE_S_MAX = 3600  # as much as a device's configuration allows
+PLUGIN = "mosquitto_dynamic_security.so"
+_PLUGIN_FOLDERS = ("/usr/lib/*-linux-gnu*", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/opt/homebrew/lib")
+
+
+class BrokerError(ValueError):
+    """The broker cannot be configured; the message says what is missing and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerTls:
-    """The broker's own certificate and key, and the authority that every client's certificate must come from."""
+    """The broker's own certificate and key, and the authority that every client's certificate must come from; `crl`: the
+    ones that it has revoked."""
 
     ca: Path
     certificate: Path
     key: Path
+    crl: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Clients:
-    """Who is more than a device, by the common name of the certificate. Everybody else may only act as himself."""
+class BrokerLimits:
+    """What one broker takes. A packet holds any message of ours; queues are a device's window and no store: what must not
+    be lost waits in outboxes."""
 
-    trainers: Sequence[str] = ()
-    responders: Sequence[str] = ()  # answer escalations of every device
-    observers: Sequence[str] = ()  # read everything, ask devices to infer, and cancel
+    packet_bytes_max: int = 1 << 20
+    queued_messages_max: int = 200
+    queued_bytes_max: int = 1 << 20
+    connections_max: int = 25_000  # 10 000 devices have two each
+
+
+def find_plugin() -> Path:
+    """The dynamic security plugin as Debian and others install it; raises BrokerError."""
+    for folder in _PLUGIN_FOLDERS:
+        for path in sorted(Path("/").glob(f"{folder[1:]}/{PLUGIN}")):
+            return path
+    raise BrokerError(
+        f"{PLUGIN} is in none of {', '.join(_PLUGIN_FOLDERS)}: install mosquitto, or give its path with --plugin"
+    )
 
 
 def mosquitto_config(
@@ -36,26 +65,31 @@ def mosquitto_config(
     *,
     host: str = "127.0.0.1",
     tls: BrokerTls | None = None,
-    acl: Path | None = None,
-    packet_bytes_max: int = 1048576,
-    queued_messages_max: int = 200,
-    queued_bytes_max: int = 1048576,
+    plugin: Path | None = None,
+    user: str | None = None,
+    limits: BrokerLimits | None = None,
 ) -> str:
-    """The text of a mosquitto.conf that keeps its state in `folder` and listens on `host`:`port`.
+    """The text of a mosquitto.conf that keeps its state in `folder`/state and listens on `host`:`port`.
 
-    Without `tls` anybody may connect: for tests on loopback only.
+    Without `tls` anybody may connect: for tests on loopback only. Without `plugin` everybody who may connect may do
+    everything. `user`: whom it becomes when root starts it.
     """
+    limits = limits or BrokerLimits()
     lines = [
         "per_listener_settings false",
+        *([f"user {user}"] if user else []),
+        *([f"plugin {plugin}", f"plugin_opt_config_file {folder / STATE / ACCESS}"] if plugin else []),
         f"listener {port} {host}",
         # Each side without TCP_NODELAY adds 44 ms to a small round trip.
         "set_tcp_nodelay true",
-        f"max_packet_size {packet_bytes_max}",
+        f"max_connections {limits.connections_max}",
+        f"max_packet_size {limits.packet_bytes_max}",
         f"max_inflight_messages {RECEIVE_MAX}",
-        f"max_queued_messages {queued_messages_max}",
-        f"max_queued_bytes {queued_bytes_max}",
+        f"max_queued_messages {limits.queued_messages_max}",
+        f"max_queued_bytes {limits.queued_bytes_max}",
+        f"max_keepalive {KEEPALIVE_S_MAX}",
         "persistence true",
-        f"persistence_location {folder}/",
+        f"persistence_location {folder / STATE}/",
         "autosave_interval 60",
         "log_dest stderr",
         "log_type error",
@@ -63,9 +97,6 @@ def mosquitto_config(
         "log_type notice",
         "connection_messages true",
     ]
-    if os.geteuid() == 0:
-        # Started as root, mosquitto would become another user, who cannot read keys of mode 0600.
-        lines.append(f"user {pwd.getpwuid(0).pw_name}")
     if tls is None:
         lines.append("allow_anonymous true")
     else:
@@ -74,69 +105,107 @@ def mosquitto_config(
             f"cafile {tls.ca}",
             f"certfile {tls.certificate}",
             f"keyfile {tls.key}",
+            *([f"crlfile {tls.crl}"] if tls.crl else []),
             "require_certificate true",
             "use_identity_as_username true",
             # Without this a valid certificate can take over another client's id, and with it its session.
             "use_username_as_clientid true",
         ]
-    if acl is not None:
-        lines.append(f"acl_file {acl}")
-    return "\n".join(lines) + "\n"
-
-
-def acl_text(clients: Clients) -> str:
-    """The text of an acl_file: a device writes its own `up` and reads its own `down`; `clients` may more.
-
-    An acl_file alone does not stop a device from joining a shared subscription ($share/...) and so stealing other
-    devices' escalations: it is enough on one machine and among devices one trusts, not for a fleet that one does not.
-    """
-    own_up = topics.STATE.filter(site="+", dev="%u").removesuffix("state") + "#"
-    own_down = topics.DESIRED.filter(site="+", dev="%u").removesuffix("desired") + "#"
-    all_up, all_down = own_up.replace("%u", "+"), own_down.replace("%u", "+")
-    lines = [
-        f"pattern write {own_up}",
-        f"pattern read {own_down}",
-        f"pattern read {topics.GROUP_DESIRED.filter()}",
-        f"pattern read {topics.HOST.filter()}",
-        f"pattern read {topics.RESPONDER.filter()}",
-    ]
-    for name in clients.trainers:
-        lines += [
-            f"user {name}",
-            f"topic read {all_up}",
-            f"topic write {all_down}",
-            f"topic write {topics.GROUP_DESIRED.filter()}",
-            f"topic write {topics.HOST.filter(trainer=name)}",
-        ]
-    for name in clients.responders:
-        lines += [
-            f"user {name}",
-            f"topic read {topics.ESCALATION.filter()}",
-            f"topic write {topics.VERDICT.filter()}",
-            f"topic write {topics.RESPONDER.filter()}",  # a device may answer for several tiers, each under a name
-        ]
-    everything = topics.HOST.template.partition("_host")[0] + "#"
-    for name in clients.observers:
-        lines += [
-            f"user {name}",
-            f"topic read {everything}",
-            f"topic write {topics.INFER.filter()}",
-            f"topic write {topics.COMMAND.filter(type='cancel')}",
-        ]
     return "\n".join(lines) + "\n"
 
 
 def write_broker_config(
-    folder: Path, port: int, *, host: str = "127.0.0.1", tls: BrokerTls | None = None, clients: Clients | None = None
+    folder: Path,
+    port: int,
+    *,
+    host: str = "127.0.0.1",
+    tls: BrokerTls | None = None,
+    clients: Iterable[Identity] | None = None,
+    plugin: Path | None = None,
+    user: str | None = None,
+    limits: BrokerLimits | None = None,
 ) -> Path:
-    """Write `mosquitto.conf` (and `acl` when `clients` are given) into `folder`, and return its path."""
+    """Write `mosquitto.conf` into `folder`, and return its path; with `tls` also copies of its files, with `clients` what
+    each of them may do. The same again when nothing has changed.
+
+    `user` (where root writes) owns what the broker reads or changes itself; by default the present one. Raises BrokerError.
+    """
     folder = folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    acl = None
+    if clients is not None and plugin is None:
+        plugin = find_plugin()
+    # Started as root, mosquitto would become another user, who could not read what is root's.
+    user = user or (pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None)
+    _folder(folder, 0o755, None)
+    _folder(folder / STATE, 0o700, user)
+    if tls is not None:
+        tls = _copies(folder / "tls", tls, user)
     if clients is not None:
-        acl = folder / "acl"
-        acl.write_text(acl_text(clients))
-        acl.chmod(0o600)
-    path = folder / "mosquitto.conf"
-    path.write_text(mosquitto_config(folder, port, host=host, tls=tls, acl=acl))
+        text = json.dumps(document(clients), separators=(",", ":"))
+        _put(folder / STATE / ACCESS, text.encode(), 0o600, user)
+    else:
+        plugin = None
+    path = folder / CONFIG
+    text = mosquitto_config(folder, port, host=host, tls=tls, plugin=plugin, user=user, limits=limits)
+    _put(path, text.encode(), 0o644, None)
     return path
+
+
+def write_drop_in(folder: Path, limits: BrokerLimits | None = None) -> Path:
+    """A drop-in for the unit `mosquitto.service` that starts it with the configuration in `folder`."""
+    binary = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    files = (limits or BrokerLimits()).connections_max + 1024
+    path = folder.resolve() / DROP_IN
+    text = (
+        f"[Service]\nExecStart=\nExecStart={binary or '/usr/sbin/mosquitto'} -c {folder.resolve() / CONFIG}\n"
+        # Without SIGHUP a revoked certificate opens new connections until the next start.
+        'ExecReload=\nExecReload=/bin/sh -c "kill -HUP $MAINPID"\n'
+        f"LimitNOFILE={files}\nRestart=always\nRestartSec=2\n"
+    )
+    _folder(path.parent, 0o755, None)
+    _put(path, text.encode(), 0o644, None)
+    return path
+
+
+def put_crl(folder: Path, crl: Path, user: str | None = None) -> bool:
+    """Give the broker in `folder` the list of revoked certificates; false when no broker was configured there."""
+    target = folder / CRL
+    if not target.parent.is_dir():
+        return False
+    _put(target, crl.read_bytes(), 0o644, user)
+    return True
+
+
+def _copies(folder: Path, tls: BrokerTls, user: str | None) -> BrokerTls:
+    """Copies that the broker's user can read again on SIGHUP: the originals lie beside the authority's key."""
+    _folder(folder, 0o755, None)
+    copied = BrokerTls(
+        folder / "ca.crt", folder / "broker.crt", folder / "broker.key", folder / "crl.pem" if tls.crl else None
+    )
+    for source, target, mode in (
+        (tls.ca, copied.ca, 0o644), (tls.certificate, copied.certificate, 0o644), (tls.key, copied.key, 0o600),
+        (tls.crl, copied.crl, 0o644),
+    ):  # fmt: skip
+        if source is not None and target is not None:
+            _put(target, source.read_bytes(), mode, user)
+    return copied
+
+
+def _folder(path: Path, mode: int, user: str | None) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(mode)
+    _give(path, user)
+
+
+def _put(path: Path, data: bytes, mode: int, user: str | None) -> None:
+    write_whole(path, data)  # mode 0600 from the first byte on
+    path.chmod(mode)
+    _give(path, user)
+
+
+def _give(path: Path, user: str | None) -> None:
+    if user is not None and os.geteuid() == 0:
+        try:
+            entry = pwd.getpwnam(user)
+        except KeyError:
+            raise BrokerError(f"there is no user {user!r}: install mosquitto, or name another with --user") from None
+        os.chown(path, entry.pw_uid, entry.pw_gid)

@@ -72,6 +72,7 @@ class Http(Tls):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8443  # 0: any free port
     url: str = ""
+    crl: Path | None = None  # certificates that are revoked; by default crl.pem beside `ca`, where there is one
     sample_bytes_max: Annotated[int, Field(gt=0)] = 64 << 20
 
     @model_validator(mode="after")
@@ -201,6 +202,21 @@ class Rollout(Section):
         return RolloutRules(**self.model_dump(exclude={"failed_grace_s"}))
 
 
+class Trust(Section):
+    """Where the repository of signed releases is."""
+
+    folder: Path = Path("trust")
+
+
+class Enrolment(Section):
+    """The authority that issues everybody's certificates, and the broker that must know whom it issued them to."""
+
+    folder: Path = Path("ca")  # ca.crt, ca.key, crl.pem, issued/
+    broker: str = ""  # HOST:PORT that devices are told; by default broker.host and broker.port
+    broker_folder: Path = Path("/etc/mosquitto/edged")  # what `trainer broker config` writes
+    broker_reload: str = "systemctl reload mosquitto"  # has the broker read its list of revoked certificates again
+
+
 class TrainerConfig(BaseSettings):
     """Everything a trainer needs. `name` is its MQTT client id and the common name of its certificate."""
 
@@ -220,6 +236,8 @@ class TrainerConfig(BaseSettings):
     trust: Trust = Trust()
     models: dict[Name, Model] = {}
     rollout: Rollout = Rollout()
+    trust: Trust = Trust()
+    enrolment: Enrolment = Enrolment()
     command_resend_s: Seconds = 30.0
     catalogue_refresh_s: Seconds = 3600.0  # ask every device for its whole catalogue this often
 

@@ -182,6 +182,29 @@ seen = Table(
     Index("seen_by_ts", "ts"),
 )
 
+identities = Table(  # who has certificates; written by the command line
+    "identities",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("site", String, nullable=False),
+    Column("group", String, nullable=False, default=""),
+    Column("roles", JSON, nullable=False),
+    Column("enrolled", Float, nullable=False),
+    Column("revoked", Float),  # null: he may connect
+    Column("reason", String, nullable=False, default=""),
+)
+
+certificates = Table(
+    "certificates",
+    metadata,
+    Column("serial", String, primary_key=True),  # hexadecimal
+    Column("name", String, nullable=False),  # of the identity
+    Column("cn", String, nullable=False),
+    Column("expires", Float, nullable=False),
+    Column("revoked", Float),
+    Index("certificates_by_name", "name"),
+)
+
 
 class DatabaseError(RuntimeError):
     """The database file cannot be used; the message names it and the fix."""

@@ -10,15 +10,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from edged.link import LinkOptions
-from trainer.broker import BrokerTls, Clients, write_broker_config
+from trainer.broker import BrokerTls, write_broker_config
 from trainer.ca import create_ca, issue
 from trainer.cli_keys import PASSPHRASE
 from trainer.config import load_config
+from trainer.core.access import Identity
 
 SITE = "line1"
 TRAINER, RESPONDER, OBSERVER = "trainer", "responder", "observer"
@@ -68,8 +69,8 @@ class Line:
         issued = issue(self.folder / "ca", cn)
         return issued.certificate.resolve(), issued.key.resolve()
 
-    def start_broker(self) -> None:
-        """A real mosquitto with TLS, a certificate for each client, and an access list."""
+    def start_broker(self, devices: Iterable[str]) -> None:
+        """A real mosquitto with TLS, a certificate for each client, and rights for these devices and the others."""
         binary = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
         if binary is None:
             raise LineError("mosquitto is missing: install it with `apt-get install mosquitto`")
@@ -78,7 +79,12 @@ class Line:
             self.folder / "broker",
             self.broker_port,
             tls=BrokerTls(self.ca, certificate, key),
-            clients=Clients(trainers=[TRAINER], responders=[RESPONDER], observers=[OBSERVER]),
+            clients=[
+                *(Identity(name, SITE) for name in devices),
+                Identity(RESPONDER, SITE, roles=("device", "responder")),
+                Identity(TRAINER, SITE, roles=("trainer",)),
+                Identity(OBSERVER, SITE, roles=("observer",)),
+            ],
         )
         self._start("mosquitto", [binary, "-c", str(config)])
         self._wait("mosquitto", self._broker_answers)

@@ -63,7 +63,7 @@ class Demo:
     # The line.
 
     def _start(self, line: Line, assets: Assets) -> TrainerConfig:
-        line.start_broker()
+        line.start_broker(DEVICES)
         path = self._trainer_config(line, assets)
         trust = line.make_keys(path)
         for release in (assets.base, assets.teacher, assets.phi, assets.adapter):

@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from trainer.broker import BrokerTls, Clients, write_broker_config
+from trainer.broker import BrokerTls, write_broker_config
 from trainer.ca import create_ca, issue
+from trainer.core.access import Identity
 
 START_S_MAX = 10.0
 MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
@@ -27,10 +29,11 @@ def free_port() -> int:
 class Broker:
     """`with Broker(folder, tls=True) as broker:` `port` stays the same over `kill9()` and `start()`.
 
-    With TLS, `ca` is the authority's certificate and `certificate(cn)` makes a client's; `clients` adds an acl_file.
+    With TLS, `ca` is the authority's certificate and `certificate(cn)` makes a client's; with `clients` only they
+    have rights.
     """
 
-    def __init__(self, folder: Path, *, tls: bool = False, clients: Clients | None = None) -> None:
+    def __init__(self, folder: Path, *, tls: bool = False, clients: Sequence[Identity] | None = None) -> None:
         self.folder = folder
         self.port = free_port()
         self.host = "127.0.0.1"

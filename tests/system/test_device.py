@@ -15,7 +15,7 @@ from tests.support.device import SITE, Bus, Device, responder_tables, tables, un
 from tests.support.files import file_server
 from tests.support.models import HARD_WORK, STRANGE, make_release, picture, put_pictures
 from tests.system.broker import Broker, free_port
-from trainer.broker import Clients
+from trainer.core.access import Identity
 
 
 def results(bus: Bus, device: str = "dev1") -> dict[str, Result]:
@@ -238,7 +238,7 @@ def test_without_a_broker_that_takes_it_the_device_works_and_keeps_everything(
     tmp_path: Path, toy: Path, obstacle: str
 ) -> None:
     with (
-        Broker(tmp_path / "broker", tls=True, clients=Clients()) as broker,
+        Broker(tmp_path / "broker", tls=True, clients=[Identity("dev1", SITE)]) as broker,
         Broker(tmp_path / "stranger", tls=True) as stranger,
     ):
         config = tables(tmp_path, "dev1", broker, toy)

@@ -32,7 +32,7 @@ from edged.link import (
 )
 from edged.wire import topics
 from tests.system.broker import Broker, free_port
-from trainer.broker import Clients
+from trainer.core.access import Identity
 
 WAIT_S_MAX = 30.0
 Event = TypeVar("Event", Inbound, Connected, Disconnected, Published)
@@ -213,7 +213,7 @@ def test_a_broker_that_comes_late_is_found(tmp_path: Path, opened: list[Link]) -
 
 
 def test_what_the_broker_forbids_is_reported_with_its_reason(tmp_path: Path, opened: list[Link]) -> None:
-    with Broker(tmp_path / "tls", tls=True, clients=Clients()) as broker:
+    with Broker(tmp_path / "tls", tls=True, clients=[Identity("dev1", "s")]) as broker:
         certificate, key = broker.certificate("dev1")
         link = Link(LinkOptions(broker.host, broker.port, "dev1", broker.ca, certificate, key, reconnect_s_max=1), [])
         opened.append(link)

@@ -19,7 +19,7 @@ from tests.support.device import SITE, Bus, Device, tables, until
 from tests.support.models import write_manifest
 from tests.system.broker import Broker
 from tests.system.test_tiers import alive
-from trainer.broker import Clients
+from trainer.core.access import Identity
 from trainer.golden import write_prompt_golden
 from trainer.releases import build_manifest
 
@@ -61,7 +61,11 @@ def ask(bus: Bus, **fields: Any) -> InferReply:
 
 
 def test_a_text_goes_up_the_tiers_and_comes_back_with_who_said_what(tmp_path: Path, phi: dict[str, Path]) -> None:
-    clients = Clients(responders=["mid1", "top1"], observers=["observer"])
+    clients = [
+        Identity("dev1", SITE),
+        *(Identity(name, SITE, roles=("device", "responder")) for name in ("mid1", "top1")),
+        Identity("observer", SITE, roles=("observer",)),
+    ]
     with Broker(tmp_path / "broker", tls=True, clients=clients) as broker:
         bus = Bus(broker)
         small, middle, large = (

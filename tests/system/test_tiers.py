@@ -18,7 +18,7 @@ from edged.wire.messages import Escalation, Metrics, ResponderState, Verdict
 from tests.support.device import SITE, Bus, Device, merged, tables, until
 from tests.support.models import HARD_WORK, STRANGE, calibration, make_release, picture, put_pictures
 from tests.system.broker import Broker
-from trainer.broker import Clients
+from trainer.core.access import Identity
 
 # A busy machine must not make the living look dead: hearts beat fast only where one stops.
 BEAT_S, FAST_BEAT_S = 60.0, 1.0
@@ -92,7 +92,11 @@ def test_a_middle_tier_that_is_sure_answers_itself(tmp_path: Path, broker: Broke
 
 
 def test_a_middle_tier_that_is_unsure_asks_the_top_and_the_device_sees_both_opinions(tmp_path: Path, toy: Path) -> None:
-    clients = Clients(responders=["mid1", "top1"], observers=["observer"])
+    clients = [
+        Identity("dev1", SITE),
+        *(Identity(name, SITE, roles=("device", "responder")) for name in ("mid1", "top1")),
+        Identity("observer", SITE, roles=("observer",)),
+    ]
     with Broker(tmp_path / "broker", tls=True, clients=clients) as broker:
         bus = Bus(broker)
         middle = responder(tmp_path, "mid1", broker, model(tmp_path, "mid@1.0", 1, UNSURE), "middle", "top")

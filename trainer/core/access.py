@@ -1,0 +1,142 @@
+"""Who may say and hear what at the broker: the one table of rights, literal for each identity.
+
+Law: nothing is allowed that does not stand here. The broker knows a client by the common name of its certificate alone, so
+what an identity may do follows from its name, its site, its group and its roles, and from nothing that it says itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edged.wire import topics
+
+Role = Literal["device", "responder", "trainer", "observer", "admin", "broker"]
+ROLES: tuple[Role, ...] = ("device", "responder", "trainer", "observer", "admin", "broker")
+BULK = "~blk"  # `{device}~blk` is the device's second connection, which carries blocks of files
+CONTROL = "$CONTROL/dynamic-security/v1"  # of Mosquitto's plugin
+
+# Not the underscore in front: `_host`, `_resp`, `_blocks` and `_g` are no sites and no devices. 60: BULK fits a common name.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
+
+_OWN_UP = topics.STATE.template.removesuffix("state") + "#"
+_OWN_DOWN = topics.DESIRED.template.removesuffix("desired") + "#"
+_HOSTS = topics.HOST.filter()
+_RESPONDERS = topics.RESPONDER.filter()
+_EVERYTHING = topics.HOST.template.partition("_host")[0] + "#"
+# Delivery of bytes (protocol.md): what is announced, asked for and carried.
+_METADATA = topics.HOST.template.removesuffix("state") + "metadata"
+_BLOCKS = _EVERYTHING.replace("#", "_blocks/+/+")
+_WANT = _OWN_UP.replace("#", "want/+")
+_BLOB = _OWN_UP.replace("#", "blob/+/+")
+_DOWN_BLOCKS = _OWN_DOWN.replace("#", "blocks/#")
+
+
+class BadName(ValueError):
+    """A name, site, group or role cannot be used; the message names it and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Somebody with a certificate. Raises BadName."""
+
+    name: str
+    site: str = "default"
+    group: str = ""  # empty: none
+    roles: tuple[Role, ...] = ("device",)
+
+    def __post_init__(self) -> None:
+        for what, text in (("name", self.name), ("site", self.site), ("group", self.group or "none")):
+            if not _NAME.fullmatch(text):
+                raise BadName(
+                    f"{what} {text!r}: use up to 60 letters, digits and _.- with a letter or digit in front "
+                    "(it becomes a topic level)"
+                )
+        unknown = sorted(set(self.roles) - set(ROLES))
+        if unknown or not self.roles:
+            raise BadName(f"roles of {self.name}: {', '.join(unknown) or 'none'}; known: {', '.join(ROLES)}")
+
+    @property
+    def common_names(self) -> tuple[str, ...]:
+        """Of its certificates: a device has two."""
+        return (self.name, self.name + BULK) if "device" in self.roles else (self.name,)
+
+
+@dataclass(slots=True)
+class Rights:
+    """Topic filters that one client may publish to, hear, and join as shared subscriptions (`$share/...`, written out)."""
+
+    send: list[str] = field(default_factory=list)
+    hear: list[str] = field(default_factory=list)
+    join: list[str] = field(default_factory=list)
+
+
+# What every device may hear, so that it need not be repeated for each of ten thousand.
+COMMON = Rights(hear=[_HOSTS, _METADATA.format(trainer="+"), _RESPONDERS, _BLOCKS])
+
+
+def rights(identity: Identity) -> Iterator[tuple[str, Rights]]:
+    """What each common name of an identity may do, beside COMMON for a device's."""
+    own = Rights()
+    for role in identity.roles:
+        more = _OF[role](identity)
+        own.send += more.send
+        own.hear += more.hear
+        own.join += more.join
+    yield identity.name, own
+    if "device" in identity.roles:
+        here = {"site": identity.site, "dev": identity.name}
+        yield (
+            identity.name + BULK,
+            Rights(send=[_WANT.format(**here), _BLOB.format(**here)], hear=[_DOWN_BLOCKS.format(**here)]),
+        )
+
+
+def _device(who: Identity) -> Rights:
+    here = {"site": who.site, "dev": who.name}
+    group = [topics.GROUP_DESIRED.filter(site=who.site, group=who.group)] if who.group else []
+    return Rights(send=[_OWN_UP.format(**here)], hear=[_OWN_DOWN.format(**here), *group])
+
+
+def _responder(who: Identity) -> Rights:
+    asked = topics.ESCALATION.filter(site=who.site)
+    # A shared subscription needs its own right: it is what keeps devices from taking others' escalations away.
+    # Its presence is written under `{device}.{name}`, a level that no filter can pin to the device.
+    return Rights(
+        send=[topics.VERDICT.filter(site=who.site), _RESPONDERS], hear=[asked], join=[f"$share/+/{asked}"]
+    )  # fmt: skip
+
+
+def _trainer(who: Identity) -> Rights:
+    everyone = {"site": who.site, "dev": "+"}
+    return Rights(
+        send=[
+            _OWN_DOWN.format(**everyone),
+            topics.GROUP_DESIRED.filter(site=who.site),
+            topics.EVENT.filter(site=who.site, dev=who.name),
+            topics.HOST.filter(trainer=who.name),
+            _METADATA.format(trainer=who.name),
+            _BLOCKS,
+        ],
+        hear=[_OWN_UP.format(**everyone)],
+    )
+
+
+def _observer(_who: Identity) -> Rights:
+    return Rights(send=[topics.INFER.filter(), topics.COMMAND.filter(type="cancel")], hear=[_EVERYTHING])
+
+
+def _admin(_who: Identity) -> Rights:
+    return Rights(send=[CONTROL], hear=[f"{CONTROL}/response"])
+
+
+_OF: dict[Role, Callable[[Identity], Rights]] = {
+    "device": _device,
+    "responder": _responder,
+    "trainer": _trainer,
+    "observer": _observer,  # reads everything, asks devices to infer, and cancels
+    "admin": _admin,  # tells the broker whom it no longer knows
+    "broker": lambda _who: Rights(),  # a server: it connects to nobody
+}
