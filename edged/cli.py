@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edged import cli_profile, cli_requests, cli_samples
+from edged import cli_enroll, cli_profile, cli_requests, cli_samples
 from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, settings_of, store_of
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ samples_app = typer.Typer(help="The samples that this device keeps.", no_args_is
 models_app = typer.Typer(help="The releases on this device.", no_args_is_help=True)
 app.add_typer(samples_app, name="samples")
 cli_samples.register(samples_app)
+cli_enroll.register(app)
 app.add_typer(models_app, name="models")
 app.add_typer(cli_requests.app, name="requests")
 app.add_typer(cli_profile.app, name="profile")

@@ -182,7 +182,7 @@ def fleet_status(config: Config = CONFIG, as_json: Json = False) -> None:
     flat = [
         {
             "device": row["device"],
-            "online": row["online"],
+            "online": "revoked" if row["revoked"] else row["online"],
             "tier": row["tier"],
             "slot": slot,
             "active": report.get("active"),

@@ -71,7 +71,7 @@ class Coordinator:
         self.server = Server(
             ServerOptions(
                 config.http.host, config.http.port, config.http.sample_bytes_max,
-                config.http.ca, config.http.certificate, config.http.key,
+                config.http.ca, config.http.certificate, config.http.key, config.http.crl,
             ),
             self.host.registry,
             config.samples,

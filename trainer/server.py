@@ -29,6 +29,7 @@ from starlette.routing import Route
 
 from trainer.files import sync_folder
 from trainer.releases import MANIFEST, Registry, ReleaseError
+from trainer.revoked import Revoked, list_of
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class ServerOptions:
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    crl: Path | None = None  # revoked certificates; by default crl.pem beside `ca`, where there is one
 
 
 class TooLarge(ValueError):
@@ -74,6 +76,8 @@ class Server:
         samples.mkdir(parents=True, exist_ok=True)
         for left in samples.glob(".upload-*"):  # of an earlier process
             left.unlink()
+        listed = list_of(options.ca, options.crl)
+        self._revoked = None if listed is None or options.ca is None else Revoked(listed)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._application(),
@@ -86,6 +90,7 @@ class Server:
                 ssl_keyfile=options.key,
                 ssl_ca_certs=str(options.ca) if options.ca else None,
                 ssl_cert_reqs=ssl.CERT_REQUIRED if options.ca else ssl.CERT_NONE,
+                http=self._revoked.protocol() if self._revoked else "auto",
                 timeout_graceful_shutdown=3,
             )
         )
@@ -115,6 +120,10 @@ class Server:
 
     def _run(self) -> None:
         try:
+            config = self._server.config
+            config.load()
+            if self._revoked is not None and config.ssl is not None:
+                self._revoked.guard(config.ssl)
             self._server.run()
         except (SystemExit, OSError) as error:  # uvicorn exits when it cannot bind
             self._failure = str(error)

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, select
 from trainer.child import read_progress
 from trainer.config import TrainerConfig
 from trainer.database import desired, devices, events, jobs, rollouts
+from trainer.enrolment import revoked_names
 from trainer.fleet import sample_counts
 from trainer.host import Host
 from trainer.rollouts import progress
@@ -38,6 +39,7 @@ def status(host: Host, counters: dict[str, int], connected: bool) -> dict[str, A
 def fleet_status(connection: Connection) -> list[dict[str, Any]]:
     """Each device: whether it is there, what its slots run, and what it was told to run."""
     told = {row.device: row for row in connection.execute(select(desired))}
+    revoked = revoked_names(connection)
     found = []
     for row in connection.execute(select(devices).order_by(devices.c.device)):
         want = told.get(row.device)
@@ -45,6 +47,7 @@ def fleet_status(connection: Connection) -> list[dict[str, Any]]:
             {
                 "device": row.device,
                 "online": row.online,
+                "revoked": revoked.get(row.device),
                 "tier": row.tier,
                 "profile": row.profile,
                 "models": row.models,
