@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 BUNDLE_BYTES_MAX = 1 << 20
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,59}$"  # as the trainer's: topic levels, and the beginning of a common name
 Name = Annotated[str, Field(pattern=NAME)]
-Pem = Annotated[str, Field(min_length=1, max_length=64 << 10)]
+Pem = Annotated[str, Field(min_length=1, max_length=64 << 10, pattern=r"^[ -~\r\n\t]*$")]  # ASCII: ssl takes no more
 
 
 class BadBundle(ValueError):
