@@ -11,7 +11,6 @@ from edged.link import Connected, Disconnected, Inbound, Link, LinkOptions
 from edged.wire.topics import Address
 from trainer.core.access import CONTROL
 
-ANSWER_S = 15.0
 BATCH_MAX = 200  # commands in one message: far below the broker's largest packet
 
 
@@ -19,7 +18,7 @@ class ControlError(RuntimeError):
     """The broker could not be told; the message says why."""
 
 
-def command(options: LinkOptions, commands: list[dict[str, Any]], wait_s: float = ANSWER_S) -> list[dict[str, Any]]:
+def command(options: LinkOptions, commands: list[dict[str, Any]], wait_s: float) -> list[dict[str, Any]]:
     """The plugin's answers to these commands, in their order; an answer with `error` was refused. Raises ControlError."""
     link = Link(options, [f"{CONTROL}/response"])
     deadline = time.monotonic() + wait_s

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trainer.enrolment import Enrolment
 
 RELOAD_S_MAX = 60.0
+ANSWER_S = 15.0
 BUNDLE_SUFFIX = ".edged"
 BROKER = "broker"
 
@@ -39,6 +40,7 @@ Passphrase = Annotated[
     Path | None,
     typer.Option("--passphrase-file", envvar="TRAINER_CA_PASSPHRASE_FILE", help="What opens the authority's key."),
 ]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for the broker's answer.")]
 Renew = Annotated[bool, typer.Option("--renew", help="New certificates, also for a revoked name.")]
 
 
@@ -151,6 +153,7 @@ def revoke(
     reason: Annotated[str, typer.Option(help="Kept in the record.")] = "",
     config: Config = CONFIG,
     passphrase: Passphrase = None,
+    wait: Wait = ANSWER_S,
 ) -> None:
     """Let somebody in no more: recorded, on the list that servers refuse by, and thrown out of the broker.
 
@@ -167,7 +170,7 @@ def revoke(
         undone = [
             *_try("the broker's list", lambda: _place_crl(broker.put_crl, place, crl)),
             *_try("the broker's reload", lambda: _reload(settings.enrolment.broker_reload)),
-            *_try("the broker's client", lambda: _tell(settings, dismissals(identity))),
+            *_try("the broker's client", lambda: _tell(settings, dismissals(identity), wait)),
         ]
     if undone:
         fail("\n".join([*undone, f"mend that, and give `trainer revoke {name}` again: until then a part lets it in"]))
@@ -223,6 +226,7 @@ def broker_admit(
         list[str], typer.Argument(help="Names that are enrolled; new or changed since the broker's start.")
     ],
     config: Config = CONFIG,
+    wait: Wait = ANSWER_S,
 ) -> None:
     """Make a running broker know somebody, without a restart: his rights as the record has them now."""
     from trainer.core.dynsec import admissions
@@ -236,7 +240,7 @@ def broker_admit(
                     f"{name} is {'revoked' if found else 'not enrolled'}: `trainer enroll {name}`, with --renew if revoked"
                 )
             commands += admissions(found.identity)
-        wrong = _try("the broker", lambda: _tell(settings, commands))
+        wrong = _try("the broker", lambda: _tell(settings, commands, wait))
         if wrong:
             fail(wrong[0])
     typer.echo(f"the broker knows {', '.join(names)}")
@@ -306,7 +310,7 @@ def _reload(command: str) -> None:
         raise OSError(f"enrolment.broker_reload {command!r} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
 
 
-def _tell(settings: TrainerConfig, commands: list[dict[str, Any]]) -> None:
+def _tell(settings: TrainerConfig, commands: list[dict[str, Any]], wait: float) -> None:
     from edged.link import BadCredentials, LinkOptions
     from trainer.broker_control import ControlError, command
     from trainer.core.dynsec import tolerated
@@ -320,6 +324,7 @@ def _tell(settings: TrainerConfig, commands: list[dict[str, Any]]) -> None:
                 issued / f"{ADMIN}.crt", issued / f"{ADMIN}.key", reconnect_s_max=1,
             ),
             commands,
+            wait,
         )  # fmt: skip
     except BadCredentials as error:
         raise ControlError(f"{error}; `trainer ca init` makes {ADMIN}'s") from None

@@ -92,7 +92,7 @@ def test_a_revoked_device_comes_back_with_new_certificates_only(plant: Plant, tm
 
 def test_what_could_not_be_done_is_said_and_done_by_the_same_command(plant: Plant) -> None:
     plant.stop()
-    done = plant.trainer("revoke", "cam1", ok=False)
+    done = plant.trainer("revoke", "cam1", "--wait", "1", ok=False)
     assert "the broker's reload" in done.output and "the broker's client" in done.output
     assert "give `trainer revoke cam1` again" in done.output
     plant.start()
