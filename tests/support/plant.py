@@ -69,7 +69,7 @@ class Plant(Broker):
 class Client:
     """A connection with the certificate of `cn`, that hears and says whatever it is told to."""
 
-    def __init__(self, plant: Plant, cn: str, *topics: str, client_id: str | None = None, session_s: int = 0) -> None:
+    def __init__(self, plant: Broker, cn: str, *topics: str, client_id: str | None = None, session_s: int = 0) -> None:
         certificate, key = plant.certificate(cn)
         options = LinkOptions(
             plant.host, plant.port, client_id or cn, plant.ca, certificate, key,
