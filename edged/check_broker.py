@@ -48,6 +48,26 @@ def certificates(look: Look) -> Iterator[Finding]:
                 yield from _subject(document, look.settings.device.id)
     if whole:
         yield _pair(broker)
+    if broker.bulk_certificate is not None and broker.bulk_key is not None:
+        yield from _bulk(look, broker.bulk_certificate, broker.bulk_key)
+
+
+def _bulk(look: Look, certificate: Path, key: Path) -> Iterator[Finding]:
+    """The second connection's certificate and key, as the first one's."""
+    broken = [*_readable("bulk_certificate", certificate), *_readable("bulk_key", key)]
+    yield from broken
+    if broken:
+        return
+    yield from _key(key)
+    try:
+        document = decoded(certificate)
+    except (OSError, ssl.SSLError) as error:
+        text = f"broker.bulk_certificate={certificate} is none: {error}"
+        yield Finding("certificates", "error", text, "copy the file again: it must be PEM text")
+        return
+    yield validity("bulk certificate", document, look.now)
+    yield from _subject(document, f"{look.settings.device.id}~blk")
+    yield _pair(look.settings.broker.model_copy(update={"certificate": certificate, "key": key}))
 
 
 def _readable(what: str, path: Path | None) -> Iterator[Finding]:

@@ -118,8 +118,15 @@ def service_user(look: Look) -> Iterator[Finding]:
         return
     groups = {user.pw_gid, *os.getgrouplist(user.pw_name, user.pw_gid)}
     broker, refused = look.settings.broker, False
-    named = (look.config, broker.ca, broker.certificate, broker.key, look.settings.trust.root)
-    for path in (*named, look.settings.device.state_dir):
+    files = (
+        broker.ca,
+        broker.certificate,
+        broker.key,
+        broker.bulk_certificate,
+        broker.bulk_key,
+        look.settings.trust.root,
+    )
+    for path in (look.config, *files, look.settings.device.state_dir):
         if path is None or not path.exists():
             continue
         wanted = os.W_OK | os.X_OK if path.is_dir() else os.R_OK

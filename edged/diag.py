@@ -145,8 +145,8 @@ def _secrets(about: Subject) -> set[str]:
     found = secrets_in(about.tables)
     found |= secrets_in({name: value for name, value in os.environ.items() if name.startswith("EDGED_")})
     broker = about.tables.get("broker")
-    named = [broker.get("key")] if isinstance(broker, dict) else []
-    named += [about.settings.broker.key] if about.settings else []
+    named = [broker.get("key"), broker.get("bulk_key")] if isinstance(broker, dict) else []
+    named += [about.settings.broker.key, about.settings.broker.bulk_key] if about.settings else []
     for key in named:
         try:
             lines = Path(str(key)).read_text(errors="replace").splitlines() if key else []

@@ -49,11 +49,13 @@ class Enrolment:
 
     def create(self, name: str) -> None:
         """Make the authority, its empty list of revoked certificates and the identity that speaks to the broker's plugin.
-        What is there already stays."""
+        What is there already stays; a revoked identity of that kind gets new certificates."""
         create_ca(self.folder, name, passphrase=self._passphrase)
         if not (self.folder / CRL).exists():
             write_crl(self.folder, self._revoked_serials(), self._passphrase)
-        self.certify(Identity(ADMIN, roles=("admin",)), hosts=())
+        admin = self.find(ADMIN)
+        lost = admin is not None and admin.revoked is not None
+        self.certify(Identity(ADMIN, roles=("admin",)), hosts=(), renew=lost)
 
     def certify(self, identity: Identity, *, hosts: Sequence[str] = LOCAL, renew: bool = False) -> list[Issued]:
         """A certificate for each common name: the one it has, or a new one with `renew`.

@@ -24,6 +24,7 @@ from edged.wire import messages, topics
 from edged.wire.messages import Box, CommandState, Metrics, ModelReport, Provenance, Reported, SampleEntry, State
 from tests.support.models import write_manifest
 from tests.system.broker import Broker
+from trainer.core.access import Identity
 from trainer.host import new_id
 from trainer.releases import Registry, build_manifest
 
@@ -194,7 +195,8 @@ class Trainer:
 def running(
     folder: Path, *names: str, tls: bool = False, rollout: str = ""
 ) -> Iterator[tuple[Broker, Trainer, list[Device]]]:
-    with Broker(folder / "broker", tls=tls) as broker:
+    known = [Identity("host", SITE, roles=("trainer",)), *(Identity(name, SITE) for name in names)]
+    with Broker(folder / "broker", tls=tls, clients=known if tls else None) as broker:
         trainer = Trainer(folder / "trainer", broker, rollout)
         trainer.register("digits@1.0", b"first")
         trainer.start()

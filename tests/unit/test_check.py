@@ -140,8 +140,9 @@ def test_rights_are_the_owners_then_the_groups(owner: int, group: int, mode: int
 def test_a_key_that_the_service_may_not_read_is_an_error(
     tmp_path: Path, ca: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, key = tmp_path / "edged.toml", tmp_path / "dev1.key"
-    for path in (config, key, tmp_path / "ca.crt", tmp_path / "dev1.crt"):
+    config, key = tmp_path / "edged.toml", tmp_path / "issued" / "dev1.key"
+    key.parent.mkdir()
+    for path in (config, key, tmp_path / "ca.crt", tmp_path / "issued" / "dev1.crt"):
         path.write_text("")
         path.chmod(0o644)
     monkeypatch.setattr(check_machine, "PACKAGED", config)
@@ -307,7 +308,12 @@ def ca(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tls(folder: Path, **more: Any) -> dict[str, Any]:
-    return {"ca": folder / "ca.crt", "certificate": folder / "dev1.crt", "key": folder / "dev1.key", **more}
+    return {
+        "ca": folder / "ca.crt",
+        "certificate": folder / "issued/dev1.crt",
+        "key": folder / "issued/dev1.key",
+        **more,
+    }
 
 
 def test_good_certificates_are_dated(tmp_path: Path, ca: Path) -> None:
@@ -323,13 +329,13 @@ def test_good_certificates_are_dated(tmp_path: Path, ca: Path) -> None:
     [
         ({"ca": "none.crt"}, "certificates", "broker.ca=none.crt: No such file"),
         ({"key": None}, "certificates", "`ca` is set and `key` is not"),
-        ({"key": "dev2.key"}, "certificates", "do not belong together"),
-        ({"key": "dev1.crt"}, "certificates", "dev1.crt"),
-        ({"certificate": "dev1.key"}, "certificates", "is none"),
-        ({"ca": "dev1.key"}, "certificates", "is no certificate"),
-        ({"ca": "dev1.crt"}, "certificates", "no certificate of an authority"),
+        ({"key": "issued/dev2.key"}, "certificates", "do not belong together"),
+        ({"key": "issued/dev1.crt"}, "certificates", "issued/dev1.crt"),
+        ({"certificate": "issued/dev1.key"}, "certificates", "is none"),
+        ({"ca": "issued/dev1.key"}, "certificates", "is no certificate"),
+        ({"ca": "issued/dev1.crt"}, "certificates", "no certificate of an authority"),
         (
-            {"certificate": "dev2.crt", "key": "dev2.key"},
+            {"certificate": "issued/dev2.crt", "key": "issued/dev2.key"},
             "client certificate",
             "the certificate is dev2's and the device is",
         ),
@@ -345,7 +351,7 @@ def test_what_is_wrong_with_the_files_is_named(
 
 def test_a_key_that_everybody_reads_is_an_error(tmp_path: Path, ca: Path) -> None:
     key = tmp_path / "dev1.key"
-    key.write_bytes((ca / "dev1.key").read_bytes())
+    key.write_bytes((ca / "issued/dev1.key").read_bytes())
     for mode, level in ((0o640, []), (0o644, ["private key"])):
         key.chmod(mode)
         assert [finding.name for finding in wrong(certificates(look(tmp_path, broker=tls(ca, key=key))))] == level
@@ -359,7 +365,7 @@ def test_a_key_that_everybody_reads_is_an_error(tmp_path: Path, ca: Path) -> Non
     ],
 )  # fmt: skip
 def test_certificates_end(ca: Path, days: float, level: str, said: str) -> None:
-    found = validity("client certificate", decoded(ca / "dev1.crt"), NOW + days * DAY_S)
+    found = validity("client certificate", decoded(ca / "issued/dev1.crt"), NOW + days * DAY_S)
     assert (found.level, said in found.text) == (level, True)
     assert bool(found.fix) is (level != "ok")
 
@@ -392,7 +398,7 @@ def secured(ca: Path, *, trusts: Path | None = None) -> Callable[[socket.socket]
     """The TLS side of a broker."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(trusts or ca / "ca.crt"))
     context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(str(ca / "broker.crt"), str(ca / "broker.key"))
+    context.load_cert_chain(str(ca / "issued/broker.crt"), str(ca / "issued/broker.key"))
 
     def answer(plain: socket.socket) -> None:
         with context.wrap_socket(plain, server_side=True) as connection:

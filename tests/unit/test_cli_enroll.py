@@ -106,6 +106,17 @@ def test_the_authority_shows_who_has_certificates_and_who_lost_them(folder: Path
     assert [line.split()[:2] for line in shown[1:]] == [["cam1", "revoked"], ["cam2", "True"]]
 
 
+def test_a_revoked_admin_is_made_anew(folder: Path) -> None:
+    trainer(folder, "ca", "init")
+    certificate = folder / "ca" / "issued" / "edged-admin.crt"
+    before = certificate.read_bytes()
+    trainer(folder, "revoke", "edged-admin", "--wait", "0.1", ok=False)
+    trainer(folder, "ca", "init")
+    assert certificate.read_bytes() != before
+    (row,) = json.loads(trainer(folder, "ca", "show", "--json").stdout)
+    assert row["revoked"] == ""
+
+
 def test_a_passphrase_opens_the_authoritys_key(folder: Path) -> None:
     secret = folder / "secret"
     secret.write_text("correct horse\n")

@@ -66,14 +66,16 @@ def full_store(folder: Path) -> None:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A device with secrets wherever they may be, and a journal that shows some."""
-    issue(tmp_path / "ca", "dev1")
+    for name in ("dev1", "dev1~blk"):
+        issue(tmp_path / "ca", name)
     ca = tmp_path / "ca"
     full_store(tmp_path / "state")
     path = tmp_path / "edged.toml"
     path.write_text(
         f"# {PLANTED['comment']}\n"
         f'[device]\nid = "dev1"\nstate_dir = "{tmp_path / "state"}"\n'
-        f'[broker]\nport = 1\nca = "{ca}/ca.crt"\ncertificate = "{ca}/dev1.crt"\nkey = "{ca}/dev1.key"\n'
+        f'[broker]\nport = 1\nca = "{ca}/ca.crt"\ncertificate = "{ca}/issued/dev1.crt"\nkey = "{ca}/issued/dev1.key"\n'
+        f'bulk_certificate = "{ca}/issued/dev1~blk.crt"\nbulk_key = "{ca}/issued/dev1~blk.key"\n'
         f'[host]\nurl = "https://plant:{PLANTED["url-password"]}@trainer:8443"\n'
         f"[slots.tongue]\nextra = {{ pwd = '{PLANTED[ODD]}' }}\n"
         f'[slots.eye]\nextra = {{ api_password = "{PLANTED["config-password"]}", token = "{PLANTED["config-token"]}" }}\n'
@@ -81,11 +83,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EDGED_SLOTS__EYE__EXTRA__OTHER_SECRET", PLANTED["env-secret"])
     tools = tmp_path / "bin"
     tools.mkdir()
-    key_line = (ca / "dev1.key").read_text().splitlines()[1]
+    key_line, bulk_line = ((ca / "issued" / name).read_text().splitlines()[1] for name in ("dev1.key", "dev1~blk.key"))
     lines = [
         f"INFO no connection to mqtt://u:{PLANTED['log-password']}@broker",
         f"WARNING dropped an invalid payload: topic: prompt: too long (got '{PLANTED['log-quote']}')",
-        f"INFO somehow the key: {key_line}", f"INFO and the other one {PLANTED['url-password']}",
+        f"INFO somehow the key: {key_line} {bulk_line}", f"INFO and the other one {PLANTED['url-password']}",
         f"INFO odd ones {PLANTED[ODD]}", json.dumps({"x": PLANTED[ODD]}), "INFO the last line",
     ]  # fmt: skip
     (tools / "journalctl").write_text(f"#!{sys.executable}\nprint({chr(10).join(lines)!r})\n")
@@ -117,7 +119,8 @@ def assert_nothing_private(parts: dict[str, str], config: Path) -> None:
     shown = [*PLANTED.items(), *((name, json.dumps(text)[1:-1]) for name, text in PLANTED.items())]
     assert [name for name, text in shown if text in everything] == []
     assert IMAGE.decode("latin-1")[4:] not in everything
-    for line in (config.parent / "ca" / "dev1.key").read_text().splitlines():
+    keys = [config.parent / "ca" / "issued" / name for name in ("dev1.key", "dev1~blk.key")]
+    for line in (line for key in keys for line in key.read_text().splitlines()):
         assert "-----" in line or line not in everything, "a line of the private key"
     assert "PRIVATE KEY" not in everything
 

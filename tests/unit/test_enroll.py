@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import ssl
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edged import enroll
+from edged.check_broker import certificates
 from edged.config import load
+from edged.findings import Look
 from edged.wire.bundle import BUNDLE_BYTES_MAX, BadBundle, Bundle, decode, encode
 from trainer.core.access import Identity
 from trainer.database import Database
@@ -91,6 +94,19 @@ def test_a_second_time_nothing_changes_and_another_bundle_replaces_it(
     assert (settings.device.group, settings.broker.port, settings.trust.root) == (None, 1884, None)
     assert settings.trust.unsigned
     host.certify(Identity("cam1", "plant", "line-a"))
+
+
+def test_check_looks_at_the_second_connections_certificate_too(host: Enrolment, config: Path, tmp_path: Path) -> None:
+    made = enroll.plan(written(tmp_path, bundle(host)), config)
+    enroll.carry_out(made)
+    look = Look(load(config), time.time())
+    found = list(certificates(look))
+    assert {"CA certificate", "client certificate", "bulk certificate"} <= {each.name for each in found}
+    assert {each.level for each in found} == {"ok"}
+    (made.folder / "bulk.crt").write_bytes(made.files["own.crt"])
+    wrong = [each.text for each in certificates(look) if each.level != "ok"]
+    assert "the certificate is cam1's and the device is 'cam1~blk'" in wrong[0]
+    assert "do not belong together" in wrong[1]
 
 
 def test_nothing_is_written_by_looking(host: Enrolment, config: Path, tmp_path: Path) -> None:
