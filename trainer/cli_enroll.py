@@ -24,6 +24,7 @@ RELOAD_S_MAX = 60.0
 ANSWER_S = 15.0
 BUNDLE_SUFFIX = ".edged"
 BROKER = "broker"
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 app = typer.Typer(no_args_is_help=True)
 ca_app = typer.Typer(help="The authority that issues everybody's certificates.", no_args_is_help=True)
@@ -140,6 +141,11 @@ def enroll(
             path = out / f"{identity.name}{BUNDLE_SUFFIX}"
             write_whole(path, encode(bundle))  # mode 0600
             typer.echo(path)
+    if broker[0] in LOOPBACK:
+        typer.echo(
+            f"the broker is {broker[0]}:{broker[1]}, which this machine alone reaches: for others set enrolment.broker",
+            err=True,
+        )
     typer.echo(
         f"on the device: `edged enroll FILE`, then delete it. A broker that runs must know {'it' if device else 'them'}: "
         "`trainer broker admit NAME`, or `trainer broker config` and a restart",

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, insert, select, update
 from edged.wire.bundle import Bundle, Pair
 from trainer.ca import LOCAL, Issued, create_ca, issue
 from trainer.core.access import Identity
-from trainer.crl import CRL, write_crl
+from trainer.crl import CRL, read_crl, write_crl
 from trainer.database import Database, certificates, identities, put
 
 ADMIN = "edged-admin"  # connects to the broker for `trainer revoke` and `trainer broker admit`
@@ -73,9 +73,13 @@ class Enrolment:
             raise EnrolmentError(f"{identity.name} is revoked{why}: --renew gives it new certificates")
         serials: list[dict[str, Any]] = []
         issued = []
+        # Also where the record was lost: a revoked certificate is never handed out again.
+        listed = {entry.serial_number for entry in read_crl(self.folder / CRL)}
         for cn in identity.common_names:
             pair = issue(self.folder, cn, hosts=hosts, passphrase=self._passphrase, renew=renew)
             certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
+            if certificate.serial_number in listed:
+                raise EnrolmentError(f"the certificate of {cn} is revoked: --renew gives {identity.name} new ones")
             serials.append(
                 {
                     "serial": f"{certificate.serial_number:x}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -104,6 +105,27 @@ def test_the_authority_shows_who_has_certificates_and_who_lost_them(folder: Path
         assert {row["device"]: row["revoked"] for row in fleet_status(connection)} == {"cam1": "stolen", "cam2": None}
     shown = trainer(folder, "fleet", "status").stdout.splitlines()
     assert [line.split()[:2] for line in shown[1:]] == [["cam1", "revoked"], ["cam2", "True"]]
+
+
+def test_a_revoked_certificate_is_not_handed_out_again_by_a_host_that_has_lost_its_record(folder: Path) -> None:
+    trainer(folder, "ca", "init")
+    for name in ("cam1", "cam2"):
+        trainer(folder, "enroll", name, "--unsigned", "--out", str(folder))
+    before = decode((folder / "cam2.edged").read_bytes())
+    trainer(folder, "revoke", "cam1", "--wait", "0.1", ok=False)
+    shutil.rmtree(folder / "data")
+    wrong = trainer(folder, "enroll", "cam1", "--unsigned", "--out", str(folder), ok=False)
+    assert "the certificate of cam1 is revoked: --renew gives cam1 new ones" in wrong.output
+    trainer(folder, "enroll", "cam1", "--unsigned", "--renew", "--out", str(folder))
+    trainer(folder, "enroll", "cam2", "--unsigned", "--out", str(folder))
+    assert decode((folder / "cam2.edged").read_bytes()) == before
+
+
+def test_a_bundle_that_leads_to_the_device_itself_is_remarked_on(folder: Path) -> None:
+    trainer(folder, "ca", "init")
+    (folder / "trainer.toml").write_text(SETTINGS.replace("mq.plant.example", "127.0.0.1"))
+    done = trainer(folder, "enroll", "cam1", "--unsigned", "--out", str(folder))
+    assert "127.0.0.1:8883" in done.stderr and "enrolment.broker" in done.stderr
 
 
 def test_a_revoked_admin_is_made_anew(folder: Path) -> None:
