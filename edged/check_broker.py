@@ -17,6 +17,7 @@ from edged import connection
 from edged.config import Broker
 from edged.findings import Finding, Level, Look
 from edged.link import Connected, Disconnected, Link, LinkOptions
+from edged.wire.bundle import BULK
 
 CONNECT_S = 5.0
 ALERT_S = 0.3  # with TLS 1.3 a broker refuses our certificate only after the handshake
@@ -66,7 +67,7 @@ def _bulk(look: Look, certificate: Path, key: Path) -> Iterator[Finding]:
         yield Finding("certificates", "error", text, "copy the file again: it must be PEM text")
         return
     yield validity("bulk certificate", document, look.now)
-    yield from _subject(document, f"{look.settings.device.id}~blk")
+    yield from _subject(document, look.settings.device.id + BULK)
     yield _pair(look.settings.broker.model_copy(update={"certificate": certificate, "key": key}))
 
 

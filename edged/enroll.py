@@ -22,11 +22,10 @@ from edged.check_broker import common_name
 from edged.config import ConfigError, load
 from edged.core.toml_keys import Keys, Unwritable, with_keys
 from edged.files import sync
-from edged.wire.bundle import BUNDLE_BYTES_MAX, BadBundle, Bundle, Pair, decode
+from edged.wire.bundle import BULK, BUNDLE_BYTES_MAX, BadBundle, Bundle, Pair, decode
 
 IDENTITY = "identity"  # the folder beside the configuration
 SERVICE_USER = "edged"
-BULK = "~blk"  # the common name of the second connection's certificate ends with it
 ROUNDS_MAX = 10  # of a handshake in memory; two are needed
 
 

@@ -165,7 +165,6 @@ def revoke(
 
     Status 1 when a part is still to be done; the same command again does it.
     """
-    from trainer import broker
     from trainer.core.dynsec import dismissals
     from trainer.crl import CRL
 
@@ -174,7 +173,7 @@ def revoke(
         place, crl = settings.enrolment.broker_folder, enrolment.folder / CRL
         typer.echo(f"{identity.name}: revoked in the record and in {crl}")
         undone = [
-            *_try("the broker's list", lambda: _place_crl(broker.put_crl, place, crl)),
+            *_try("the broker's list", lambda: _place_crl(place, crl)),
             *_try("the broker's reload", lambda: _reload(settings.enrolment.broker_reload)),
             *_try("the broker's client", lambda: _tell(settings, dismissals(identity), wait)),
         ]
@@ -303,8 +302,10 @@ def _try(what: str, act: Callable[[], None]) -> list[str]:
     return []
 
 
-def _place_crl(put: Callable[..., bool], folder: Path, crl: Path) -> None:
-    if not put(folder, crl):
+def _place_crl(folder: Path, crl: Path) -> None:
+    from trainer.broker import put_crl
+
+    if not put_crl(folder, crl):
         raise OSError(
             f"enrolment.broker_folder {folder} holds no configuration: `trainer broker config`, or correct the key"
         )

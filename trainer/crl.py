@@ -43,6 +43,7 @@ def write_crl(folder: Path, revoked: Mapping[int, float], passphrase: bytes | No
             x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(date).build()
         )
     write_whole(path, builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    path.chmod(0o644)  # nothing in it is secret, and servers that run as other users must read it
     return path
 
 

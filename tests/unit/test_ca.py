@@ -85,6 +85,7 @@ def test_revoked_stays_revoked_and_a_newer_list_says_that_it_is_newer(tmp_path: 
     write_crl(tmp_path, {12: 1_700_000_001.0})  # from a record that has forgotten 11
     second = read_crl(tmp_path / CRL)
     assert {entry.serial_number for entry in second} == {11, 12}
+    assert (tmp_path / CRL).stat().st_mode & 0o777 == 0o644  # servers run as other users
     assert second.last_update_utc > first.last_update_utc
     assert second.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
     assert second.next_update_utc == ca.not_valid_after_utc  # one that ends before would refuse everybody

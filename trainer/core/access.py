@@ -12,14 +12,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from edged.wire import topics
+from edged.wire.bundle import BULK, NAME
 
 Role = Literal["device", "responder", "trainer", "observer", "admin", "broker"]
 ROLES: tuple[Role, ...] = ("device", "responder", "trainer", "observer", "admin", "broker")
-BULK = "~blk"  # `{device}~blk` is the device's second connection, which carries blocks of files
 CONTROL = "$CONTROL/dynamic-security/v1"  # of Mosquitto's plugin
-
-# Not the underscore in front: `_host`, `_resp`, `_blocks` and `_g` are no sites and no devices. 60: BULK fits a common name.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 
 _OWN_UP = topics.STATE.template.removesuffix("state") + "#"
 _OWN_DOWN = topics.DESIRED.template.removesuffix("desired") + "#"
@@ -49,7 +46,7 @@ class Identity:
 
     def __post_init__(self) -> None:
         for what, text in (("name", self.name), ("site", self.site), ("group", self.group or "none")):
-            if not _NAME.fullmatch(text):
+            if not re.fullmatch(NAME, text):
                 raise BadName(
                     f"{what} {text!r}: use up to 60 letters, digits and _.- with a letter or digit in front "
                     "(it becomes a topic level)"
