@@ -124,11 +124,13 @@ def write_broker_config(
     plugin: Path | None = None,
     user: str | None = None,
     limits: BrokerLimits | None = None,
+    at: Path | None = None,
 ) -> Path:
     """Write `mosquitto.conf` into `folder`, and return its path; with `tls` also copies of its files, with `clients` what
     each of them may do. The same again when nothing has changed.
 
-    `user` (where root writes) owns what the broker reads or changes itself; by default the present one. Raises BrokerError.
+    `at`: where the folder will lie when mosquitto reads it, by default where it is written. `user` (where root writes) owns
+    what the broker reads or changes itself; by default the present one. Raises BrokerError.
     """
     folder = folder.resolve()
     if clients is not None and plugin is None:
@@ -138,25 +140,25 @@ def write_broker_config(
     _folder(folder, 0o755, None)
     _folder(folder / STATE, 0o700, user)
     if tls is not None:
-        tls = _copies(folder / "tls", tls, user)
+        tls = _copies(folder / "tls", (at or folder) / "tls", tls, user)
     if clients is not None:
         text = json.dumps(document(clients), separators=(",", ":"))
         _put(folder / STATE / ACCESS, text.encode(), 0o600, user)
     else:
         plugin = None
     path = folder / CONFIG
-    text = mosquitto_config(folder, port, host=host, tls=tls, plugin=plugin, user=user, limits=limits)
+    text = mosquitto_config(at or folder, port, host=host, tls=tls, plugin=plugin, user=user, limits=limits)
     _put(path, text.encode(), 0o644, None)
     return path
 
 
-def write_drop_in(folder: Path, limits: BrokerLimits | None = None) -> Path:
-    """A drop-in for the unit `mosquitto.service` that starts it with the configuration in `folder`."""
+def write_drop_in(folder: Path, limits: BrokerLimits | None = None, at: Path | None = None) -> Path:
+    """A drop-in for the unit `mosquitto.service` that starts it with the configuration in `folder`, or then in `at`."""
     binary = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     files = (limits or BrokerLimits()).connections_max + 1024
     path = folder.resolve() / DROP_IN
     text = (
-        f"[Service]\nExecStart=\nExecStart={binary or '/usr/sbin/mosquitto'} -c {folder.resolve() / CONFIG}\n"
+        f"[Service]\nExecStart=\nExecStart={binary or '/usr/sbin/mosquitto'} -c {(at or folder.resolve()) / CONFIG}\n"
         # Without SIGHUP a revoked certificate opens new connections until the next start.
         'ExecReload=\nExecReload=/bin/sh -c "kill -HUP $MAINPID"\n'
         f"LimitNOFILE={files}\nRestart=always\nRestartSec=2\n"
@@ -175,19 +177,17 @@ def put_crl(folder: Path, crl: Path, user: str | None = None) -> bool:
     return True
 
 
-def _copies(folder: Path, tls: BrokerTls, user: str | None) -> BrokerTls:
-    """Copies that the broker's user can read again on SIGHUP: the originals lie beside the authority's key."""
+def _copies(folder: Path, at: Path, tls: BrokerTls, user: str | None) -> BrokerTls:
+    """Copies that the broker's user can read again on SIGHUP: the originals lie beside the authority's key. Their paths
+    are those that they will have in `at`."""
     _folder(folder, 0o755, None)
-    copied = BrokerTls(
-        folder / "ca.crt", folder / "broker.crt", folder / "broker.key", folder / "crl.pem" if tls.crl else None
-    )
-    for source, target, mode in (
-        (tls.ca, copied.ca, 0o644), (tls.certificate, copied.certificate, 0o644), (tls.key, copied.key, 0o600),
-        (tls.crl, copied.crl, 0o644),
+    for source, name, mode in (
+        (tls.ca, "ca.crt", 0o644), (tls.certificate, "broker.crt", 0o644), (tls.key, "broker.key", 0o600),
+        (tls.crl, "crl.pem", 0o644),
     ):  # fmt: skip
-        if source is not None and target is not None:
-            _put(target, source.read_bytes(), mode, user)
-    return copied
+        if source is not None:
+            _put(folder / name, source.read_bytes(), mode, user)
+    return BrokerTls(at / "ca.crt", at / "broker.crt", at / "broker.key", at / "crl.pem" if tls.crl else None)
 
 
 def _folder(path: Path, mode: int, user: str | None) -> None:

@@ -185,6 +185,7 @@ def revoke(
 @broker_app.command("config")
 def broker_config(
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default enrolment.broker_folder.")] = None,
+    at: Annotated[Path | None, typer.Option(help="Where the folder will lie on the broker's machine.")] = None,
     listen: Annotated[str, typer.Option(help="Address that it listens on.")] = "0.0.0.0",
     port: Annotated[int | None, typer.Option(help="By default the one that devices are told.")] = None,
     name: Annotated[str, typer.Option(help="The common name of its certificate.")] = BROKER,
@@ -217,8 +218,9 @@ def broker_config(
             clients=known,
             plugin=plugin,
             user=user or (SERVICE_USER if os.geteuid() == 0 else None),
+            at=at,
         )
-        drop_in = write_drop_in(folder)
+        drop_in = write_drop_in(folder, at=at)
     typer.echo(f"{path}: {len(known)} identities, revoked certificates in {folder / PLACE}")
     typer.echo(
         f"install it: cp -r {drop_in.parent} /etc/systemd/system/; systemctl daemon-reload; systemctl restart mosquitto"
