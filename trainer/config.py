@@ -202,12 +202,6 @@ class Rollout(Section):
         return RolloutRules(**self.model_dump(exclude={"failed_grace_s"}))
 
 
-class Trust(Section):
-    """Where the repository of signed releases is."""
-
-    folder: Path = Path("trust")
-
-
 class Enrolment(Section):
     """The authority that issues everybody's certificates, and the broker that must know whom it issued them to."""
 
@@ -236,7 +230,6 @@ class TrainerConfig(BaseSettings):
     trust: Trust = Trust()
     models: dict[Name, Model] = {}
     rollout: Rollout = Rollout()
-    trust: Trust = Trust()
     enrolment: Enrolment = Enrolment()
     command_resend_s: Seconds = 30.0
     catalogue_refresh_s: Seconds = 3600.0  # ask every device for its whole catalogue this often
