@@ -56,7 +56,7 @@ class Acts:
     def __init__(
         self, slots: dict[str, Slot], configs: dict[str, SlotConfig], releases: Releases, store: Store, carrier: Carrier,
         post: Callable[[UpdateEvent | Seeded], None], report: Callable[[], None], say: Callable[..., None],
-        current: Callable[[str], Record], engine_error: Callable[[str], None], beats: Beats,
+        current: Callable[[str], Record], engine_error: Callable[..., None], beats: Beats,
         memory: Memory | None = None,
     ) -> None:  # fmt: skip
         """`current`: the record of a target as the control loop has it now. `engine_error`: counts one for a slot.
@@ -206,7 +206,7 @@ class Acts:
         """An engine's process died and is started again. Called by the thread that supervises it."""
         self._store.count("engine_ends")
         if not in_hand:  # else the pipeline that had the request reports it
-            self._engine_error(slot)
+            self._engine_error(slot, ended=True)
         self._say("engine_ended", f"{slot}: {how}", release=release)
 
     def _install(self, seed: Path, record: Record) -> None:
@@ -233,7 +233,7 @@ class Acts:
 
     def _refuse(self, record: Record, refused: Refusal) -> None:
         self._store.count("models_refused")
-        self._answer(record, Event.REFUSED, refused.reason, passing=refused.passing)
+        self._answer(record, Event.REFUSED, refused.reason, passing=refused.passing, at_start=not refused.passing)
 
     def _download(self, record: Record) -> None:
         assert record.candidate is not None
@@ -304,12 +304,13 @@ class Acts:
                               memory_max)  # fmt: skip
                 self._exchange.proved(record, proof)
         except NoRoom as error:
-            self._from_the_door(record, str(error))
+            self._refuse(record, Refusal(str(error), error.passing))
             return
         except (ProveFailed, BadRelease) as error:
             if isinstance(error, ProveShort) and memory_max is not None:
                 self._exchange.ran_short(record, memory_max)
-                self._from_the_door(record, str(error))
+                # What is known of its need now says whether it may fit later.
+                self._refuse(record, self._exchange.known(record) or Refusal(str(error), passing=True))
             else:
                 self._answer(record, Event.PROVE_FAILED, str(error))
             return
@@ -318,12 +319,6 @@ class Acts:
         log.info("update %s: proved on %d golden inputs in %.1f s", record.target, proof.golden, proof.golden_s)
         self._answer(record, Event.PROVED)
         self._in_service.await_flip(record)
-
-    def _from_the_door(self, record: Record, reason: str) -> None:
-        """Memory says nothing against a release's bytes: what is known of its need now is held against it at the door, where
-        a refusal is not remembered."""
-        log.warning("update %s: %s", record.target, reason)
-        self._answer(record, Event.DESIRED, reason)
 
     def _flip(self, record: Record) -> None:
         assert record.candidate is not None
@@ -341,6 +336,9 @@ class Acts:
                 swap_ms = self._exchange.swap(record, lambda: self._loaded(record, ref, manifest))
                 self._in_service.attach_if_it_fits(record.slot, ref)
         except NoRoom as error:
+            if not error.passing:
+                self._refuse(record, Refusal(str(error), passing=False))
+                return
             log.warning("update %s waits: %s", record.target, error)
             self._store.count("swaps_waiting")
             if not self._stop.wait(PASSING_S):
@@ -354,7 +352,8 @@ class Acts:
     def _flip_back(self, record: Record) -> None:
         slot = self._slots[record.slot]
         if record.is_adapter:
-            slot.attach(record.active, self._adapter_file(record.active) if record.active else None)
+            if slot.live is not None:  # else the active one goes on when its base comes
+                slot.attach(record.active, self._adapter_file(record.active) if record.active else None)
         elif slot.live is None or slot.live.ref != record.active:
             self._exchange.make_way(record.slot)
             self._in_service.load_active(record, restoring=True)

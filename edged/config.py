@@ -34,11 +34,13 @@ from edged.config_sources import (
 )
 from edged.core import lay
 from edged.core.policy import Policy
+from edged.core.probation import Criteria
 from edged.core.providers import long_name
 from edged.core.retention import EVICTABLE
 from edged.wire.messages import BEAT_S_MAX
 
 Days = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TIERS_MAX = 8
 # One tier, or several in order of preference.
 Tiers = Annotated[
@@ -47,6 +49,7 @@ Tiers = Annotated[
     Field(max_length=TIERS_MAX),
 ]
 MIB = 1 << 20
+ANSWERS_MAX = 512  # of a release that its probation looks at, the last
 
 
 def _policy(value: Any) -> Any:
@@ -59,6 +62,18 @@ def _policy(value: Any) -> Any:
 
 
 PolicyTable = Annotated[Policy, BeforeValidator(_policy)]
+
+
+def _health(value: Any) -> Any:
+    if isinstance(value, dict):
+        unknown = set(value) - set(Criteria.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known: {', '.join(Criteria.__dataclass_fields__)}")
+        return Criteria(**value)
+    return value
+
+
+HealthTable = Annotated[Criteria, BeforeValidator(_health)]
 
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # a region of interest: left, top, right, bottom as shares of the frame's sides
@@ -137,7 +152,11 @@ class Slot(Section):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     providers: list[Provider] = ["cpu"]
     probation_s: Seconds = 60.0
+    probation_items: Annotated[int, Field(ge=0, le=ANSWERS_MAX)] = 0  # a probation lasts until so many were answered,
+    probation_s_max: Seconds = 86400.0  # but no longer than this
+    health: HealthTable = Criteria()  # what ends a probation
     prove_s_max: Seconds = 60.0
+    latency_ms_max: Milliseconds | None = None  # for a golden input, of a language model for a token; None: any
     isolation: Literal["process", "daemon"] | None = None
     swap: Literal["beside", "replace"] = "beside"  # `replace`: the old model leaves before the new one is loaded
     extra: dict[str, Any] = {}

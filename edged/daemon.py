@@ -44,6 +44,7 @@ from edged.stamp import Stamp
 from edged.status_socket import StatusSocket
 from edged.storage import StorageWatch
 from edged.store.integrity import Opened, open_store
+from edged.tallies import Tallies
 from edged.told import Told
 from edged.trust import Trust
 from edged.updater import Updater
@@ -81,7 +82,7 @@ class Daemon:
             log.warning("after a crash: %d half files and %d orphans removed, %d samples without image rejected",
                         swept.temporary, swept.orphans, len(swept.missing))  # fmt: skip
         self.stamp = Stamp(clock)
-        self.beats, self.pace = Beats(clock), Pace(clock)
+        self.beats, self.pace, self.tallies = Beats(clock), Pace(clock), Tallies()
         outgoing = self.told = Told(settings.device.site, settings.device.id, self.stamp)
         releases = Releases(state / "releases")
         window = self.window = Window(clock.now())
@@ -98,11 +99,11 @@ class Daemon:
         self._services = Services(
             self.store, outgoing, clock, window,
             wait=lambda *waiting: self.control.wait(*waiting),
-            engine_error=lambda slot: self.updater.engine_error(slot),
+            engine_error=lambda slot, **how: self.updater.engine_error(slot, **how),
             unsure=lambda unsure: self.control.ask_on(unsure),
             wake=lambda: self.control.wake(),
             publish=self.link.publish,
-            beats=self.beats, pace=self.pace, in_hand=self.in_hand,
+            beats=self.beats, pace=self.pace, in_hand=self.in_hand, tallies=self.tallies,
         )  # fmt: skip
         self.pipelines = {name: self.make_pipeline(name, settings) for name in settings.pipelines}
         self.responders = {(r.tier, r.task): self.make_responder(n, settings) for n, r in settings.responders.items()}
@@ -118,7 +119,7 @@ class Daemon:
         self.updater = self.control.updater = Updater(
             self.slots, self.slot_configs, releases, self.store, clock, Carrier(carrier.fetch),
             post=inbox.put, report=self.control.report, say=self.control.say, retry_s=settings.host.fetch_retry_s,
-            beats=self.beats, memory=memory,
+            beats=self.beats, memory=memory, tallies=self.tallies,
         )  # fmt: skip
         self.sources: dict[str, Source] = {}  # by pipeline; one that takes requests has none
         for name in settings.pipelines:

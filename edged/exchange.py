@@ -30,7 +30,12 @@ PASSING_S = 10.0  # how soon a load for which there was no room just now is trie
 
 
 class NoRoom(Exception):
-    """The release cannot be loaded or proven with the memory that there is now; the message names the numbers."""
+    """The release cannot be loaded or proven with the memory that there is now; the message names the numbers. `passing`: it
+    may fit later, because others use the memory now."""
+
+    def __init__(self, reason: str, *, passing: bool = True) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 class Exchange:
@@ -75,7 +80,7 @@ class Exchange:
         slot = self._slots[record.slot]
         fit = self._room.to_prove(record.slot, self._need(record), *self._live(record.slot))
         if isinstance(fit, Refusal):
-            raise NoRoom(fit.reason)
+            raise NoRoom(fit.reason, passing=fit.passing)
         if fit.how == "instead":
             log.info("slot %s: unloaded, so that %s can be proven", record.slot, record.target)
             self._vacate(slot)
@@ -105,27 +110,25 @@ class Exchange:
         log.info("%s took %d MiB while it was proven", record.candidate.release, mib(proof.memory_bytes))
         refused = self._beside_or_instead(record.slot, need)
         if refused:
-            raise NoRoom(refused.reason)
+            raise NoRoom(refused.reason, passing=refused.passing)
 
     def swap(self, record: Record, load: Callable[[], Loaded]) -> float:
         """Load the candidate and make it live; returns the milliseconds of `Slot.flip`.
 
-        Raises NoRoom when it may fit later, and what `load` raises; what served before then serves again.
+        Raises NoRoom, and what `load` raises; what served before then serves again.
         """
         assert record.candidate is not None
         slot, need = self._slots[record.slot], self._need(record)
         if not slot.vacated:
             refused = self._beside_or_instead(record.slot, need)
             if refused:
-                raise NoRoom(refused.reason)
+                raise NoRoom(refused.reason, passing=refused.passing)
         try:
             if self._configs[record.slot].swap == "replace":
                 self._vacate(slot)
                 refused = self._beside_or_instead(record.slot, need)
-                if refused and refused.passing:
-                    raise NoRoom(refused.reason)
                 if refused:
-                    raise EngineError(refused.reason)
+                    raise NoRoom(refused.reason, passing=refused.passing)
             return slot.flip(load())
         finally:
             if slot.vacated:

@@ -245,7 +245,7 @@ class Pipeline:
         unsuitable = isinstance(error, Unsuitable)
         to_blame = isinstance(error, EngineEnded) and self._in_hand.ended(item)
         if not unsuitable and not to_blame:
-            self._s.engine_error(self.slot.name)
+            self._s.engine_error(self.slot.name, ended=isinstance(error, EngineEnded))
         if item.asked is not None and unsuitable:  # asked again, it would be as unsuitable
             live = self.slot.live
             release = live.ref.release if live else ""
@@ -325,10 +325,18 @@ class Pipeline:
             self.name, manifest.release, decision.action, decision.reason, answer.judged.confidence.p, answer.latency_ms,
             suppressed=kept.suppressed, unheard=kept.asked and item.request is not None and not waits,
         )  # fmt: skip
+        self._tally(answer)
         if waits:
             self._wait(item, reply, answer.corner)
         else:
             item.settle("")
+
+    def _tally(self, answer: Answer) -> None:
+        """For the probation of the release that answered, or of its successor."""
+        self._s.tallies.answer(
+            self.slot.name, answer.loaded.manifest.release, reason=answer.judged.decision.reason,
+            empty=not len(answer.answered), latency_ms=answer.latency_ms,
+        )  # fmt: skip
 
     def _may_wait(self, item: Item, kept: Kept) -> bool:
         """Whether whoever asked for the item is kept waiting for the next tier's answer."""
@@ -359,6 +367,7 @@ class Pipeline:
         s, decision, p = self._s, answer.judged.decision, answer.judged.confidence.p
         label = boxes(answer.answered, manifest.labels)
         s.window.answer(self.name, manifest.release, decision.action, decision.reason, p, answer.latency_ms)
+        self._tally(answer)
         if decision.action == "accept":
             self._enqueue(s.outgoing.verdict(asked, "labelled", label, p, manifest.release, ""))
             answer.item.settle("")

@@ -98,6 +98,10 @@ class Prompts:
             self._pipeline, made.adapter or made.release, made.decision.action, made.decision.reason,
             made.confidence.p, made.latency_ms, suppressed=suppressed, unheard=unheard,
         )  # fmt: skip
+        self._s.tallies.answer(
+            self._slot.name, made.adapter or made.release, reason=made.decision.reason, empty=not made.text.strip(),
+            latency_ms=made.latency_ms / max(1, made.end.answer_tokens),
+        )  # fmt: skip
 
     def _reply(self, made: Written) -> dict[str, Any]:
         """The local answer, or why there is none."""

@@ -13,6 +13,7 @@ from edged.outgoing import Outgoing
 from edged.pace import Pace
 from edged.sources import Unsure, Waiting
 from edged.store import Store
+from edged.tallies import Tallies
 from edged.wire.topics import Address
 
 
@@ -25,10 +26,11 @@ class Services:
     clock: Clock
     window: Window
     wait: Callable[[str, Waiting], None]  # for the verdict on this sample
-    engine_error: Callable[[str], None]  # slot name: probation wants to know
+    engine_error: Callable[..., None]  # slot name, whether its process `ended`: probation wants to know
     unsure: Callable[[Unsure], None]  # a responder's own answer does not do: ask the next tier
     wake: Callable[[], None]  # the outbox has something new
     publish: Callable[[Address, bytes], bool]  # now or not at all, for what may be lost
     beats: Beats  # the loops of this pipeline move
     pace: Pace  # how much of the time its worker may work
+    tallies: Tallies = field(default_factory=Tallies)  # what each release did, for its probation
     in_hand: InHand = field(default_factory=InHand)  # which item is in hand, should this process crash

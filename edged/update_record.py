@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from edged.core.probation import Signs
 from edged.core.update import Event, State
 from edged.wire.manifest import ReleaseRef
 
@@ -24,7 +25,18 @@ class Record(BaseModel):
     since: float = 0.0
     restarts: int = 0
     retry_at: float | None = None  # a failure that may pass: when to try again
+    at_start: bool = (
+        False  # refused for what only another start, or another configuration, can change: tried again then
+    )
     swap_ms: float | None = None
+    before: Signs | None = None  # what the predecessor did, for the probation
+    settled: bool = True  # False from a commit until the release has served for SETTLED_S in one go
+    pinned: ReleaseRef | None = None  # by a person: this, whatever desired state says
+    held: ReleaseRef | None = (
+        None  # what desired state named when a person rolled back: not again, until it names another
+    )
+    orders: list[str] = []  # ids of the last orders of people that were carried out, so that none is twice
+    awaited: str = ""  # the one of them that is under way
 
     @property
     def slot(self) -> str:
@@ -47,6 +59,7 @@ class UpdateEvent:
     reason: str = ""
     swap_ms: float | None = None
     passing: bool = False  # the failure may pass: try again later
+    at_start: bool = False  # it may pass with another start or configuration
 
 
 @dataclass(frozen=True, slots=True)

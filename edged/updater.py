@@ -10,21 +10,25 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from edged import holds
 from edged.acts import ADAPTER, Acts, Carrier, Record, Seeded, UpdateEvent
 from edged.beats import Beats
 from edged.clock import Clock
 from edged.config import Slot as SlotConfig
-from edged.core.update import RESTARTS_MAX, UNDER_WAY, Effect, Event, State, step
+from edged.core.probation import over, unhealthy
+from edged.core.update import RESTARTS_MAX, SETTLED_S, UNDER_WAY, Effect, Event, State, step
+from edged.holds import Answer
 from edged.machine import Memory
 from edged.releases import BadRelease, Releases
 from edged.slot import Slot
-from edged.store import Store
+from edged.store import KnownBad, Store, StoreError
+from edged.tallies import Tallies
 from edged.wire.manifest import ReleaseRef
-from edged.wire.messages import Desired, ModelReport
+from edged.wire.messages import BAD_MAX, BadReport, Desired, ModelReport
 
 log = logging.getLogger(__name__)
 
-ERRORS_MAX = 3  # engine errors that end a probation
+ENDED = "updates_ended"  # the store's key: whether the last run was asked to end, so that its end blames nobody
 
 
 class Updater:
@@ -34,18 +38,23 @@ class Updater:
         self, slots: dict[str, Slot], configs: dict[str, SlotConfig], releases: Releases, store: Store, clock: Clock,
         carrier: Carrier, post: Callable[[UpdateEvent | Seeded], None], report: Callable[[], None],
         say: Callable[..., None], retry_s: float, beats: Beats | None = None, memory: Memory | None = None,
+        tallies: Tallies | None = None,
     ) -> None:  # fmt: skip
         self._slots, self._configs, self._releases, self._store = slots, configs, releases, store
         self._clock, self._report, self._say, self._retry_s = clock, report, say, retry_s
         self._records: dict[str, Record] = {}
         self._desired: Desired | None = None
-        self._errors: dict[str, int] = {}
+        self.tallies = tallies or Tallies()
+        self.answered: Callable[[str, Answer], None] = lambda _order, _answer: None  # set by who passes orders on
+        self._serves_since: dict[str, float] = {}  # target -> when its release began to serve in this run (monotonic)
         self._seeding: set[str] = set()  # slots whose seed is being installed
         self._acts = Acts(
             slots, configs, releases, store, carrier, post, report, say,
             lambda target: self._records.get(target) or Record(target=target),
             self.engine_error, beats or Beats(clock), memory,
         )  # fmt: skip
+        self._by_hand = holds.ByHand(self._records, slots, releases, store, report, self._desired_for, self._apply,
+                                     self._save, self._reconcile)  # fmt: skip
 
     # The control loop's calls.
 
@@ -53,26 +62,55 @@ class Updater:
         """Load what is active, then go on with what a stop interrupted. Returns at once; models load on the worker.
 
         `excused`: whether the end of the last run does not count against an update in this state."""
+        asked_to_end = bool(self._store.value(ENDED))
+        self._store.set_value(ENDED, False)
         saved = self._store.updates()
         for name in self._slots:
             for target in (name, name + ADAPTER):
                 record = Record.model_validate(saved[target]) if target in saved else Record(target=target)
                 self._records[target] = record
+                self._count_start(record, asked_to_end or excused(record.state))
+        looped = [record for record in self._records.values() if record.restarts > RESTARTS_MAX]
+        for record in looped:
+            if record.state is State.COMMITTED:  # before it is loaded once more
+                self._apply(record, Event.LOOPED, "the daemon crashed again and again soon after this update")
         for name, config in self._configs.items():
             record = self._records[name]
             if record.active is None and config.seed is not None:
                 record.active = self._install_seed(name, config.seed)
                 self._save(record)
-            self._acts.load(record)
+            if not (record in looped and record.state is State.REVERTING):  # else it is on its way already
+                self._acts.load(record)
         for record in self._records.values():
-            if record.state in UNDER_WAY:
-                record.restarts += not excused(record.state)
+            if record.state in UNDER_WAY and not (record in looped and record.state is State.REVERTING):
                 record.since = self._clock.now()  # the time without power was no probation
-                event = Event.LOOPED if record.restarts > RESTARTS_MAX else Event.RESTARTED
+                event = Event.LOOPED if record in looped else Event.RESTARTED
                 self._apply(record, event, "the daemon was restarted too often during this update")
+        self._retry_refused()
+        self._reconcile()  # what a person pinned
+
+    def _count_start(self, record: Record, excused: bool) -> None:
+        """A start may count against the release that was on trial; one that serves for good is on no trial."""
+        if excused:
+            return
+        if record.state in UNDER_WAY:
+            record.restarts += 1  # saved with the step that follows
+        elif record.state is State.COMMITTED and not record.settled and (record.previous or record.is_adapter):
+            record.restarts += 1
+            self._save(record)
+
+    def _retry_refused(self) -> None:
+        """What was refused for want of memory may fit now."""
+        for record in self._records.values():
+            if record.state is State.FAILED and record.at_start and record.candidate is not None:
+                self._start(record, record.candidate)
 
     def stop(self, seconds_max: float | None = None) -> bool:
         """End the worker; what it was doing goes on after the next start. False when it has not ended in time."""
+        try:
+            self._store.set_value(ENDED, True)
+        except StoreError as error:
+            log.error("this stop will count as a crash: %s", error)
         return self._acts.stop(seconds_max)
 
     # A new configuration; `slots` and `configs` are changed by its owner.
@@ -80,6 +118,7 @@ class Updater:
     def configure(self, retry_s: float) -> None:
         """How soon a failed fetch is tried again, from now on."""
         self._retry_s = retry_s
+        self._retry_refused()
 
     def add(self, name: str) -> None:
         """A slot has come: what it had when it was here before, or its seed."""
@@ -144,6 +183,9 @@ class Updater:
             self._store.count("swaps")
         if event.passing:
             record.retry_at = self._clock.now() + self._retry_s
+        record.at_start = event.at_start
+        if event.event is Event.FLIPPED and record.state is State.STAGED and record.candidate is not None:
+            record.before = self.tallies.before(record.slot, record.candidate.release)
         self._apply(record, event.event, event.reason)
         self._reconcile()
 
@@ -152,12 +194,9 @@ class Updater:
         now = self._clock.now()
         for record in self._records.values():
             if record.state is State.SWITCHED:
-                errors = self._errors.get(record.slot, 0)
-                if errors >= ERRORS_MAX:
-                    self._apply(record, Event.UNHEALTHY, f"{errors} engine errors during probation")
-                elif now - record.since >= self._configs[record.slot].probation_s and self._acts.serves(record):
-                    self._apply(record, Event.HEALTHY, "")
-                    self._reconcile()
+                self._watch(record, now)
+            elif record.state is State.COMMITTED and not record.settled:
+                self._settle(record)
             elif record.state is State.FAILED and record.retry_at is not None and now >= record.retry_at:
                 assert record.candidate is not None
                 self._start(record, record.candidate)
@@ -169,9 +208,37 @@ class Updater:
             if record.retry_at is not None:
                 record.retry_at += by_s
 
-    def engine_error(self, slot: str) -> None:
-        """A worker's engine failed on an item; enough of them end a probation."""
-        self._errors[slot] = self._errors.get(slot, 0) + 1
+    def _watch(self, record: Record, now: float) -> None:
+        """How a probation goes."""
+        assert record.candidate is not None
+        config, signs = self._configs[record.slot], self.tallies.signs(record.slot, record.candidate.release)
+        wrong = unhealthy(signs, record.before, config.health)
+        lasted = now - record.since
+        if wrong:
+            self._apply(record, Event.UNHEALTHY, wrong)
+        elif self._acts.serves(record) and over(
+            lasted, signs.items, config.probation_s, config.probation_items, config.probation_s_max
+        ):
+            self._apply(record, Event.HEALTHY, "")
+            self._reconcile()
+
+    def _settle(self, record: Record) -> None:
+        """A release that was committed, and has served for a while in one go, is on trial no more."""
+        if not self._acts.serves(record):
+            self._serves_since.pop(record.target, None)
+        elif (
+            self._clock.monotonic() - self._serves_since.setdefault(record.target, self._clock.monotonic()) >= SETTLED_S
+        ):
+            record.settled, record.restarts = True, 0
+            self._save(record)
+
+    def engine_error(self, slot: str, *, ended: bool = False) -> None:
+        """A worker's engine failed on an item, or its process `ended`; enough of them end a probation."""
+        self.tallies.error(slot, ended=ended)
+
+    def order(self, order_id: str, order: holds.Order) -> Answer:
+        """Carry out what a person orders: saved first. One that comes again changes nothing."""
+        return self._by_hand.order(order_id, order)
 
     def expects(self, slot: str) -> bool:
         """Whether a model serves in this slot or is on its way there."""
@@ -196,30 +263,52 @@ class Updater:
                 reason=shown.reason,
                 swap_ms=shown.swap_ms,
                 since=shown.since,
+                pinned=_name(record.pinned),
+                held=_name(record.held),
+                adapter_pinned=_name(adapter.pinned),
+                adapter_held=_name(adapter.held),
             )
         return out
+
+    def known_bad(self) -> list[BadReport]:
+        """The newest of what is not installed here again."""
+        return [BadReport(release=bad.release, sha256=bad.sha256, reason=bad.reason, at=bad.at)
+                for bad in self._store.known_bad(BAD_MAX)]  # fmt: skip
 
     # Decisions.
 
     def _reconcile(self) -> None:
         """Compare desired with what is; start and withdraw."""
-        desired = self._desired
-        if desired is None:
-            return
         for name in self._slots:
             record = self._records[name]
-            wanted = desired.models.get(name)
+            wanted = self._wanted(record)
             if wanted is not None:
                 self._want(record, wanted)
             if wanted is not None and (record.active != wanted or record.state in UNDER_WAY):
                 continue  # an adapter waits for its base
             adapter = self._records[name + ADAPTER]
-            if name in desired.adapters:
-                self._want(adapter, desired.adapters[name])
-            elif wanted is not None and adapter.active is not None and adapter.state not in UNDER_WAY:
+            adapted, idle = self._wanted(adapter), adapter.state not in UNDER_WAY
+            if adapted is not None:
+                self._want(adapter, adapted)
+            elif wanted is not None and self._desired is not None and adapter.active is not None and idle:
                 self._detach(adapter)
 
+    def _desired_for(self, record: Record) -> ReleaseRef | None:
+        desired = self._desired
+        if desired is None:
+            return None
+        return (desired.adapters if record.is_adapter else desired.models).get(record.slot)
+
+    def _wanted(self, record: Record) -> ReleaseRef | None:
+        """The release that a target shall run: a person's word goes before the fleet's."""
+        return record.pinned or self._desired_for(record)
+
     def _want(self, record: Record, wanted: ReleaseRef) -> None:
+        if record.held is not None and record.pinned is None:
+            if record.held == wanted:
+                return  # a person took it off
+            record.held = None
+            self._save(record)
         if record.active == wanted:
             if record.candidate not in (None, wanted):
                 self._apply(record, Event.WITHDRAWN, "")
@@ -231,23 +320,30 @@ class Updater:
         self._start(record, wanted)
 
     def _start(self, record: Record, wanted: ReleaseRef) -> None:
-        record.candidate, record.retry_at, record.swap_ms = wanted, None, None
+        record.candidate, record.retry_at, record.at_start, record.swap_ms = wanted, None, False, None
         self._apply(record, Event.DESIRED, "")
 
-    def _apply(self, record: Record, event: Event, reason: str) -> None:
-        """One step of the table: save, then act."""
+    def _apply(self, record: Record, event: Event, reason: str) -> bool:
+        """One step of the table: save, then act; whether it was one."""
         before = record.state
         state, effects = step(before, event)
         if state is before and not effects:
-            return
+            return False
         if state is not before:
             record.restarts, record.since = 0, self._clock.now()
         if state is State.COMMITTED:
             record.previous, record.active = record.active, record.candidate
+            record.settled, record.before = False, None
+            self._serves_since.pop(record.target, None)
+        elif before is State.COMMITTED and event is Event.LOOPED:
+            holds.step_back(record)
         if event in {Event.DESIRED, Event.WITHDRAWN}:
             self._store.count(f"updates_{event.value}")
         record.state, record.reason = state, reason
-        self._save(record)
+        awaited = record.awaited
+        if state is State.REVERTED:
+            record.awaited = ""
+        self._save(record, bad=Effect.REMEMBER_BAD in effects)
         log.info(
             "update %s: %s -> %s %s%s", record.target, before.value, state.value,
             record.candidate.release if record.candidate else "", f": {reason}" if reason else "",
@@ -257,16 +353,17 @@ class Updater:
             release = record.candidate.release if record.candidate else ""
             self._store.count(f"updates_{state.value}")
             self._say(f"update_{state.value}", f"{record.target}: {release}: {reason}", release=release, reason=reason)
+        if awaited != record.awaited:
+            self.answered(awaited, Answer("done"))
         for effect in effects:
-            self._run(effect, record, reason)
+            self._run(effect, record)
+        return True
 
-    def _run(self, effect: Effect, record: Record, reason: str) -> None:
+    def _run(self, effect: Effect, record: Record) -> None:
         if self._acts.submit(effect, record):
             return
-        if effect is Effect.WATCH:
-            self._errors[record.slot] = 0
-        elif effect is Effect.REMEMBER_BAD and record.candidate is not None:
-            self._store.remember_bad(record.candidate.release, record.candidate.sha256, reason, self._clock.now())
+        if effect is Effect.WATCH and record.candidate is not None:
+            self.tallies.begin(record.slot, record.candidate.release)
         elif effect in {Effect.COMMIT, Effect.DISCARD}:
             keep = [ref for r in self._records.values() for ref in (r.active, r.previous) if ref is not None]
             keep += [
@@ -278,8 +375,12 @@ class Updater:
         elif effect is Effect.REPORT:
             self._report()
 
-    def _save(self, record: Record) -> None:
-        self._store.save_update(record.target, record.model_dump(mode="json"))
+    def _save(self, record: Record, *, bad: bool = False) -> None:
+        """Keep the record, and with it, in one transaction, that its candidate is `bad`."""
+        known = None
+        if bad and record.candidate is not None:
+            known = KnownBad(record.candidate.release, record.candidate.sha256, record.reason, self._clock.now())
+        self._store.save_update(record.target, record.model_dump(mode="json"), known)
 
     def _install_seed(self, name: str, seed: Path) -> ReleaseRef | None:
         try:
@@ -295,3 +396,7 @@ class Updater:
         adapter.state, adapter.since = State.IDLE, self._clock.now()
         self._save(adapter)
         self._acts.detach(adapter)
+
+
+def _name(ref: ReleaseRef | None) -> str | None:
+    return ref.release if ref is not None else None

@@ -85,11 +85,11 @@ def counts_against(update: State, items: int, quarantined: bool) -> bool:
     """Whether a start after a crash counts against the update that was under way.
 
     `items`: how many were in hand at the crash (0: it was no crash, or not at an item); `quarantined`: one of them was found
-    to be the culprit. Loading a candidate is as likely to end the process as an item is. In probation a crash counts unless
-    its culprit is known. In every other state the candidate is not in this process.
+    to be the culprit. Loading a candidate is as likely to end the process as an item is. In probation, and for a while
+    after the commit, a crash counts unless its culprit is known. In every other state the candidate is not in this process.
     """
     if update is State.STAGED:
         return True
-    if update is State.SWITCHED:
+    if update in {State.SWITCHED, State.COMMITTED}:
         return not quarantined
     return update in UNDER_WAY and not items

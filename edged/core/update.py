@@ -31,7 +31,7 @@ class Event(StrEnum):
     DESIRED = "desired"  # desired state names another release than the one that is active or under way
     WITHDRAWN = "withdrawn"  # desired state names the active release again
     ADMITTED = "admitted"
-    REFUSED = "refused"  # known to be bad, no room, wrong kind
+    REFUSED = "refused"  # known to be bad, no room, no base: what says nothing against its bytes, or is known already
     DOWNLOADED = "downloaded"
     FETCH_FAILED = "fetch_failed"
     VERIFIED = "verified"
@@ -45,6 +45,8 @@ class Event(StrEnum):
     BACK = "back"  # the previous release serves again
     RESTARTED = "restarted"  # the daemon came up in this state
     LOOPED = "looped"  # the daemon came up in this state too often
+    ROLLED_BACK = "rolled_back"  # a person says: the one before
+    ALLOWED = "allowed"  # a person says: what failed here, or was put back, may be tried again
 
 
 class Effect(StrEnum):
@@ -58,7 +60,7 @@ class Effect(StrEnum):
     WATCH = "watch"  # start (or go on with) probation
     COMMIT = "commit"  # the release is active for good; what is older than its predecessor may go
     FLIP_BACK = "flip_back"
-    REMEMBER_BAD = "remember_bad"
+    REMEMBER_BAD = "remember_bad"  # done together with the saving of the state: never one without the other
     DISCARD = "discard"  # the candidate's files
     REPORT = "report"
 
@@ -70,22 +72,31 @@ _ANEW = (S.ACCEPTED, (F.ADMIT, F.REPORT))
 _GIVEN_UP = (S.FAILED, (F.DISCARD, F.REPORT))
 _BAD = (S.FAILED, (F.REMEMBER_BAD, F.DISCARD, F.REPORT))
 _REVERT = (S.REVERTING, (F.REMEMBER_BAD, F.FLIP_BACK))
+_BACK = (S.REVERTING, (F.FLIP_BACK, F.REPORT))  # nothing is known against the release
 
 TABLE: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]]] = {
     (S.IDLE, E.DESIRED): _ANEW,
     (S.IDLE, E.RESTARTED): (S.IDLE, ()),
+    (S.IDLE, E.ROLLED_BACK): _BACK,
     (S.COMMITTED, E.DESIRED): _ANEW,
     (S.COMMITTED, E.RESTARTED): (S.COMMITTED, ()),
+    (S.COMMITTED, E.LOOPED): _REVERT,  # it crashes before it has served for a while: its probation was too short
+    (S.COMMITTED, E.ROLLED_BACK): _BACK,
     (S.REVERTED, E.DESIRED): _ANEW,
     (S.REVERTED, E.RESTARTED): (S.REVERTED, ()),
+    (S.REVERTED, E.ROLLED_BACK): _BACK,
+    (S.REVERTED, E.ALLOWED): (S.IDLE, (F.REPORT,)),
     (S.FAILED, E.DESIRED): _ANEW,
     (S.FAILED, E.WITHDRAWN): (S.IDLE, (F.REPORT,)),
     (S.FAILED, E.RESTARTED): (S.FAILED, ()),
+    (S.FAILED, E.ROLLED_BACK): _BACK,
+    (S.FAILED, E.ALLOWED): (S.IDLE, (F.REPORT,)),
     #
     (S.ACCEPTED, E.ADMITTED): (S.DOWNLOADING, (F.DOWNLOAD, F.REPORT)),
     (S.ACCEPTED, E.REFUSED): _GIVEN_UP,
     (S.ACCEPTED, E.DESIRED): _ANEW,
     (S.ACCEPTED, E.WITHDRAWN): (S.IDLE, (F.DISCARD, F.REPORT)),
+    (S.ACCEPTED, E.ROLLED_BACK): _BACK,
     (S.ACCEPTED, E.RESTARTED): (S.ACCEPTED, (F.ADMIT,)),
     (S.ACCEPTED, E.LOOPED): _BAD,
     #
@@ -94,6 +105,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]]] = {
     (S.DOWNLOADING, E.VERIFY_FAILED): _BAD,  # what arrived is not what was promised
     (S.DOWNLOADING, E.DESIRED): _ANEW,
     (S.DOWNLOADING, E.WITHDRAWN): (S.IDLE, (F.DISCARD, F.REPORT)),
+    (S.DOWNLOADING, E.ROLLED_BACK): _BACK,
     (S.DOWNLOADING, E.RESTARTED): (S.DOWNLOADING, (F.DOWNLOAD,)),
     (S.DOWNLOADING, E.LOOPED): _GIVEN_UP,
     #
@@ -102,18 +114,23 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]]] = {
     (S.VERIFYING, E.REFUSED): (S.FAILED, (F.REPORT,)),  # an adapter whose base is not here: nothing is wrong with it
     (S.VERIFYING, E.DESIRED): _ANEW,
     (S.VERIFYING, E.WITHDRAWN): (S.IDLE, (F.DISCARD, F.REPORT)),
+    (S.VERIFYING, E.ROLLED_BACK): _BACK,
     (S.VERIFYING, E.RESTARTED): (S.VERIFYING, (F.VERIFY,)),
     (S.VERIFYING, E.LOOPED): _BAD,
     #
     (S.PROVING, E.PROVED): (S.STAGED, (F.FLIP,)),
     (S.PROVING, E.PROVE_FAILED): _BAD,
+    (S.PROVING, E.REFUSED): _GIVEN_UP,  # too little memory to find out
     (S.PROVING, E.DESIRED): _ANEW,
     (S.PROVING, E.WITHDRAWN): (S.IDLE, (F.DISCARD, F.REPORT)),
+    (S.PROVING, E.ROLLED_BACK): _BACK,
     (S.PROVING, E.RESTARTED): (S.PROVING, (F.PROVE,)),
     (S.PROVING, E.LOOPED): _BAD,
     #
     (S.STAGED, E.FLIPPED): (S.SWITCHED, (F.WATCH, F.REPORT)),
     (S.STAGED, E.FLIP_FAILED): _BAD,
+    (S.STAGED, E.REFUSED): _GIVEN_UP,  # it does not fit after all
+    (S.STAGED, E.ROLLED_BACK): _BACK,  # a flip under way ends first: one worker does both
     (S.STAGED, E.RESTARTED): (S.STAGED, (F.FLIP,)),
     (S.STAGED, E.LOOPED): _BAD,
     #
@@ -124,6 +141,8 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]]] = {
     (S.SWITCHED, E.RESTARTED): (S.SWITCHED, (F.FLIP, F.WATCH)),
     (S.SWITCHED, E.FLIPPED): (S.SWITCHED, ()),  # loaded again after a restart
     (S.SWITCHED, E.FLIP_FAILED): _REVERT,
+    (S.SWITCHED, E.REFUSED): _BACK,  # started with less memory, it does not fit any more
+    (S.SWITCHED, E.ROLLED_BACK): _BACK,
     (S.SWITCHED, E.LOOPED): _REVERT,
     #
     (S.REVERTING, E.BACK): (S.REVERTED, (F.DISCARD, F.REPORT)),
@@ -134,6 +153,10 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]]] = {
 # States in which a candidate is being worked on, so that a restart in them counts against it.
 UNDER_WAY = frozenset({S.ACCEPTED, S.DOWNLOADING, S.VERIFYING, S.PROVING, S.STAGED, S.SWITCHED, S.REVERTING})
 RESTARTS_MAX = 3
+# A release that was committed is still on trial until it has served this long in one go: crashes before that are its own.
+SETTLED_S = 600.0
+# States in which the candidate takes the place of the active release: the way back from them is that one.
+SWITCHING = frozenset({State.STAGED, State.SWITCHED})
 
 
 def step(state: State, event: Event) -> tuple[State, tuple[Effect, ...]]:

@@ -9,8 +9,12 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from edged.store.database import Database
-from edged.store.records import Json, LanguageRequest, StoreLimits
+from edged.store.records import Json, KnownBad, LanguageRequest, StoreLimits
 
+_REMEMBER = (
+    'INSERT INTO bad_release (sha256, "release", reason, at) VALUES (?, ?, ?, ?)'
+    " ON CONFLICT (sha256) DO UPDATE SET reason = excluded.reason, at = excluded.at"
+)
 _REQUEST_COLUMNS = ", ".join(f'"{field.name}"' for field in fields(LanguageRequest))
 _REQUEST_TEXTS = ("prompt", "messages", "options", "answer", "reason")
 
@@ -60,9 +64,12 @@ class Ledger:
             totals[name] = totals.get(name, 0) + n
         return totals
 
-    def save_update(self, target: str, record: Json) -> None:
-        """Keep the state of the update of one slot; save it before acting on it."""
+    def save_update(self, target: str, record: Json, bad: KnownBad | None = None) -> None:
+        """Keep the state of the update of one slot; save it before acting on it. `bad`: in the same transaction, never to be
+        installed again."""
         with self._db.write() as tables:
+            if bad is not None:
+                tables.execute(_REMEMBER, (bad.sha256, bad.release, bad.reason, bad.at))
             tables.execute(
                 "INSERT INTO model_update VALUES (?, ?) ON CONFLICT (target) DO UPDATE SET record = excluded.record",
                 (target, json.dumps(record)),
@@ -76,11 +83,12 @@ class Ledger:
     def remember_bad(self, release: str, sha256: str, reason: str, now: float) -> None:
         """Never install these bytes again."""
         with self._db.write() as tables:
-            tables.execute(
-                'INSERT INTO bad_release (sha256, "release", reason, at) VALUES (?, ?, ?, ?)'
-                " ON CONFLICT (sha256) DO UPDATE SET reason = excluded.reason, at = excluded.at",
-                (sha256, release, reason, now),
-            )
+            tables.execute(_REMEMBER, (sha256, release, reason, now))
+
+    def known_bad(self, limit: int) -> list[KnownBad]:
+        """What must not run here, the newest first."""
+        sql = 'SELECT "release", sha256, reason, at FROM bad_release ORDER BY at DESC, sha256 LIMIT ?'
+        return [KnownBad(**dict(row)) for row in self._db.read(sql, (limit,))]
 
     def bad(self, sha256: str) -> str | None:
         """Why the release with this SHA-256 must not run here; None when nothing is known against it."""

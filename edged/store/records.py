@@ -198,6 +198,16 @@ class DeadLetter:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownBad:
+    """A release that must not run here again, by its SHA-256, and why."""
+
+    release: str
+    sha256: str
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class LanguageRequest:
     """A prompt (or conversation) that a pipeline took on, kept for fine-tuning with what became of it.
 

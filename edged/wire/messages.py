@@ -14,6 +14,7 @@ from edged.wire.parts import Part, Prompt
 
 INLINE_BYTES_MAX = 256 * 1024  # of a question's image or prompt
 BEAT_S_MAX = 3600.0  # between two heartbeats of a responder: a dead one is believed for three of them
+BAD_MAX = 16  # releases that a report names as bad
 HOPS_MAX = 3  # of a question, from one responder to the next; the first question of all is hop 0
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -81,6 +82,19 @@ class ModelReport(Part):
     reason: str = ""
     swap_ms: float | None = None  # how long the flip and the drain of the last swap took
     since: Finite = 0.0
+    pinned: str | None = None  # by a person: this release, whatever desired state says
+    held: str | None = None  # a person rolled back: this one is not installed until desired state names another
+    adapter_pinned: str | None = None
+    adapter_held: str | None = None
+
+
+class BadReport(Part):
+    """A release that this device does not install again, and why."""
+
+    release: str
+    sha256: SHA256
+    reason: str = ""
+    at: Finite = 0.0
 
 
 class Reported(Message):
@@ -89,6 +103,7 @@ class Reported(Message):
     desired_rev: int = 0
     models: dict[str, ModelReport] = {}
     health: dict[str, Any] = {}
+    bad: Annotated[list[BadReport], Field(max_length=BAD_MAX)] = []  # the newest
 
 
 class Desired(Message):
@@ -295,6 +310,35 @@ class CancelCommand(Message):
     request: Id
 
 
+class SlotCommand(Message):
+    """What a person orders for one slot, or for the adapter in it."""
+
+    slot: Id
+    adapter: bool = False
+
+
+class RollbackCommand(SlotCommand):
+    """`down/cmd/rollback`: the release before serves again, at once. What desired state names now is not installed again
+    until it names another one, or `unpin` allows it."""
+
+
+class PinCommand(SlotCommand):
+    """`down/cmd/pin`: this release (none: the one that serves), whatever desired state says, until `unpin`."""
+
+    release: ReleaseRef | None = None
+
+
+class UnpinCommand(SlotCommand):
+    """`down/cmd/unpin`: desired state counts again, also after `rollback`."""
+
+
+class ForgetCommand(Message):
+    """`down/cmd/forget`: what is known against a release is forgotten; it may be tried again."""
+
+    release: str
+    sha256: SHA256 | None = None  # None: whatever has this name
+
+
 class CommandState(Message):
     """`up/cmd/{type}/{id}`: how far a command is. `failed` says why; repeated commands end in the same state."""
 
@@ -340,7 +384,10 @@ PAYLOADS: dict[topics.Route, type[Message]] = {
     topics.RESPONDER: ResponderState,
 }
 # `down/cmd/{type}`: one payload a type.
-COMMANDS: dict[str, type[Message]] = {"cancel": CancelCommand, "samples": SamplesCommand}
+COMMANDS: dict[str, type[Message]] = {
+    "cancel": CancelCommand, "forget": ForgetCommand, "pin": PinCommand, "rollback": RollbackCommand,
+    "samples": SamplesCommand, "unpin": UnpinCommand,
+}  # fmt: skip
 
 
 def decode(topic: str, payload: bytes) -> tuple[topics.Route, dict[str, str], Message]:

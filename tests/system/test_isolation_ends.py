@@ -15,12 +15,12 @@ import psutil
 import pytest
 
 from edged import acts
+from edged.core.probation import Criteria
 from edged.engines.base import EngineError, EngineOptions, Finished, GenerateRequest, Token
 from edged.engines.host import MODULE, Backoff, Patience, ProcessGenerator
 from edged.engines.served import OOM_SCORE
 from edged.prove import Proof
 from edged.releases import reference
-from edged.updater import ERRORS_MAX
 from edged.wire import messages
 from tests.support.device import Bus, Device, tables, until
 from tests.support.hosted import (
@@ -226,7 +226,7 @@ def test_a_process_that_dies_again_and_again_ends_its_probation(
     try:
         box.desire(reference(new))
         assert (box.eye.active, box.eye.update) == ("clerk@1.1", "switched")
-        for _ in range(ERRORS_MAX):
+        for _ in range(Criteria().engine_ends_max + 1):
             assert box.slot.live is not None
             engine = box.slot.live.engine
             assert isinstance(engine, ProcessGenerator)
@@ -234,9 +234,9 @@ def test_a_process_that_dies_again_and_again_ends_its_probation(
             os.kill(serving(engine), signal.SIGKILL)  # while nobody asks anything
             until("its end is counted", lambda n=ends: box.store.counters().get("engine_ends", 0) > n)
         until("it is put back", lambda: box.wait(0.1) or box.eye.active == "clerk@1.0")
-        assert (box.eye.update, box.eye.reason) == ("reverted", "3 engine errors during probation")
+        assert (box.eye.update, box.eye.reason) == ("reverted", "its process ended 2 times during probation")
         assert (
-            sum("engine_ended: eye: clerk@1.1: the engine's process was ended by SIGKILL" in s for s in box.said) == 3
+            sum("engine_ended: eye: clerk@1.1: the engine's process was ended by SIGKILL" in s for s in box.said) == 2
         )
     finally:
         box.slot.stop()

@@ -88,7 +88,10 @@ def test_how_a_release_stands(own: set[State], others: set[State], answered: boo
         (S.DOWNLOADING, 1, False, False),
         (S.PROVING, 1, False, False),
         (S.PROVING, 1, True, False),
-        (S.COMMITTED, 0, False, False),
+        (S.COMMITTED, 0, False, True),  # while it has not served for long
+        (S.COMMITTED, 2, False, True),
+        (S.COMMITTED, 1, True, False),
+        (S.IDLE, 0, False, False),
     ],
 )
 def test_an_update(update: State, items: int, quarantined: bool, counts: bool) -> None:
@@ -96,7 +99,7 @@ def test_an_update(update: State, items: int, quarantined: bool, counts: bool) -
 
 
 def test_without_an_item_in_hand_every_update_under_way_is_counted_as_ever() -> None:
-    assert {state for state in State if counts_against(state, 0, False)} == UNDER_WAY
+    assert {state for state in State if counts_against(state, 0, False)} == UNDER_WAY | {State.COMMITTED}
 
 
 def test_what_happened_under_a_bad_release_is_forgiven() -> None:

@@ -13,11 +13,11 @@ import pytest
 
 from edged import acts as module
 from edged import slot as slot_module
+from edged.core.probation import Criteria
 from edged.engines.base import EngineError
 from edged.prove import Proof, ProveCancelled, ProveFailed
 from edged.releases import Releases, reference
 from edged.slot import InUse, Loaded, Slot, SlotStopped
-from edged.updater import ERRORS_MAX
 from edged.wire.manifest import ReleaseRef
 from edged.wire.messages import Desired
 from tests.support.tight import Box
@@ -261,7 +261,7 @@ def test_a_bad_release_makes_way_for_the_one_before_it(
 ) -> None:
     box = Box(tmp_path, toy, toy2, limit=90, monkeypatch=monkeypatch)
     box.desire(reference(toy2))
-    for _ in range(ERRORS_MAX):
+    for _ in range(Criteria().errors_max):
         box.updater.engine_error("eye")
     box.wait(1)
     assert box.outcome == ("toy@1.0", "reverted")
@@ -274,7 +274,7 @@ def test_a_bad_release_is_better_than_none(
     box = Box(tmp_path, toy, toy2, limit=90, monkeypatch=monkeypatch)
     box.desire(reference(toy2))
     (Releases(tmp_path / "releases").folder(reference(toy)) / "model.onnx").write_bytes(b"rotten")
-    for _ in range(ERRORS_MAX):
+    for _ in range(Criteria().errors_max):
         box.updater.engine_error("eye")
     box.wait(1)
     assert box.outcome == ("toy@1.1", "reverting")

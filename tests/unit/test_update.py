@@ -15,6 +15,7 @@ NOTHING_BEGUN = (S.IDLE, {F.DISCARD, F.REPORT})
 BAD = (S.FAILED, {F.REMEMBER_BAD, F.DISCARD, F.REPORT})
 GIVEN_UP = (S.FAILED, {F.DISCARD, F.REPORT})
 BACK = (S.REVERTING, {F.REMEMBER_BAD, F.FLIP_BACK})
+BY_HAND = (S.REVERTING, {F.FLIP_BACK, F.REPORT})
 EXPECTED: dict[tuple[State, Event], tuple[State, set[Effect]]] = {
     # At rest, every new desire begins anew; a restart does nothing.
     **{(state, E.DESIRED): ANEW for state in (S.IDLE, S.COMMITTED, S.REVERTED, S.FAILED)},
@@ -38,6 +39,13 @@ EXPECTED: dict[tuple[State, Event], tuple[State, set[Effect]]] = {
     (S.VERIFYING, E.REFUSED): (S.FAILED, {F.REPORT}),
     (S.PROVING, E.PROVE_FAILED): BAD,
     (S.STAGED, E.FLIP_FAILED): BAD,
+    # Too little memory is not the release's fault, wherever it is found out.
+    (S.PROVING, E.REFUSED): GIVEN_UP,
+    (S.STAGED, E.REFUSED): GIVEN_UP,
+    (S.SWITCHED, E.REFUSED): BY_HAND,
+    # A person's word: back to the one before, from everywhere but the way back; and once more, after that or a failure.
+    **{(state, E.ROLLED_BACK): BY_HAND for state in S if state is not S.REVERTING},
+    **{(state, E.ALLOWED): (S.IDLE, {F.REPORT}) for state in (S.FAILED, S.REVERTED)},
     (S.SWITCHED, E.UNHEALTHY): BACK,
     (S.SWITCHED, E.FLIP_FAILED): BACK,
     (S.SWITCHED, E.DESIRED): (S.SWITCHED, set()),
@@ -57,14 +65,15 @@ EXPECTED: dict[tuple[State, Event], tuple[State, set[Effect]]] = {
     (S.PROVING, E.LOOPED): BAD,
     (S.STAGED, E.LOOPED): BAD,
     (S.SWITCHED, E.LOOPED): BACK,
+    (S.COMMITTED, E.LOOPED): BACK,
     (S.REVERTING, E.LOOPED): (S.REVERTING, {F.FLIP_BACK}),
 }
 ANSWERS = {  # the events with which an effect can end
     F.ADMIT: {E.ADMITTED, E.REFUSED},
     F.DOWNLOAD: {E.DOWNLOADED, E.FETCH_FAILED, E.VERIFY_FAILED},
     F.VERIFY: {E.VERIFIED, E.VERIFY_FAILED, E.REFUSED},
-    F.PROVE: {E.PROVED, E.PROVE_FAILED},
-    F.FLIP: {E.FLIPPED, E.FLIP_FAILED},
+    F.PROVE: {E.PROVED, E.PROVE_FAILED, E.REFUSED},
+    F.FLIP: {E.FLIPPED, E.FLIP_FAILED, E.REFUSED},
     F.WATCH: {E.HEALTHY, E.UNHEALTHY},
     F.FLIP_BACK: {E.BACK},
 }
@@ -129,6 +138,8 @@ def test_no_sequence_of_events_leaves_a_dead_end_or_a_device_without_a_good_mode
     for event in events:
         state, effects = step(state, event)
         on_trial = (on_trial or F.FLIP in effects) and not {F.COMMIT, F.FLIP_BACK} & set(effects) and state in UNDER_WAY
+        if event in {E.ROLLED_BACK, E.REFUSED, E.WITHDRAWN, E.ALLOWED}:
+            assert F.REMEMBER_BAD not in effects, "nothing is known against its bytes"
         if F.DISCARD in effects or F.REMEMBER_BAD in effects:
             assert F.COMMIT not in effects
         # Whoever is on trial is live, or about to be; everywhere else the committed release serves.

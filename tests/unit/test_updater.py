@@ -14,6 +14,7 @@ from edged import acts as module
 from edged import golden
 from edged.acts import Carrier, UpdateEvent
 from edged.config import Slot as SlotConfig
+from edged.core.probation import Criteria
 from edged.core.update import RESTARTS_MAX
 from edged.fetch import FetchError
 from edged.prove import Proof
@@ -21,7 +22,7 @@ from edged.releases import Releases, reference
 from edged.slot import Slot
 from edged.store import Store
 from edged.trust import Untrusted
-from edged.updater import ERRORS_MAX, Updater
+from edged.updater import Updater
 from edged.wire.manifest import ReleaseRef
 from edged.wire.messages import Desired, ModelReport
 
@@ -183,7 +184,7 @@ def test_errors_end_a_probation_and_the_next_one_starts_from_zero(tmp_path: Path
     box.desire(reference(toy2))
     box.wait(1)
     assert box.eye.update == "switched"
-    for _ in range(ERRORS_MAX):
+    for _ in range(Criteria().errors_max):
         box.updater.engine_error("eye")
     box.wait(1)
     assert (box.eye.active, box.eye.update) == ("toy@1.0", "reverted")
