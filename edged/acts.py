@@ -22,7 +22,7 @@ from edged.exchange import PASSING_S, Exchange, NoRoom
 from edged.fetch import FetchError, WrongContent
 from edged.in_service import InService
 from edged.machine import Memory
-from edged.prove import ProveCancelled, ProveFailed, ProveShort, prove
+from edged.prove import ProveCancelled, ProveFailed, ProveShort, prove, too_slow
 from edged.releases import BadRelease, Releases, read_manifest, verify
 from edged.room import Refusal, Room
 from edged.slot import Loaded, Slot, SlotStopped, load
@@ -302,6 +302,8 @@ class Acts:
             with self._exchange.proving(record) as memory_max:
                 proof = prove(folder, self._options(record), config.prove_s_max, base, lambda: self._unwanted(record),
                               memory_max)  # fmt: skip
+                if slow := too_slow(proof, config.latency_ms_max):
+                    raise ProveFailed(slow)
                 self._exchange.proved(record, proof)
         except NoRoom as error:
             self._refuse(record, Refusal(str(error), error.passing))
@@ -316,7 +318,8 @@ class Acts:
             return
         if not record.is_adapter:
             self._store.set_value(PROVEN + record.slot, self._proof(record.candidate))
-        log.info("update %s: proved on %d golden inputs in %.1f s", record.target, proof.golden, proof.golden_s)
+        log.info("update %s: proved on %d golden inputs in %.1f s, the fastest in %.1f ms", record.target, proof.golden,
+                 proof.golden_s, proof.fastest_ms)  # fmt: skip
         self._answer(record, Event.PROVED)
         self._in_service.await_flip(record)
 

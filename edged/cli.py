@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edged import cli_enroll, cli_profile, cli_requests, cli_samples
+from edged import cli_enroll, cli_orders, cli_profile, cli_requests, cli_samples
 from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, settings_of, store_of
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(samples_app, name="samples")
 cli_samples.register(samples_app)
 cli_enroll.register(app)
 app.add_typer(models_app, name="models")
+cli_orders.register(app, models_app)
 app.add_typer(cli_requests.app, name="requests")
 app.add_typer(cli_profile.app, name="profile")
 

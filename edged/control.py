@@ -9,7 +9,7 @@ import logging
 import queue
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from edged.acts import Seeded, UpdateEvent
 from edged.beats import Beats
@@ -20,8 +20,10 @@ from edged.connection import announcements, reannouncements
 from edged.core.policy import Policy
 from edged.core.tiers import Presence
 from edged.handover import Handover
+from edged.holds import Order
 from edged.link import RECEIVE_MAX, Connected, Disconnected, Inbound, Link, Published
 from edged.metrics import Window
+from edged.orders import Orders
 from edged.outgoing import Outgoing
 from edged.pipeline import Pipeline
 from edged.questions import Questions
@@ -72,6 +74,7 @@ class Control:
         self._clock, self._window, self._carrier = clock, window, carrier
         self._pipelines = pipelines
         self.updater: Updater  # set by the composition root: each knows the other
+        self.orders: Orders  # set by the composition root
         self.host_url: str | None = None
         self.link_state = NOT_YET
         self._retry: list[Inbound] = []  # messages that found the store failing; at most what the broker may send
@@ -279,6 +282,7 @@ class Control:
             report = messages.Reported(
                 **self._outgoing.stamp(), desired_rev=max(0, *self._rev.values()),
                 models=self.updater.reports(), health={**self.health(), "counters": self._store.counters()},
+                bad=self.updater.known_bad(),
             )  # fmt: skip
             self._report_due = not self._link.publish(address, messages.encode(report))
 
@@ -383,10 +387,18 @@ class Control:
         return self._questions.in_hand() + self._responding.in_hand() > OPEN_MAX
 
     def _on_command(
-        self, message: Inbound, fields: dict[str, str], command: messages.SamplesCommand | messages.CancelCommand
-    ) -> None:
+        self, message: Inbound, fields: dict[str, str],
+        command: messages.SamplesCommand | messages.CancelCommand | Order,
+    ) -> None:  # fmt: skip
         if isinstance(command, messages.CancelCommand):
             self._questions.on_cancel(message, fields, command)
             return
         self._link.acknowledge(message)  # the trainer repeats a command until it hears `done`
-        self._handover.submit(fields["id"], command)
+        if isinstance(command, messages.SamplesCommand):
+            self._handover.submit(fields["id"], command)
+        else:
+            self.orders.take(fields["type"], fields["id"], command)
+
+    def tell_command(self, kind: str, command: str, state: Literal["accepted", "done", "failed"], reason: str) -> None:
+        """How far a command is, on `up/cmd`."""
+        self._enqueue(self._outgoing.command_state(kind, command, state, reason, {}))

@@ -32,6 +32,7 @@ from edged.machine import Memory
 from edged.meaning import responding, store_limits
 from edged.metrics import Window
 from edged.notify import Herald, Notifier
+from edged.orders import Orders
 from edged.pace import Pace
 from edged.pipeline import Pipeline
 from edged.releases import Releases
@@ -121,6 +122,7 @@ class Daemon:
             post=inbox.put, report=self.control.report, say=self.control.say, retry_s=settings.host.fetch_retry_s,
             beats=self.beats, memory=memory, tallies=self.tallies,
         )  # fmt: skip
+        self.orders = self.control.orders = Orders(state, self.store, self.updater, self.control.tell_command)
         self.sources: dict[str, Source] = {}  # by pipeline; one that takes requests has none
         for name in settings.pipelines:
             source = self.make_source(name, settings)
@@ -144,6 +146,7 @@ class Daemon:
         self._clock_steps = ClockSteps(self.clock, self.store)
         self.control.at_tick |= {
             "clock": self._look_at_clock, "reload": self.reloader.tick, "storage": self.storage.tick,
+            "orders": self.orders.tick,
         }  # fmt: skip
         self.left_running: list[str] = []  # threads that did not end in time: the process must be ended for them
         self.overdue: Callable[[], None] = lambda: None  # called when the end takes longer than DRAIN_S_MAX
@@ -271,6 +274,8 @@ class Daemon:
             "streams": live.statuses(dict(self.sources)),
             "health": self.vitals.look().document(),
             "config": self.reloader.status(),
+            "orders": self.orders.status(),
+            "bad": [bad.model_dump(mode="json") for bad in self.updater.known_bad()],
             **facts.more(self),
         }
 

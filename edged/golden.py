@@ -8,7 +8,9 @@ with one `{boxes, scores, classes}` an image, what scores at least the release's
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 
@@ -25,17 +27,26 @@ class GoldenMismatch(EngineError):
     """The model does not answer as its release says it must."""
 
 
-def check(engine: Detector | Generator, folder: Path, manifest: ReleaseManifest, inputs_max: int | None = None) -> int:
-    """Run the golden set, or its first `inputs_max`, and compare; returns how many inputs were compared.
+Took = Callable[[float], None]  # milliseconds of one answer to a picture, or of one token of an answer
+
+
+def check(
+    engine: Detector | Generator, folder: Path, manifest: ReleaseManifest, inputs_max: int | None = None,
+    took: Took = lambda _ms: None,
+) -> int:  # fmt: skip
+    """Run the golden set, or its first `inputs_max`, and compare; returns how many inputs were compared. `took` is told how
+    long each answer took.
 
     Raises GoldenMismatch or EngineError.
     """
     if isinstance(engine, Detector):
-        return _check_detector(engine, folder, manifest, inputs_max)
-    return _check_generator(engine, folder, manifest, inputs_max)
+        return _check_detector(engine, folder, manifest, inputs_max, took)
+    return _check_generator(engine, folder, manifest, inputs_max, took)
 
 
-def _check_detector(engine: Detector, folder: Path, manifest: ReleaseManifest, inputs_max: int | None) -> int:
+def _check_detector(
+    engine: Detector, folder: Path, manifest: ReleaseManifest, inputs_max: int | None, took: Took
+) -> int:
     if not {"golden_inputs", "golden_outputs"} <= manifest.files.keys():
         raise GoldenMismatch(f"release {manifest.release}: no golden set; nothing shows that this model works")
     expected = json.loads((folder / manifest.files["golden_outputs"].path).read_text())
@@ -45,7 +56,9 @@ def _check_detector(engine: Detector, folder: Path, manifest: ReleaseManifest, i
     if not images or count != len(expected):
         raise GoldenMismatch(f"release {manifest.release}: {count} golden inputs and {len(expected)} outputs")
     for number, (image, row) in enumerate(zip(images, expected, strict=False)):
+        started = monotonic()
         found = engine.infer([engine.prepare(image)])[0]
+        took((monotonic() - started) * 1000)
         difference = _difference(found, row, manifest.thresholds.score)
         if difference:
             raise GoldenMismatch(f"release {manifest.release}: golden input {number}: {difference}")
@@ -68,13 +81,17 @@ def _difference(found: Detections, row: dict[str, list[float]], threshold: float
     return ""
 
 
-def _check_generator(engine: Generator, folder: Path, manifest: ReleaseManifest, inputs_max: int | None) -> int:
+def _check_generator(
+    engine: Generator, folder: Path, manifest: ReleaseManifest, inputs_max: int | None, took: Took
+) -> int:
     if "golden_prompts" not in manifest.files:
         raise GoldenMismatch(f"release {manifest.release}: no golden prompts; nothing shows that this model works")
     rows = json.loads((folder / manifest.files["golden_prompts"].path).read_text())[:inputs_max]
     for row in rows:
         tokens = int(row.get("tokens_max", 32))
-        answer, _ = generate_all(engine, GenerateRequest(row["prompt"], tokens_max=tokens))
+        started = monotonic()
+        answer, end = generate_all(engine, GenerateRequest(row["prompt"], tokens_max=tokens))
+        took((monotonic() - started) * 1000 / max(1, end.answer_tokens))
         if answer.strip() != row["answer"].strip():
             raise GoldenMismatch(
                 f"release {manifest.release}: prompt {row['prompt']!r}: expected {row['answer']!r}, got {answer[:80]!r}"

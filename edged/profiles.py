@@ -71,6 +71,9 @@ class KindDefaults(Section):
 
     isolation: Literal["process", "daemon"] | None = None
     swap: Literal["beside", "replace"] | None = None  # None: as every slot
+    latency_ms_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
+        None  # for an answer in proving; None: any
+    )
     extra: dict[str, Any] = {}
 
 

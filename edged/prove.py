@@ -58,13 +58,22 @@ class ProveCancelled(Exception):
 @dataclass(frozen=True, slots=True)
 class Proof:
     """What proving measured: seconds to load, seconds for the golden set, number of golden inputs, and the most memory that
-    it took, in bytes: by the model alone, and together with a process of its own."""
+    it took, in bytes: by the model alone, and together with a process of its own. `fastest_ms`: milliseconds of the fastest
+    answer to a picture, or of a token of the fastest answer: what else the machine does makes others slower, never this."""
 
     load_s: float
     golden_s: float
     golden: int
     memory_bytes: int = 0
     process_bytes: int = 0
+    fastest_ms: float = 0.0
+
+
+def too_slow(proof: Proof, ms_max: float | None) -> str:
+    """Why a release is too slow for its slot; empty when it is not."""
+    if ms_max is None or proof.fastest_ms <= ms_max:
+        return ""
+    return f"too slow: {proof.fastest_ms:.1f} ms for the fastest golden answer, latency_ms_max = {ms_max:g} in its slot"
 
 
 def prove(
@@ -217,13 +226,15 @@ def _main() -> int:
                 raise EngineError(f"{loaded.release} takes no adapter (kind {loaded.kind})")
             engine.attach(arguments.folder / manifest.files["adapter"].path)
         loaded_at = time.monotonic()
-        count = golden.check(engine, arguments.folder, manifest)
+        answers: list[float] = []
+        count = golden.check(engine, arguments.folder, manifest, took=answers.append)
     except (EngineError, releases.BadRelease, OSError, KeyError, ValueError, MemoryError) as error:
         text = str(error) or type(error).__name__
         short = isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(text))
         print(json.dumps({"error": text, "short": short and arguments.memory_max is not None}))
         return 1
-    found = {"load_s": loaded_at - started, "golden_s": time.monotonic() - loaded_at, "golden": count}
+    found = {"load_s": loaded_at - started, "golden_s": time.monotonic() - loaded_at, "golden": count,
+             "fastest_ms": min(answers)}  # fmt: skip
     print(json.dumps(found | meter.used()))
     return 0
 

@@ -83,7 +83,7 @@ def _updates(status: Document) -> Iterator[Problem]:
         if not model.get("active") and model.get("update") not in UNDER_WAY and _used(status, name):
             fix = "set `seed` in its slot, or let the fleet desire a release for it"
             yield Problem(f"slot {name}", f"{name}: no model answers", fix)
-        if model.get("update") in ("failed", "reverted"):
+        if model.get("update") in ("failed", "reverted") and not model.get("held"):
             text = f"{name}: the last update {model['update']}: {model.get('reason') or 'no reason known'}"
             yield Problem(f"update of {name}", text, "desire another release; the one before goes on serving")
 
@@ -203,6 +203,9 @@ def _models(status: Document, paint: _Paint) -> Iterator[str]:
             update += f" {model['staged']}"
         if update.startswith(UNDER_WAY):
             update = paint(YELLOW, update)
+        for word, key in (("pinned to", "pinned"), ("holds off", "held"), ("adapter pinned to", "adapter_pinned"),
+                          ("holds off", "adapter_held")):  # fmt: skip
+            update += f"   {word} {model[key]}" if model.get(key) else ""
         swap = f"   last swap {model['swap_ms']:.0f} ms" if model.get("swap_ms") is not None else ""
         yield _line("" if number else "models", f"{name}: {active}{adapter}   update: {update}{swap}")
 

@@ -23,6 +23,7 @@ from edged.wire.messages import Event, Reported, Result
 from tests.support.device import Bus, Device, tables, until
 from tests.support.files import FileServer, file_server
 from tests.support.models import DARK, copy_release, make_release, put_pictures
+from tests.support.planted import make_crashing, without_golden_set
 from tests.system.broker import Broker
 from trainer.releases import Registry
 from trainer.server import Server, ServerOptions
@@ -168,6 +169,19 @@ def of_the_future(folder: Path, release: str, files: FileServer) -> ReleaseRef:
     return ReleaseRef(release=release, sha256=sha256(data).hexdigest())
 
 
+def planted(plant: Callable[[Path, str], ReleaseRef]) -> Make:
+    """A release that `plant` has made."""
+
+    def make(folder: Path, release: str, files: FileServer) -> ReleaseRef:
+        ref = plant(folder, release)
+        files.publish(folder, ref)
+        return ref
+
+    return make
+
+
+LATENCY_MS_MAX = 100.0  # of the device that they are tried on
+
 BAD: dict[str, tuple[Make, str]] = {
     "a shorter model": (spoiled(lambda data: data[: len(data) // 2]), "bytes, the server has"),
     "other bytes": (spoiled(lambda data: data[:-1] + b"!"), "expected sha256"),
@@ -178,6 +192,10 @@ BAD: dict[str, tuple[Make, str]] = {
     "a damaged golden set": (altered("golden_inputs.npz", b"junk"), "pickle"),
     "other answers than promised": (made(golden_label=2), "golden input 0: expected class 2"),
     "it never answers": (made(products=-1), "it did not prove itself within 8 s"),
+    "it crashes": (planted(make_crashing), f"the proving process ended with status {-signal.SIGFPE}"),
+    "it is too slow": (made(products=600), f"golden answer, latency_ms_max = {LATENCY_MS_MAX:g} in its slot"),
+    "nothing to be proven with": (planted(without_golden_set), "no golden set; nothing shows that this model works"),
+    "no golden outputs": (altered("golden_outputs.json", b"[]"), "2 golden inputs and 0 outputs"),
     "another kind": (with_field(kind="llm"), "eye runs releases of kind detect, this one is of kind llm"),
     "an adapter": (with_field(kind="lora"), "a release of kind lora cannot go to eye"),
     "an unknown engine": (
@@ -207,7 +225,8 @@ def line(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Iterator[Line]:
         bus = Bus(broker)
         try:
             files.publish(toy, reference(toy))
-            with Device(folder, configured(folder, broker, toy, files.url, prove_s_max=8.0)) as device:
+            slot = {"prove_s_max": 8.0, "latency_ms_max": LATENCY_MS_MAX}
+            with Device(folder, configured(folder, broker, toy, files.url, **slot)) as device:
                 yield Line(device, bus, files)
         finally:
             bus.close()

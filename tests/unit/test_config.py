@@ -14,6 +14,7 @@ from edged import config
 from edged.config import ConfigError, Settings, load
 from edged.config_sources import DirectorySource, MqttSource
 from edged.core.policy import Policy
+from edged.core.probation import Criteria
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "edged.example.toml"
 MINIMAL = """
@@ -166,6 +167,8 @@ def test_every_key_is_in_the_example_with_its_default_and_a_word_about_it() -> N
     for name, section, written in sections:
         assert written.keys() == type(section).model_fields.keys(), f"[{name}] lacks a key, or has one too many"
     assert tables["pipelines"]["line"]["policy"].keys() == Policy.__dataclass_fields__.keys()
+    assert tables["slots"]["eye"]["health"].keys() == Criteria.__dataclass_fields__.keys()
+    assert settings.slots["eye"].health == Criteria()
     assert tables.keys() == Settings.model_fields.keys()
 
     # A commented key shows the default: putting all of them in force changes nothing.

@@ -64,6 +64,9 @@ class Updates:
     def reports(self) -> dict[str, messages.ModelReport]:
         return {"eye": messages.ModelReport(active="toy@1.0" if self.loaded else None)}
 
+    def known_bad(self) -> list[messages.BadReport]:
+        return []
+
     def tick(self) -> None: ...
 
 
