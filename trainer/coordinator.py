@@ -302,8 +302,10 @@ class Coordinator:
             self._flying.add(ref)
 
     def _send_command(self, row: Any) -> None:
-        upload_url = f"{self.url}/samples" if row.body["action"] == "claim" else ""
-        command = messages.SamplesCommand(**self.host.envelope(), **row.body, upload_url=upload_url)
+        body = dict(row.body)
+        if row.type == "samples":
+            body["upload_url"] = f"{self.url}/samples" if body["action"] == "claim" else ""
+        command = messages.COMMANDS[row.type](**self.host.envelope(), **body)
         address = topics.COMMAND(site=self.host.config.site, dev=row.device, type=row.type, id=row.id)
         try:
             if self.link.publish(address, messages.encode(command), ("command", row.id)):
@@ -344,7 +346,7 @@ class Coordinator:
                 asked = connection.execute(
                     select(commands.c.body).where(commands.c.device == device, commands.c.state.notin_(fleet.ENDED))
                 ).scalars()
-                if not any(body["action"] == "list" for body in asked):
+                if not any(body.get("action") == "list" for body in asked):
                     self.host.command_samples(connection, device, "list")
 
     def _prune(self) -> None:

@@ -143,7 +143,9 @@ commands = Table(
     Column("device", String, nullable=False),
     Column("type", String, nullable=False),
     Column("body", JSON, nullable=False),
-    Column("state", String, nullable=False),  # open | accepted | failed (these are sent again) | done | expired
+    Column(
+        "state", String, nullable=False
+    ),  # open | accepted | failed (these are sent again) | done | refused | expired
     Column("reason", String, nullable=False, default=""),
     Column("detail", JSON, nullable=False, default=dict),
     Column("created", Float, nullable=False),

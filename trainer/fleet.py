@@ -19,7 +19,8 @@ SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
 WINDOWS_S_MAX = 90 * 86400.0
 COMMAND_S_MAX = 7 * 86400.0
-ENDED = ("done", "expired")  # command states
+ENDED = ("done", "expired", "refused")  # command states
+ORDERS = ("rollback", "pin", "unpin", "forget")  # commands of people: what a device refuses is not sent again
 SETTLED = frozenset({"idle", "committed"})  # update states in which what is active is meant to stay
 FAILED = frozenset({"failed", "reverted"})
 
@@ -35,6 +36,7 @@ class Member:
     update: str
     reason: str
     desired_rev: int
+    pinned: str | None = None
 
 
 def is_new(connection: Connection, message: Message) -> bool:
@@ -117,11 +119,14 @@ def take_event(connection: Connection, device: str, event: Event) -> None:
 
 
 def take_command_state(connection: Connection, command: str, state: CommandState) -> None:
-    """How far a command is; what is done stays done. One that failed is sent again: the reason may pass."""
+    """How far a command is; what is done stays done. One that failed is sent again, unless it is a person's: the reason may
+    pass."""
+    kind = connection.execute(select(commands.c.type).where(commands.c.id == command)).scalar()
+    told = "refused" if state.state == "failed" and kind in ORDERS else state.state
     connection.execute(
         update(commands)
         .where(commands.c.id == command, commands.c.state.notin_(ENDED))
-        .values(state=state.state, reason=state.reason, detail=state.detail)
+        .values(state=told, reason=state.reason, detail=state.detail)
     )
 
 
@@ -134,7 +139,7 @@ def prune(connection: Connection, now: float) -> None:
         commands.c.state.notin_(ENDED), commands.c.created < now - COMMAND_S_MAX
     )
     # What ends a claim is sent until it is heard, however long the device is away: else its samples stay claimed.
-    given_up = [row.id for row in connection.execute(old) if row.body["action"] not in ("release", "used")]
+    given_up = [row.id for row in connection.execute(old) if row.body.get("action") not in ("release", "used")]
     connection.execute(update(commands).where(commands.c.id.in_(given_up)).values(state="expired"))
     newest = select(events.c.id).order_by(events.c.ts.desc()).limit(EVENTS_MAX)
     connection.execute(delete(events).where(events.c.id.notin_(newest)))
@@ -148,7 +153,7 @@ def members(connection: Connection, slot: str, tier: str = "") -> list[Member]:
         if report is not None and (not tier or row.tier == tier):
             member = Member(
                 row.device, row.online, report.get("active"), report.get("adapter"), report.get("update", "idle"),
-                report.get("reason", ""), row.desired_rev,
+                report.get("reason", ""), row.desired_rev, report.get("pinned"),
             )  # fmt: skip
             found.append(member)
     return found
@@ -158,6 +163,8 @@ def outcome(member: Member, release: str | None, rev: int) -> Outcome:
     """How far a device is with running `release`, which desired state `rev` told it to."""
     if member.active == release and member.update not in FAILED and member.update in SETTLED:
         return Outcome.RUNNING
+    if member.pinned is not None and release not in (member.pinned, member.active):
+        return Outcome.PINNED
     if member.update in FAILED and member.desired_rev >= rev:
         # Back on the release it was told to go back to: reverted is then as good as running.
         return Outcome.RUNNING if member.active == release else Outcome.FAILED

@@ -63,6 +63,13 @@ class Host:
         }
         connection.execute(insert(events).values(**row, published=False))
 
+    def command_slot(self, connection: Connection, device: str, kind: str, body: dict[str, Any]) -> str:
+        """Have a device carry out a person's order (`fleet.ORDERS`); it is told again until it says that it did or will not.
+        Returns the command's id."""
+        row = {"id": new_id(), "device": device, "type": kind, "body": body, "state": "open", "job": ""}
+        connection.execute(insert(commands).values(**row, created=self.now()))
+        return str(row["id"])
+
     def command_samples(
         self,
         connection: Connection,

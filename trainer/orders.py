@@ -10,7 +10,7 @@ from sqlalchemy import delete, insert, select, update
 from trainer.config import ConfigError
 from trainer.core.rollout import Event
 from trainer.database import Database, devices, requests
-from trainer.fleet import desire
+from trainer.fleet import ORDERS, desire
 from trainer.host import Host, new_id
 from trainer.jobs import Jobs
 from trainer.releases import ReleaseError
@@ -76,6 +76,8 @@ class Orders:
             return self._rollouts.order(body["rollout"], Event.PROMOTE, "promoted by an operator")
         if kind == "desire":
             return self._desire(body["device"], body["models"], body["adapters"])
+        if kind in ORDERS:
+            return self._command(kind, body["device"], {k: v for k, v in body.items() if k != "device"})
         return {"error": f"order {kind!r} is unknown: the command line and `trainer serve` are of different versions"}
 
     def _start(self, release: str) -> dict[str, Any]:
@@ -87,6 +89,26 @@ class Orders:
             return {"error": started}
         fields = {"release": release, "canary": list(started.canary), "devices": list(started.devices)}
         return {"rollout": started.id, **fields}
+
+    def _command(self, kind: str, device: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Pass a person's order on to a device; a release is named to it with its hash."""
+        host = self._host
+        if kind == "pin" and body.get("release"):
+            body |= {"release": host.registry.get(body["release"]).ref.model_dump(mode="json")}
+        with host.database.write() as connection:
+            reported = {
+                row.device: row.models for row in connection.execute(select(devices.c.device, devices.c.models))
+            }
+            if device not in reported:
+                return {"error": f"device {device!r} was never seen; known: {', '.join(sorted(reported)) or 'none'}"}
+            if kind != "forget" and body["slot"] not in reported[device]:
+                return {
+                    "error": f"{device} has no slot {body['slot']!r}; it has {', '.join(reported[device]) or 'none'}"
+                }
+            command = host.command_slot(connection, device, kind, body)
+            text = f"{device}: {kind} {body.get('slot') or body['release']}"
+            host.announce(connection, f"device_{kind}", text, device=device, command=command)
+        return {"device": device, "command": command, "state": "sent"}
 
     def _desire(
         self, device: str, wanted_models: dict[str, str], wanted_adapters: dict[str, str | None]

@@ -45,7 +45,7 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
     settings = host.config.models.get(model)
     fleet = members(connection, model, settings.tier if settings else "")
     now = host.now()
-    online = [member.device for member in fleet if member.online]
+    online = [member.device for member in fleet if member.online and member.pinned is None]
     devices = [member.device for member in fleet]
     try:
         rollout = begin(new_id(), ref.release, devices, host.config.rollout.rules(), now, online)

@@ -124,6 +124,33 @@ def test_a_device_that_reverted_is_back_where_it_was(connection: Connection) -> 
     assert fleet.outcome(member, "digits@1.0", rev=4) is Outcome.RUNNING
 
 
+@pytest.mark.parametrize(
+    ("active", "update", "pinned", "found"),
+    [
+        ("digits@1.0", "committed", "digits@1.0", Outcome.PINNED),
+        ("digits@1.0", "failed", "digits@1.0", Outcome.PINNED),
+        ("digits@1.1", "committed", "digits@1.1", Outcome.RUNNING),
+        ("digits@1.0", "downloading", "digits@1.1", Outcome.ON_THE_WAY),  # a person wants the same as the fleet
+        ("digits@1.0", "reverted", None, Outcome.FAILED),  # a person rolled it back
+    ],
+)
+def test_a_device_that_a_person_holds(active: str, update: str, pinned: str | None, found: Outcome) -> None:
+    member = fleet.Member("d1", True, active, None, update, "rolled back by a person", 4, pinned)
+    assert fleet.outcome(member, "digits@1.1", rev=4) is found
+
+
+def test_an_order_that_a_device_refuses_is_not_sent_again(connection: Connection) -> None:
+    row = {"device": "d1", "type": "rollback", "body": {"slot": "digits"}, "state": "open", "created": 1.0}
+    put(connection, commands, {"id": "c1"}, row)
+    refused = CommandState(**envelope(), command="c1", state="failed", reason="no release before")
+    fleet.take_command_state(connection, "c1", refused)
+    state, reason = connection.execute(select(commands.c.state, commands.c.reason)).one()
+    assert (state, reason) == ("refused", "no release before")
+    assert state in fleet.ENDED
+    fleet.prune(connection, now=1e9)
+    assert connection.execute(select(commands.c.id)).first() is None
+
+
 def test_desired_state_only_moves_forward(connection: Connection) -> None:
     fleet.take_reported(connection, "d1", report(rev=7, active="digits@1.0"), 1.0)
     assert (

@@ -183,3 +183,22 @@ def test_a_canary_is_a_device_that_is_there() -> None:
         assert len(canary) == 3
         assert set(online[:3]) <= set(canary) or set(canary) <= set(online)
     assert set(begin("r", "m@1.1", devices, RolloutRules(), 0.0, ["d7"]).canary) > {"d7"}
+
+
+def test_a_pinned_device_is_passed_by() -> None:
+    waiting = rollout(P.CANARY, canary=("d1", "d2"))
+    found = observe(waiting, observation(d2=Outcome.PINNED), RULES, 1)
+    assert found is not None
+    assert found[0] is E.CANARY_RUNNING
+    found = observe(rollout(P.ROLLING), observation(d3=Outcome.PINNED), RULES, 1)
+    assert found is not None
+    assert found[0] is E.ALL_SETTLED
+    assert "2/3 run the release" in found[1]
+    assert "1 pinned" in found[1]
+
+
+def test_a_canary_of_pinned_devices_shows_nothing_and_waits_for_a_person() -> None:
+    found = observe(rollout(P.CANARY, canary=("d1",)), observation(d1=Outcome.PINNED), RULES, 1)
+    assert found is not None
+    assert found[0] is E.STALLED
+    assert "pinned to another release: d1" in found[1]

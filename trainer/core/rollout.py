@@ -148,6 +148,7 @@ class Outcome(StrEnum):
     ON_THE_WAY = "on_the_way"
     OFFLINE = "offline"  # on the way, and not reachable
     FAILED = "failed"
+    PINNED = "pinned"  # a person keeps it on another release: it is waited for no more than it is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +249,10 @@ def judge(canary: Window, control: Window, may_extend: bool, rules: RolloutRules
 
 
 def _observe_canary(rollout: Rollout, seen: Observation, rules: RolloutRules, now: float) -> tuple[Event, str] | None:
-    waiting = [device for device in rollout.canary if seen.outcomes.get(device) is not Outcome.RUNNING]
+    settled = (Outcome.RUNNING, Outcome.PINNED)
+    waiting = [device for device in rollout.canary if seen.outcomes.get(device) not in settled]
+    if not waiting and not any(seen.outcomes.get(device) is Outcome.RUNNING for device in rollout.canary):
+        return E.STALLED, f"every canary is pinned to another release: {', '.join(rollout.canary)}"
     if not waiting:
         return E.CANARY_RUNNING, f"{', '.join(rollout.canary)} run {rollout.release}; watching"
     if now - rollout.since > rules.install_s_max:
@@ -265,5 +269,6 @@ def _observe_settled(rollout: Rollout, seen: Observation) -> tuple[Event, str] |
     # A device that is off finds its retained desired state when it comes back.
     return E.ALL_SETTLED, (
         f"{running}/{len(outcomes)} {what}, {outcomes.count(Outcome.OFFLINE)} offline, "
-        f"{outcomes.count(Outcome.FAILED)} failed" + (f"; {rollout.reason}" if rollout.phase is P.ABORTING else "")
+        f"{outcomes.count(Outcome.FAILED)} failed, {outcomes.count(Outcome.PINNED)} pinned"
+        + (f"; {rollout.reason}" if rollout.phase is P.ABORTING else "")
     )
