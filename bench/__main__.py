@@ -21,6 +21,7 @@ MODULES = {
     "store": "bench.store",
     "calibration": "bench.calibration",
     "link": "bench.link",
+    "swap": "bench.swap",
 }
 
 

@@ -36,7 +36,7 @@ SYSTEM_TOKENS = 1000
 TURNS = 6
 _RECIPE = 1  # part of the cache's name: raise it when a change here changes what comes out
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 16}
-_SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 _VOCABULARY = 8192
 _END = "<|endoftext|>"
 _TURN_ENDS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -230,7 +230,7 @@ def run(quick: bool, say: Say) -> Result:
     """Measure; `quick` on a model of a few weights."""
     folder = ROOT / "build" / "bench" / f"phi3-{_RECIPE}"
     say("making the models, if they are not there")
-    small = make_model(folder / "small", _SMALL)
+    small = make_model(folder / "small", SMALL)
     large = small if quick else make_model(folder / "large", _LARGE)
     speed, speed_facts = tokens_vs_raw(large, 2 if quick else 7, 32 if quick else 96, say)
     speedup, speedup_facts = prefix_speedup(large, 1 if quick else 3, TURNS, say)
