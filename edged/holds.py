@@ -67,8 +67,10 @@ def roll_back(record: Record, wanted: ReleaseRef | None, missing: Callable[[Rele
                 f"{record.target} has just come back from {back.release}; `edged unpin` or `edged pin` with that release "
                 "goes forward again"
             )
-    if leaves is None or (back is None and not record.is_adapter):
-        return f"{record.target} has no release before {leaves.release if leaves else 'none'} to go back to"
+    if leaves is None:
+        return f"{record.target} has no release that it could go back from"
+    if back is None and not record.is_adapter:
+        return f"{record.target} has no release before {leaves.release} to go back to"
     if back is not None and (why := missing(back)):
         return f"{record.target} cannot go back to {back.release}: {why}"
     record.candidate, record.held, record.pinned = leaves, wanted or leaves, None

@@ -161,6 +161,8 @@ def test_what_cannot_serve_is_not_rolled_back_to(box: Box, refs: Refs) -> None:
     shutil.rmtree(Releases(box.state / "releases").folder(refs[0]))
     assert person.order(ROLLBACK).reason == "eye cannot go back to toy@1.0: its files are not here any more"
     assert (box.eye.active, box.eye.update) == ("toy@1.1", "committed")
+    adapter = RollbackCommand(**ENVELOPE, slot="eye", adapter=True)
+    assert person.order(adapter) == Answer("failed", "eye/adapter has no release that it could go back from")
     nobody = RollbackCommand(**ENVELOPE, slot="ear")
     assert person.order(nobody) == Answer("failed", "no slot 'ear' here; known: eye")
 

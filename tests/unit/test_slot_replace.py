@@ -14,9 +14,9 @@ import pytest
 from edged import acts as module
 from edged import slot as slot_module
 from edged.core.probation import Criteria
-from edged.engines.base import EngineError
+from edged.engines.base import EngineError, EngineOptions
 from edged.prove import Proof, ProveCancelled, ProveFailed
-from edged.releases import Releases, reference
+from edged.releases import Releases, read_manifest, reference
 from edged.slot import InUse, Loaded, Slot, SlotStopped
 from edged.wire.manifest import ReleaseRef
 from edged.wire.messages import Desired
@@ -254,6 +254,56 @@ def test_a_new_model_that_does_not_load_brings_the_old_one_back(
     assert box.outcome == ("toy@1.0", "failed")
     assert box.eye.reason == "no such operator"
     assert box.loads == ["+toy@1.0", "-toy@1.0", "+toy@1.0"]
+
+
+def test_a_model_that_gives_back_less_than_it_took_is_not_its_successors_fault(
+    tmp_path: Path, toy: Path, toy2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(tmp_path, toy, toy2, limit=90, monkeypatch=monkeypatch)
+    real = Slot._unload
+
+    def leak(slot: Slot, old: Loaded) -> None:
+        real(slot, old)
+        box.memory.models += 4
+
+    box.desire(reference(toy2), events=3)  # it is proven, in place of the old one
+    monkeypatch.setattr(Slot, "_unload", leak)
+    box.slot.flip(
+        module.load(reference(toy), toy, read_manifest(toy), EngineOptions())
+    )  # which comes back for a moment
+    box.settle()
+    assert box.outcome == ("toy@1.0", "failed")
+    assert "MiB of limits.memory_mib = 90 are left" in box.eye.reason
+    assert box.store.bad(reference(toy2).sha256) is None, "nothing is known against it"
+
+
+def test_what_memory_refused_is_tried_again_after_a_start_with_more(
+    tmp_path: Path, toy: Path, toy2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(tmp_path, toy, toy2, limit=90, monkeypatch=monkeypatch, swap="beside")
+    box.desire(reference(toy2))
+    assert box.outcome == ("toy@1.0", "failed")
+    box.wait(1000)
+    assert box.outcome == ("toy@1.0", "failed"), "waiting helps nothing"
+    box.memory.models = 0
+    box.switch_on()
+    box.settle()
+    assert box.outcome == ("toy@1.0", "failed")
+    box.limit = 400
+    box.switch_on()
+    box.settle()
+    assert box.outcome == ("toy@1.1", "switched")
+
+
+def test_a_new_limit_is_reason_enough_to_try_again(
+    tmp_path: Path, toy: Path, toy2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(tmp_path, toy, toy2, limit=90, monkeypatch=monkeypatch, swap="beside")
+    box.desire(reference(toy2))
+    box.memory.limit = 400
+    box.updater.configure(10.0)
+    box.settle()
+    assert box.outcome == ("toy@1.1", "switched")
 
 
 def test_a_bad_release_makes_way_for_the_one_before_it(

@@ -127,6 +127,7 @@ def test_what_is_wrong_stands_first_with_its_fix(change: dict[str, Any], what: s
         with_model(active=None, update="proving"), with_line(waiting=64), with_line(breaker="probing"),
         {"models": {"spare": {"active": None, "update": "idle"}, **document()["models"]}},
         {"outbox": {"messages": 44, "bytes": 8000}},
+        with_model(update="reverted", held="toy@1.1"),  # a person's wish
     ],
 )  # fmt: skip
 def test_what_passes_or_is_meant_is_no_problem(change: dict[str, Any]) -> None:
@@ -268,3 +269,10 @@ def test_whom_a_device_trusts_is_a_line() -> None:
     assert line(mode="signed") == "trust      signed releases only; no metadata was checked yet"
     assert line(mode="unsigned").startswith("trust      unsigned: ")
     assert line(mode="closed") == "trust      no root: every release is refused; enrol this device"
+
+
+def test_what_a_person_holds_stands_beside_its_model() -> None:
+    lines = render(document(**with_model(pinned="toy@1.0", adapter_held="lora@3")), zone=UTC)
+    (line,) = [line for line in lines if line.startswith("models")]
+    assert "pinned to toy@1.0" in line
+    assert "holds off lora@3" in line

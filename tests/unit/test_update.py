@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,6 +89,13 @@ def test_row(state: State, event: Event) -> None:
 
 def test_there_is_no_row_that_nobody_thought_of() -> None:
     assert TABLE.keys() == EXPECTED.keys()
+
+
+def test_the_documented_table_is_this_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "updates.md").read_text()
+    shown = [line for line in text[text.index("## The table") :].splitlines() if line.startswith("| `")]
+    assert shown == [f"| `{s}` | `{e}` | `{t}` | {', '.join(f) or '-'} |" for (s, e), (t, f) in TABLE.items()]
+    assert {state for state in State if f"`{state}`" in text[: text.index("## What never")]} == set(State)
 
 
 @pytest.mark.parametrize("state", State)
