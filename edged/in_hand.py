@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edged.core import quarantine
 from edged.core.quarantine import CRASHES_MAX, Blame, Crash
@@ -198,7 +198,7 @@ class InHand:
     def _updates(self) -> list[tuple[State, str]]:
         """How the update of each target stood, and the SHA-256 of its candidate."""
         records = self._store.updates().values() if self._store is not None else ()
-        return [(State(record["state"]), (record.get("candidate") or {}).get("sha256", "")) for record in records]
+        return [(_on_trial(record), (record.get("candidate") or {}).get("sha256", "")) for record in records]
 
     def _bad(self, sha: str) -> bool:
         return self._store is not None and self._store.bad(sha) is not None
@@ -273,6 +273,11 @@ class InHand:
         if must_stop():
             raise SlotStopped("in hand")
         self._changed.wait(WAIT_S)
+
+
+def _on_trial(record: dict[str, Any]) -> State:
+    """The state of an update; a release that was committed a moment ago is on trial still."""
+    return State(record["state"]) if record.get("settled", True) else State.SWITCHED
 
 
 class _Serving:

@@ -333,13 +333,13 @@ class Updater:
             record.restarts, record.since = 0, self._clock.now()
         if state is State.COMMITTED:
             record.previous, record.active = record.active, record.candidate
-            record.settled, record.before = False, None
+            record.before = None
             self._serves_since.pop(record.target, None)
         elif before is State.COMMITTED and event is Event.LOOPED:
             holds.step_back(record)
         if event in {Event.DESIRED, Event.WITHDRAWN}:
             self._store.count(f"updates_{event.value}")
-        record.state, record.reason = state, reason
+        record.state, record.reason, record.settled = state, reason, state is not State.COMMITTED
         awaited = record.awaited
         if state is State.REVERTED:
             record.awaited = ""

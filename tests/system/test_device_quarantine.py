@@ -153,6 +153,29 @@ def test_a_release_that_dies_of_every_item_is_put_back_and_its_items_are_answere
     assert device.ends == [SEGV] * (RESTARTS_MAX + 1) + [0]
 
 
+def test_a_release_that_dies_of_every_item_after_its_commit_is_put_back(
+    tmp_path: Path, broker: Broker, bus: Bus, toy: Path, toy2: Path, files: FileServer
+) -> None:
+    """Its probation passed without an item."""
+    files.publish(toy2, reference(toy2))
+    plan = tables(tmp_path, "dev1", broker, toy, host={"url": files.url})
+    with Supervised(tmp_path, plan, {"toy@1.1": [FINE]}) as device:
+        bus.online("dev1")
+        bus.desire("dev1", 1, {"eye": reference(toy2)})
+        device.wait("committed", lambda s: s["models"]["eye"]["update"] == "committed")
+        names = [f"good{number}.png" for number in range(12)]
+        for name in names:
+            put(device.inbox, name, FINE)
+        eye = device.wait("put back", lambda s: s["models"]["eye"]["update"] == "reverted", 90)["models"]["eye"]
+        assert (eye["active"], eye["reason"]) == (
+            "toy@1.0", "the daemon crashed again and again soon after this update"
+        )  # fmt: skip
+        until("every answer", lambda: {r.item for r in bus.of(Result)} == {*names}, 60)
+        assert {(r.release, r.error) for r in bus.of(Result)} == {("toy@1.0", None)}
+        assert not said(bus)
+    assert device.ends == [SEGV] * (RESTARTS_MAX + 1) + [0]
+
+
 def test_ends_with_nothing_in_hand_and_stops_blame_nobody(tmp_path: Path, broker: Broker, bus: Bus, toy: Path) -> None:
     device = Device(tmp_path, tables(tmp_path, "dev1", broker, toy))
     with device:
