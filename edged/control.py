@@ -9,7 +9,7 @@ import logging
 import queue
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from edged.acts import Seeded, UpdateEvent
 from edged.beats import Beats
@@ -77,7 +77,7 @@ class Control:
         self.orders: Orders  # set by the composition root
         self.host_url: str | None = None
         self.link_state = NOT_YET
-        self._retry: list[Inbound] = []  # messages that found the store failing; at most what the broker may send
+        self._retry: list[Any] = []  # what found the store failing; at most what the broker may send, and one a slot
         self._report_due = False
         self._rev = {"own": -1, "group": -1}
         self._own_desired = False
@@ -215,7 +215,7 @@ class Control:
         except StoreError as error:
             self._store.count("store_errors")
             log.error("inbox: %s", error)
-            if isinstance(event, Inbound):  # not acknowledged, so it would come again only after a reconnect
+            if isinstance(event, Inbound | UpdateEvent | Seeded):  # nobody brings it again, or only after a reconnect
                 self._retry.append(event)
         except Exception:  # the loop outlives every bug in a handler; the fault is counted
             self._store.count("control_faults")
@@ -399,6 +399,6 @@ class Control:
         else:
             self.orders.take(fields["type"], fields["id"], command)
 
-    def tell_command(self, kind: str, command: str, state: Literal["accepted", "done", "failed"], reason: str) -> None:
+    def tell_command(self, kind: str, command: str, state: Any, reason: str) -> None:
         """How far a command is, on `up/cmd`."""
         self._enqueue(self._outgoing.command_state(kind, command, state, reason, {}))

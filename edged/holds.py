@@ -89,6 +89,17 @@ def serving(record: Record) -> ReleaseRef | None:
     return record.candidate if record.state in SWITCHING else record.active
 
 
+def shown(record: Record, adapter: Record) -> dict[str, str | None]:
+    """What people hold in a slot, as its report names it."""
+    refs = {
+        "pinned": record.pinned,
+        "held": record.held,
+        "adapter_pinned": adapter.pinned,
+        "adapter_held": adapter.held,
+    }
+    return {name: ref.release if ref else None for name, ref in refs.items()}
+
+
 class ByHand:
     """Carries orders out, on the control loop. `apply` is a step of the update table, `save` keeps a record."""
 

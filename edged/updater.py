@@ -43,6 +43,7 @@ class Updater:
         self._slots, self._configs, self._releases, self._store = slots, configs, releases, store
         self._clock, self._report, self._say, self._retry_s = clock, report, say, retry_s
         self._records: dict[str, Record] = {}
+        self._kept: dict[str, Record] = {}  # the same as they were saved last
         self._desired: Desired | None = None
         self.tallies = tallies or Tallies()
         self.answered: Callable[[str, Answer], None] = lambda _order, _answer: None  # set by who passes orders on
@@ -68,7 +69,7 @@ class Updater:
         for name in self._slots:
             for target in (name, name + ADAPTER):
                 record = Record.model_validate(saved[target]) if target in saved else Record(target=target)
-                self._records[target] = record
+                self._records[target], self._kept[target] = record, record.model_copy()
                 self._count_start(record, asked_to_end or excused(record.state))
         looped = [record for record in self._records.values() if record.restarts > RESTARTS_MAX]
         for record in looped:
@@ -129,7 +130,7 @@ class Updater:
                 record = Record(target=target)  # removed while the slot was not here
             if record.state in UNDER_WAY:  # the fleet says again what it desires
                 record.state, record.candidate = State.IDLE, None
-            self._records[target] = record
+            self._records[target], self._kept[target] = record, record.model_copy()
         self._bring(name)
         self._reconcile()
 
@@ -263,10 +264,7 @@ class Updater:
                 reason=shown.reason,
                 swap_ms=shown.swap_ms,
                 since=shown.since,
-                pinned=_name(record.pinned),
-                held=_name(record.held),
-                adapter_pinned=_name(adapter.pinned),
-                adapter_held=_name(adapter.held),
+                **holds.shown(record, adapter),
             )
         return out
 
@@ -380,7 +378,14 @@ class Updater:
         known = None
         if bad and record.candidate is not None:
             known = KnownBad(record.candidate.release, record.candidate.sha256, record.reason, self._clock.now())
-        self._store.save_update(record.target, record.model_dump(mode="json"), known)
+        try:
+            self._store.save_update(record.target, record.model_dump(mode="json"), known)
+        except StoreError:  # what is not kept has not happened
+            kept = self._kept.get(record.target, Record(target=record.target))
+            for name in Record.model_fields:
+                setattr(record, name, getattr(kept, name))
+            raise
+        self._kept[record.target] = record.model_copy()
 
     def _install_seed(self, name: str, seed: Path) -> ReleaseRef | None:
         try:
@@ -396,7 +401,3 @@ class Updater:
         adapter.state, adapter.since = State.IDLE, self._clock.now()
         self._save(adapter)
         self._acts.detach(adapter)
-
-
-def _name(ref: ReleaseRef | None) -> str | None:
-    return ref.release if ref is not None else None

@@ -189,6 +189,7 @@ def fleet_status(config: Config = CONFIG, as_json: Json = False) -> None:
             "active": report.get("active"),
             "adapter": report.get("adapter"),
             "update": report.get("update"),
+            "pinned": report.get("pinned"),
         }
         for row in rows
         for slot, report in (row["models"] or {"": {}}).items()

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from edged.acts import UpdateEvent
 from edged.clock import SystemClock
 from edged.config import Settings
 from edged.control import BATCH_MAX, Control
+from edged.core.update import Event as Happened
 from edged.link import Connected, Inbound
 from edged.metrics import Window
 from edged.outgoing import Outgoing
@@ -60,6 +62,10 @@ class Updates:
     """An updater whose slot has, or has not yet, a model."""
 
     loaded = True
+    full = False
+
+    def __init__(self) -> None:
+        self.handled: list[str] = []
 
     def reports(self) -> dict[str, messages.ModelReport]:
         return {"eye": messages.ModelReport(active="toy@1.0" if self.loaded else None)}
@@ -68,6 +74,11 @@ class Updates:
         return []
 
     def tick(self) -> None: ...
+
+    def handle(self, event: UpdateEvent) -> None:
+        if self.full:
+            raise StorageFull("no room")
+        self.handled.append(event.event)
 
 
 class Bench:
@@ -350,3 +361,16 @@ def test_a_verdict_that_finds_the_store_failing_is_taken_in_later(
     bench.control._tick()
     assert len(bench.link.acknowledged) == 1
     assert bench.store.counts() == {"labelled": 1}
+
+
+def test_what_a_worker_did_is_not_lost_when_the_store_does_not_take_it(bench: Bench) -> None:
+    bench.updates.full = True
+    bench.link.inbox.put(UpdateEvent("eye", None, Happened.FLIPPED))
+    bench.turn()
+    bench.control._tick()
+    assert bench.updates.handled == []
+    bench.updates.full = False
+    bench.control._tick()
+    assert bench.updates.handled == ["flipped"]
+    bench.control._tick()
+    assert bench.updates.handled == ["flipped"], "once"
