@@ -165,7 +165,7 @@ def slots(look: Look) -> Iterator[Finding]:
 
 def _seed(title: str, slot: Slot, seed: Path, proving: bool) -> Finding:
     from edged.engines.base import EngineOptions
-    from edged.prove import ProveFailed, prove
+    from edged.prove import ProveFailed, prove, too_slow
     from edged.releases import BadRelease, reference, verify
 
     try:
@@ -180,8 +180,10 @@ def _seed(title: str, slot: Slot, seed: Path, proving: bool) -> Finding:
         return Finding(title, "ok", f"{ref.release} is whole; it was not asked to answer")
     try:
         proof = prove(seed, EngineOptions(slot.threads, tuple(slot.providers), slot.extra), slot.prove_s_max)
+        if slow := too_slow(proof, slot.latency_ms_max):
+            raise ProveFailed(slow)
     except ProveFailed as error:
-        fix = "use a release made for this device, or raise prove_s_max if it was only too slow"
+        fix = "use a release made for this device, or raise prove_s_max or latency_ms_max if it was only too slow"
         return Finding(title, "error", f"seed {seed}: {error}", fix)
     return Finding(title, "ok", f"{ref.release} answers {proof.golden} golden inputs as promised")
 

@@ -289,6 +289,8 @@ def test_seeds_are_whole_and_answer(tmp_path: Path, toy: Path) -> None:
 
     assert (one().level, "fleet's desired state" in one().text) == ("ok", True)
     assert one(seed=toy).text == "toy@1.0 answers 2 golden inputs as promised"
+    slow = one(seed=toy, latency_ms_max=0.001)
+    assert (slow.level, "too slow: " in slow.text, "latency_ms_max" in slow.fix) == ("error", True, True)
     assert one(seed=tmp_path / "none").level == "error"
     refused = one(seed=toy, isolation="process")
     assert (refused.level, refused.fix) == ("error", 'take isolation = "process" out of this slot')
