@@ -311,8 +311,11 @@ class Acts:
         except (ProveFailed, BadRelease) as error:
             if isinstance(error, ProveShort) and memory_max is not None:
                 self._exchange.ran_short(record, memory_max)
-                # What is known of its need now says whether it may fit later.
-                self._refuse(record, self._exchange.known(record) or Refusal(str(error), passing=True))
+                refused = self._exchange.refusal(record)
+                if refused:
+                    self._refuse(record, refused)
+                else:  # there is more than that now
+                    self._answer(record, Event.RESTARTED, str(error))  # which proves again
             else:
                 self._answer(record, Event.PROVE_FAILED, str(error))
             return
