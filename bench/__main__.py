@@ -22,6 +22,7 @@ MODULES = {
     "calibration": "bench.calibration",
     "link": "bench.link",
     "swap": "bench.swap",
+    "delivery": "bench.delivery",
 }
 
 

@@ -26,8 +26,9 @@ from transformers import GPT2TokenizerFast, Phi3Config, Phi3ForCausalLM
 from bench.measure import Benchmark, Result, Say, Target, alternate, ratio
 from edged.engines.base import ChatMessage, EngineOptions, Finished, GenerateRequest, Token
 from edged.engines.llama import BATCH_TOKENS, LlamaGenerator
-from edged.wire.manifest import FileEntry, ReleaseManifest
+from edged.wire.manifest import ReleaseManifest
 from trainer.export.gguf import export_gguf, quantize_gguf
+from trainer.releases import file_entry
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2
@@ -111,7 +112,7 @@ def _texts() -> list[Path]:
 
 @contextmanager
 def _engine(model: Path) -> Iterator[LlamaGenerator]:
-    entry = FileEntry(path=model.name, sha256="0" * 64, bytes=model.stat().st_size)
+    entry = file_entry(model)
     manifest = ReleaseManifest(
         release="bench@1.0", kind="llm", engine="llama", files={"model": entry}, created="2026-01-01T00:00:00Z"
     )

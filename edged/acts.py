@@ -30,6 +30,7 @@ from edged.store import Store
 from edged.trust import Untrusted
 from edged.update_record import ADAPTER, Record, Seeded, UpdateEvent
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
+from edged.wire.messages import Progress
 
 __all__ = ["ADAPTER", "Acts", "Carrier", "Record", "Seeded", "UpdateEvent"]
 
@@ -44,10 +45,11 @@ PROVEN = "proven/"  # + slot: the release that has answered its whole golden set
 @dataclass(frozen=True, slots=True)
 class Carrier:
     """How the bytes of a release get here: fetch the manifest, then each blob, into a folder, until the third argument
-    says that nobody wants them. Raises FetchError, Untrusted, WrongContent or BadRelease. Other carriers fit in here beside
-    HTTP."""
+    says that nobody wants them. Raises FetchError, Untrusted, WrongContent or BadRelease. `progress`: how far a release
+    is."""
 
     fetch: Callable[[ReleaseRef, Path, Callable[[], bool]], None]
+    progress: Callable[[ReleaseRef], Progress | None] = lambda _ref: None
 
 
 class Acts:

@@ -22,6 +22,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from edged.config_host import Host
 from edged.config_sources import (
     CameraSource,
     DirectorySource,
@@ -201,14 +202,6 @@ class Responder(Section):
         if self.tier in self.escalate_to:
             raise ValueError(f"escalate_to names its own tier {self.tier!r}: name the next one")
         return self
-
-
-class Host(Section):
-    """The trainer: `url` overrides the address that it announces; TLS files are the broker's unless given."""
-
-    url: str | None = None
-    carrier: Literal["https"] = "https"  # what brings releases here and samples there
-    fetch_retry_s: Seconds = 10.0
 
 
 class Trust(Section):

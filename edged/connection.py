@@ -10,6 +10,7 @@ from edged.link import Link, LinkOptions
 from edged.outgoing import Outgoing
 from edged.responders import presences
 from edged.wire import messages, topics
+from edged.wire.bundle import BULK
 
 
 def subscriptions(settings: Settings) -> list[str]:
@@ -22,6 +23,7 @@ def subscriptions(settings: Settings) -> list[str]:
         topics.INFER.filter(**own),
         topics.COMMAND.filter(**own),
         topics.HOST.filter(),
+        topics.METADATA.filter(),
     ]
     if device.group:
         listens.append(topics.GROUP_DESIRED.filter(site=device.site, group=device.group))
@@ -52,6 +54,17 @@ def link(settings: Settings, outgoing: Outgoing, inbox: queue.Queue[Any]) -> Lin
         subscriptions(settings),
         will=(topics.STATE(**own), messages.encode(will)),
         inbox=inbox,
+    )  # fmt: skip
+
+
+def bulk_options(settings: Settings) -> LinkOptions | str:
+    """The second connection, `{device}~blk`; a text: why there is none."""
+    device, broker = settings.device, settings.broker
+    if broker.ca is not None and (broker.bulk_certificate is None or broker.bulk_key is None):
+        return "broker.bulk_certificate and broker.bulk_key are not set: without them nothing comes over MQTT"
+    return LinkOptions(
+        broker.host, broker.port, f"{device.id}{BULK}", broker.ca, broker.bulk_certificate, broker.bulk_key,
+        broker.keepalive_s, reconnect_s_max=broker.reconnect_s_max,
     )  # fmt: skip
 
 

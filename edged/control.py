@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from edged.acts import Seeded, UpdateEvent
+from edged.announced import Announcement, Trainer
 from edged.beats import Beats
-from edged.carrier import HttpCarrier
 from edged.clock import Clock
 from edged.config import Settings
 from edged.connection import announcements, reannouncements
@@ -33,6 +33,7 @@ from edged.sending import Sending
 from edged.sources import Unsure, Waiting
 from edged.store import OutboxFull, OutboxMessage, StorageFull, Store, StoreError
 from edged.updater import Updater
+from edged.uploads import Uploads
 from edged.verdicts import Verdicts
 from edged.wire import messages, topics
 from edged.wire.messages import InvalidPayload
@@ -62,7 +63,7 @@ class Control:
 
     def __init__(
         self, settings: Settings, store: Store, link: Link, outgoing: Outgoing, clock: Clock, window: Window,
-        carrier: HttpCarrier, pipelines: dict[str, Pipeline], responders: dict[tuple[str, str], Pipeline],
+        uploads: Uploads, pipelines: dict[str, Pipeline], responders: dict[tuple[str, str], Pipeline],
         beats: Beats | None = None,
     ) -> None:  # fmt: skip
         self._beats = beats or Beats(clock)
@@ -71,11 +72,10 @@ class Control:
         self.at_tick: dict[str, Callable[[], None]] = {}  # what else is done several times a second, by its name
         self._desired_policy: dict[str, dict[str, Any]] = {}
         self._settings, self._store, self._link, self._outgoing = settings, store, link, outgoing
-        self._clock, self._window, self._carrier = clock, window, carrier
-        self._pipelines = pipelines
+        self._clock, self._window, self._pipelines = clock, window, pipelines
         self.updater: Updater  # set by the composition root: each knows the other
         self.orders: Orders  # set by the composition root
-        self.host_url: str | None = None
+        self.trainer = Trainer()
         self.link_state = NOT_YET
         self._retry: list[Any] = []  # what found the store failing; at most what the broker may send, and one a slot
         self._report_due = False
@@ -86,7 +86,7 @@ class Control:
         self._ticked = self._window_closed = self._beat_at = clock.monotonic()
         self._beat_of: dict[str, str] = {}  # slot -> release at the last heartbeat of the responders
         self._handover = Handover(
-            store, outgoing, carrier, lambda: self._settings.host.url or self.host_url, self._enqueue_and_wake
+            store, outgoing, uploads, lambda: self._settings.host.url or self.trainer.url, self._enqueue_and_wake
         )
         self._questions = Questions(
             store, link, outgoing, clock, pipelines, self._enqueue, self.wake, self._full,
@@ -106,7 +106,8 @@ class Control:
             topics.VERDICT: self._on_verdict,
             topics.INFER: self._questions.on_infer,
             topics.COMMAND: self._on_command,
-            topics.HOST: self._on_host,
+            topics.HOST: self._on_trainer,
+            topics.METADATA: self._on_trainer,
             topics.RESPONDER: self._on_responder,
             topics.ESCALATION: self._responding.on_escalation,
         }
@@ -373,10 +374,9 @@ class Control:
         else:
             self._verdicts.take(message, verdict)
 
-    def _on_host(self, message: Inbound, _fields: dict[str, str], host: messages.HostState) -> None:
+    def _on_trainer(self, message: Inbound, _fields: dict[str, str], said: Announcement) -> None:
         self._link.acknowledge(message)
-        if host.state == "online" and host.url:
-            self.host_url = host.url
+        self.trainer.heard(said)
 
     def _on_responder(self, message: Inbound, fields: dict[str, str], responder: messages.ResponderState) -> None:
         self._link.acknowledge(message)

@@ -16,7 +16,7 @@ from edged import connection, facts
 from edged.acts import THREAD as UPDATER
 from edged.acts import Carrier
 from edged.beats import Beats
-from edged.carrier import HttpCarrier
+from edged.carried import carried
 from edged.clock import Clock, SystemClock
 from edged.clock_steps import ClockSteps
 from edged.config import Settings
@@ -24,7 +24,6 @@ from edged.config_sources import CameraSource, RtspSource
 from edged.config_sources import DirectorySource as DirectoryConfig
 from edged.control import Control
 from edged.core.health import Problem
-from edged.fetch import Fetcher, FetchOptions
 from edged.health import Vitals
 from edged.in_hand import InHand
 from edged.limits import Monitor
@@ -92,11 +91,9 @@ class Daemon:
         self.slots = {name: self.make_slot(name) for name in settings.slots}
         inbox: queue.Queue[Any] = queue.Queue()
         self.link = connection.link(settings, outgoing, inbox)
-        fetcher = Fetcher(FetchOptions(settings.broker.ca, settings.broker.certificate, settings.broker.key))
-        self.trust = Trust(settings.trust, state / "trust", lambda *of: carrier.metadata(*of), clock)
-        carrier = HttpCarrier(
-            fetcher, lambda: self.settings.host.url or self.control.host_url, releases, self.trust.admit
-        )
+        self.delivery, uploads = carried(self, releases)
+        self.trust = Trust(settings.trust, state / "trust", self.delivery.metadata, clock)
+        self.delivery.admit = self.trust.admit
         self._services = Services(
             self.store, outgoing, clock, window,
             wait=lambda *waiting: self.control.wait(*waiting),
@@ -109,7 +106,7 @@ class Daemon:
         self.pipelines = {name: self.make_pipeline(name, settings) for name in settings.pipelines}
         self.responders = {(r.tier, r.task): self.make_responder(n, settings) for n, r in settings.responders.items()}
         self.control = Control(
-            settings, self.store, self.link, outgoing, clock, window, carrier, self.pipelines, self.responders,
+            settings, self.store, self.link, outgoing, clock, window, uploads, self.pipelines, self.responders,
             self.beats,
         )  # fmt: skip
         self.slot_configs = dict(settings.slots)
@@ -118,7 +115,8 @@ class Daemon:
             settings.limits, memory, self.pace, self.beats, clock, self.store.count, self.control.say
         )
         self.updater = self.control.updater = Updater(
-            self.slots, self.slot_configs, releases, self.store, clock, Carrier(carrier.fetch),
+            self.slots, self.slot_configs, releases, self.store, clock,
+            Carrier(self.delivery.fetch, self.delivery.progress),
             post=inbox.put, report=self.control.report, say=self.control.say, retry_s=settings.host.fetch_retry_s,
             beats=self.beats, memory=memory, tallies=self.tallies,
         )  # fmt: skip
@@ -247,6 +245,7 @@ class Daemon:
             self.link.publish(address, payload)
         self.control.flush(0.3)
         self.link.stop()
+        self.delivery.close()
         self.metering.stop()
         self._status.stop()
         self.herald.stop()

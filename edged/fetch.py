@@ -1,18 +1,10 @@
-"""Files over HTTP(S), resumable and checked: the only file of the device that imports httpx.
-
-Law of this file: `target` appears only whole, with the right hash, and on the disk. What was received before a fault
-stays beside it as a `.part`, and is never believed: content that is wrong after a resume is fetched once more from its
-first byte before anybody is blamed, because a power cut can leave zeros in a file.
-"""
+"""Blocks of files over HTTP(S), checked as they come: the only file of the device that imports httpx."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import os
 import re
-import shutil
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from edged.files import sha256_of, sync
+from edged.part import Part
+from edged.wire.blocks import runs, span
 
 if TYPE_CHECKING:
     import httpx
@@ -29,7 +22,6 @@ CHUNK_BYTES = 64 << 10
 ERROR_TEXT_BYTES_MAX = 300
 _CONTENT_RANGE = re.compile(r"^bytes (?:(\d+)-\d+|\*)/(\d+|\*)$")
 
-Progress = Callable[[int, int], None]  # (bytes there, bytes in total)
 Cancelled = Callable[[], bool]
 
 
@@ -64,7 +56,7 @@ class FetchOptions:
 
 
 class Fetcher:
-    """HTTP client of a device; safe to use from several threads, one at a time for each target."""
+    """HTTP client of a device; safe to use from several threads, one at a time for each part."""
 
     def __init__(self, options: FetchOptions | None = None) -> None:
         self._options = options or FetchOptions()
@@ -77,106 +69,42 @@ class Fetcher:
             self._client.close()
             self._client = None
 
-    def fetch(
-        self,
-        url: str,
-        target: Path,
-        sha256: str,
-        size: int,
-        progress: Progress | None = None,
-        cancelled: Cancelled | None = None,
-    ) -> None:
-        """Bring exactly `size` bytes with this SHA-256 to `target`, resuming what an earlier call left.
+    def blocks(self, url: str, part: Part, came: Callable[[int], None], cancelled: Cancelled) -> set[int]:
+        """Fill what `part` misses from the file at `url`; the blocks that came with other bytes than were promised.
 
-        Raises FetchError (try again), FetchCancelled, or WrongContent, after which nothing of it is kept.
+        `came` is told how many bytes have come, and may wait. Raises FetchError (try again), FetchCancelled, WrongContent
+        (it is not the file at all) or OSError (it cannot be written).
         """
-        if target.exists() and target.stat().st_size == size and sha256_of(target) == sha256:
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Named by the hash, so that a new version under the same name never continues the old one's bytes.
-        part = target.with_name(f"{target.name}.{sha256[:16]}.part")
-        for other in target.parent.iterdir():
-            if other.name.startswith(f"{target.name}.") and other.suffix == ".part" and other != part:
-                other.unlink()
-        resumed = part.exists()
-        try:
-            try:
-                self._complete(url, part, sha256, size, progress, cancelled)
-            except WrongContent:
-                part.unlink(missing_ok=True)
-                if not resumed:
-                    raise
-                self._complete(url, part, sha256, size, progress, cancelled)
-        except WrongContent:
-            part.unlink(missing_ok=True)
-            raise
-        except OSError as error:
-            raise FetchError(f"{url}: cannot write {part}: {error}") from error
-        part.replace(target)
-        sync(target.parent)
+        wrong: set[int] = set()
+        for first, end in runs(part.missing):
+            wrong |= self._run(url, part, first, end, came, cancelled)
+        return wrong
 
-    def _complete(
-        self, url: str, part: Path, sha256: str, size: int, progress: Progress | None, cancelled: Cancelled | None
-    ) -> None:
-        """Fill `part` to `size` bytes, check and fsync it."""
-        have = part.stat().st_size if part.exists() else 0
-        if have > size:
-            part.unlink()
-            have = 0
-        free = shutil.disk_usage(part.parent).free
-        if free < size - have:
-            raise FetchError(f"{url}: needs {size - have} bytes at {part.parent}, {free} are free")
-        with part.open("r+b" if have else "w+b") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-            if have < size:
-                digest = self._receive(url, file, digest, have, size, progress, cancelled)
-            file.flush()
-            os.fsync(file.fileno())
-        if digest.hexdigest() != sha256:
-            raise WrongContent(f"{url}: expected sha256 {sha256}, got {digest.hexdigest()}")
-
-    def _receive(
-        self,
-        url: str,
-        file: BinaryIO,
-        digest: hashlib._Hash,
-        have: int,
-        size: int,
-        progress: Progress | None,
-        cancelled: Cancelled | None,
-    ) -> hashlib._Hash:
-        """Append the bytes from `have` to `size`; the digest of all. `file` stands at `have`."""
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    def _run(
+        self, url: str, part: Part, first: int, end: int, came: Callable[[int], None], cancelled: Cancelled
+    ) -> set[int]:
+        """The blocks from `first` to before `end`, with one request."""
+        size = part.entry.bytes
+        begin, stop = span(first, size)[0], span(end - 1, size)[1]
+        wrong: set[int] = set()
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{stop - 1}"}
         with self._request("GET", url, headers=headers) as response:
-            if response.status_code == 416:
-                # Our part is longer than the server's file, or the server is confused: from the first byte, next time.
-                file.truncate(0)
-                raise FetchError(f"{url}: the server cannot continue at byte {have}; starting over", 416)
             _expect(response, (200, 206))
             start, total = _content_range(response)
             if total is not None and total != size:
                 raise WrongContent(f"{url}: expected {size} bytes, the server has {total}")
-            if start not in (0, have):
-                raise FetchError(f"{url}: asked for bytes from {have}, got them from {start}", response.status_code)
-            if start == 0:
-                file.seek(0)
-                file.truncate()
-                digest, have = hashlib.sha256(), 0
-            for chunk in response.iter_raw():
-                if have + len(chunk) > size:
-                    raise WrongContent(f"{url}: expected {size} bytes, more are coming")
-                file.write(chunk)
-                digest.update(chunk)
-                have += len(chunk)
-                if progress is not None:
-                    progress(have, size)
-                if cancelled is not None and cancelled():
-                    raise FetchCancelled(f"{url}: cancelled after {have} of {size} bytes")
-        if have < size:
-            raise FetchError(f"{url}: the connection ended after {have} of {size} bytes")
-        return digest
+            if start not in (0, begin):
+                raise FetchError(f"{url}: asked for bytes from {begin}, got them from {start}", response.status_code)
+            body = _Body(response.iter_raw(), came, cancelled, url)
+            for _ in body.take(begin - start):  # of a server that knows no ranges
+                pass
+            for number in range(first, end):
+                low, high = span(number, size)
+                if not part.put(number, body.take(high - low)):
+                    if body.ended:
+                        raise FetchError(f"{url}: the connection ended after {body.taken} of {stop - start} bytes")
+                    wrong.add(number)
+        return wrong
 
     def get_bytes(self, url: str, bytes_max: int) -> bytes:
         """A small document; raises FetchError, or WrongContent when it is longer than `bytes_max`."""
@@ -189,16 +117,10 @@ class Fetcher:
                     raise WrongContent(f"{url}: expected at most {bytes_max} bytes, more are coming")
         return bytes(content)
 
-    def get_json(self, url: str, bytes_max: int) -> Any:
-        """A small JSON document; raises as `get_bytes`, and WrongContent when it is no JSON."""
-        content = self.get_bytes(url, bytes_max)
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise WrongContent(f"{url}: expected JSON, got {content[:80]!r} ({error})") from None
-
-    def upload(self, url: str, path: Path, sha256: str) -> None:
-        """PUT the file to exactly this address; repeating it is harmless.
+    def upload(
+        self, url: str, path: Path, sha256: str, came: Callable[[int], None] = lambda _bytes: None
+    ) -> None:  # fmt: skip
+        """PUT the file to exactly this address; repeating it is harmless. `came` is told how many bytes go, and may wait.
 
         Raises FetchError, or WrongContent when the file itself is missing or not what its hash says.
         """
@@ -213,8 +135,7 @@ class Fetcher:
                     "Content-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:",  # RFC 9530
                 }
                 file.seek(0)
-                chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-                with self._request("PUT", url, headers=headers, content=chunks) as response:
+                with self._request("PUT", url, headers=headers, content=_told(file, came)) as response:
                     _expect(response, (200, 201, 204))
         except OSError as error:
             raise WrongContent(f"{path}: expected a file with sha256 {sha256}: {error}") from None
@@ -234,6 +155,39 @@ class Fetcher:
                 yield response
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise FetchError(f"{url}: {type(error).__name__}: {error}") from error
+
+
+class _Body:
+    """The bytes of a response, so many at a time."""
+
+    def __init__(
+        self, chunks: Iterator[bytes], came: Callable[[int], None], cancelled: Cancelled, url: str
+    ) -> None:  # fmt: skip
+        self._chunks, self._came, self._cancelled, self._url = chunks, came, cancelled, url
+        self._left = b""
+        self.ended = False  # before what was to be taken
+        self.taken = 0
+
+    def take(self, count: int) -> Iterator[bytes]:
+        """The next `count` bytes in pieces; fewer when the body ends."""
+        while count:
+            if self._cancelled():
+                raise FetchCancelled(f"{self._url}: cancelled")
+            piece = self._left or next(self._chunks, b"")
+            if not piece:
+                self.ended = True
+                return
+            piece, self._left = piece[:count], piece[count:]
+            count -= len(piece)
+            self.taken += len(piece)
+            self._came(len(piece))
+            yield piece
+
+
+def _told(file: BinaryIO, came: Callable[[int], None]) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK_BYTES):
+        came(len(chunk))
+        yield chunk
 
 
 def _tls(options: FetchOptions) -> ssl.SSLContext:

@@ -10,12 +10,14 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
-from edged.carrier import HttpCarrier
 from edged.fetch import FetchError, WrongContent
+from edged.files import sha256_of
 from edged.outgoing import Outgoing
 from edged.store import Moved, OutboxFull, OutboxMessage, Sample, Store, StoreError
+from edged.uploads import Uploads
 from edged.wire import messages
 
 log = logging.getLogger(__name__)
@@ -33,11 +35,11 @@ class Handover:
     """Carries out `down/cmd/samples`. Every command may come again and ends the same way each time."""
 
     def __init__(
-        self, store: Store, outgoing: Outgoing, carrier: HttpCarrier, host: Callable[[], str | None],
+        self, store: Store, outgoing: Outgoing, uploads: Uploads, host: Callable[[], str | None],
         enqueue: Callable[[OutboxMessage], None],
     ) -> None:  # fmt: skip
         """`host`: the trainer's address as it is known now; `enqueue`: into the outbox, for what may be given up."""
-        self._store, self._outgoing, self._carrier = store, outgoing, carrier
+        self._store, self._outgoing, self._uploads = store, outgoing, uploads
         self._host, self._enqueue = host, enqueue
         self._under_way: set[str] = set()
         self._lock = threading.Lock()
@@ -92,7 +94,10 @@ class Handover:
         if command.action == "archive":
             return store.archive(samples)
         moved = store.claim(samples, command.job)
-        gone = [s for s in moved.samples if not self._upload(s, command.upload_url)]
+        if command.upload_url:
+            gone = [s for s in moved.samples if not self._upload(s, command.upload_url)]
+        else:
+            gone = self._answer(moved.samples)
         for sample in gone:  # the others are handed over all the same
             moved.samples.remove(sample)
             moved.refused[sample.id] = "its image is gone or damaged"
@@ -142,13 +147,29 @@ class Handover:
         try:
             if path is None:
                 raise WrongContent(f"sample {sample.id}: its image is gone")
-            self._carrier.upload(url, path, sample.sha256)
+            self._uploads.put(url, path, sample.sha256)
         except WrongContent as error:
             log.error("%s", error)
             self._store.count("samples_damaged")
             return False
         self._store.count("samples_uploaded")
         return True
+
+    def _answer(self, claimed: list[Sample]) -> list[Sample]:
+        """Give the trainer the blocks that it asks for; the samples that have none. Raises FetchError."""
+        whole: dict[str, Path] = {}
+        gone = []
+        for sample in claimed:
+            path = self._store.blob(sample.sha256)
+            if path is not None and sha256_of(path) == sample.sha256:
+                whole[sample.sha256] = path
+            else:
+                log.error("sample %s: its image is gone or damaged", sample.id)
+                self._store.count("samples_damaged")
+                gone.append(sample)
+        self._uploads.answer(whole, self._closing.is_set)
+        self._store.count("samples_uploaded", len(whole))
+        return gone
 
     def _say(
         self, command_id: str, state: Literal["accepted", "done", "failed"], reason: str, detail: dict[str, Any]

@@ -17,6 +17,7 @@ import ssl
 import struct
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,6 +151,7 @@ class Link:
         self.faults = 0  # exceptions in callbacks: ours to fix
         self.refused: set[str] = set()  # subscriptions that the broker did not grant
         self._subscriptions = list(subscriptions)
+        self._asked: deque[list[str]] = deque()  # subscriptions that the broker has not answered, oldest first
         # Never held while paho is called: paho calls back with its own locks held.
         self._lock = threading.Lock()
         self._flying: dict[int, tuple[int, Any]] = {}  # message id -> (QoS, caller's reference)
@@ -234,10 +236,13 @@ class Link:
         """Listen to exactly these topics from now on, on this connection and every later one."""
         if list(subscriptions) == self._subscriptions:
             return
+        new = [topic for topic in subscriptions if topic not in self._subscriptions]
         gone = [topic for topic in self._subscriptions if topic not in subscriptions]
         self._subscriptions = list(subscriptions)
+        self.refused -= set(gone)
         if self.connected:
-            self._subscribe()
+            if new:
+                self._subscribe(new)
             if gone:
                 self._client.unsubscribe(gone)
 
@@ -251,8 +256,9 @@ class Link:
             self.stop()
             self.start(resume=True)
 
-    def _subscribe(self) -> None:
-        self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in self._subscriptions])
+    def _subscribe(self, topics: list[str]) -> None:
+        self._asked.append(topics)
+        self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
 
     def room(self) -> int:
         """How many more QoS 1 messages may be handed over now."""
@@ -321,8 +327,10 @@ class Link:
             self._packet_max = getattr(properties, "MaximumPacketSize", None) or 0
             self._window = min(IN_FLIGHT_MAX, receive_max)
             self.connected = True
+        self._asked.clear()
+        self.refused.clear()
         if self._subscriptions:
-            self._subscribe()
+            self._subscribe(list(self._subscriptions))
         self.inbox.put(Connected(session=flags.session_present))
 
     @_counted
@@ -352,12 +360,14 @@ class Link:
     def _on_subscribe(
         self, _client: mqtt.Client, _userdata: Any, _mid: int, reasons: list[ReasonCode], _properties: Properties | None
     ) -> None:
-        # One request names all subscriptions, and the answers come in its order.
-        if len(reasons) != len(self._subscriptions):
-            return  # of a request made before they were changed; the answer to the next one is on its way
-        self.refused = {topic for topic, reason in zip(self._subscriptions, reasons, strict=True) if reason.is_failure}
-        if self.refused:
-            log.error("the broker refuses to send %s to this client: check its rights", ", ".join(sorted(self.refused)))
+        # The broker answers requests in their order, and names no topic: the answers are in the order of the request's.
+        topics = self._asked.popleft() if self._asked else []
+        if len(reasons) != len(topics):
+            return  # of a connection before this one
+        refused = {topic for topic, reason in zip(topics, reasons, strict=True) if reason.is_failure}
+        self.refused = (self.refused - set(topics)) | refused
+        if refused:
+            log.error("the broker refuses to send %s to this client: check its rights", ", ".join(sorted(refused)))
 
     @_counted
     def _on_message(self, _client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:

@@ -42,6 +42,7 @@ class Updater:
     ) -> None:  # fmt: skip
         self._slots, self._configs, self._releases, self._store = slots, configs, releases, store
         self._clock, self._report, self._say, self._retry_s = clock, report, say, retry_s
+        self._progress = carrier.progress
         self._records: dict[str, Record] = {}
         self._kept: dict[str, Record] = {}  # the same as they were saved last
         self._desired: Desired | None = None
@@ -265,6 +266,7 @@ class Updater:
                 swap_ms=shown.swap_ms,
                 since=shown.since,
                 **holds.shown(record, adapter),
+                progress=self._progress(shown.candidate) if shown.candidate else None,
             )
         return out
 

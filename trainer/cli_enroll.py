@@ -80,8 +80,8 @@ def ca_issue(
         fail(f"{name} is a server: give the name that devices reach it at, --host broker.plant.example")
     with _enrolment(config, passphrase) as (settings, enrolment):
         identity = Identity(name, site or settings.site, roles=(role,))  # type: ignore[arg-type]
-        (issued,) = enrolment.certify(identity, hosts=host or (), renew=renew)
-        typer.echo(f"{issued.certificate}\n{issued.key}")
+        for issued in enrolment.certify(identity, hosts=host or (), renew=renew):
+            typer.echo(f"{issued.certificate}\n{issued.key}")
 
 
 @ca_app.command("show")

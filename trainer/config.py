@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from edged.wire.manifest import Thresholds
+from edged.wire.messages import MIRRORS_MAX
 from trainer.core.gate import Rules as GateRules
 from trainer.core.rollout import RolloutRules
 from trainer.core.triggers import TriggerRules
@@ -55,6 +56,8 @@ class Broker(Tls):
     port: Annotated[int, Field(ge=1, le=65535)] = 8883
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
     session_expiry_s: Annotated[int, Field(ge=0, le=30 * 86400)] = 86400
+    bulk_certificate: Path | None = None  # of `{name}~blk`, the second connection, which carries blocks of files
+    bulk_key: Path | None = None
 
     @model_validator(mode="after")
     def _encrypted(self) -> Broker:
@@ -73,6 +76,7 @@ class Http(Tls):
     port: Annotated[int, Field(ge=0, le=65535)] = 8443  # 0: any free port
     url: str = ""
     crl: Path | None = None  # certificates that are revoked; by default crl.pem beside `ca`, where there is one
+    mirrors: Annotated[list[str], Field(max_length=MIRRORS_MAX)] = []  # further addresses that serve the releases
     sample_bytes_max: Annotated[int, Field(gt=0)] = 64 << 20
 
     @model_validator(mode="after")
@@ -108,6 +112,19 @@ class Trust(Section):
     def lifetimes(self) -> dict[str, float]:
         """Days by role."""
         return {key.removesuffix("_days"): days for key, days in self.model_dump(exclude={"folder"}).items()}
+
+
+class Blocks(Section):
+    """Releases as blocks over MQTT: a block that several devices want is published once. It waits `window_s` for others who
+    are about to ask, and up to `patience_s` for those who fetch the same file and are slower; when nobody was fetching
+    anything the first ones wait for `gather_s` (core.asked).
+    `kib_s`: no faster than this, 0: no limit. `samples`: they come up as blocks too, instead of by HTTPS."""
+
+    window_s: Annotated[float, Field(ge=0, le=5)] = 0.1
+    patience_s: Annotated[float, Field(ge=0, le=30)] = 6.0
+    gather_s: Annotated[float, Field(ge=0, le=30)] = 1.0
+    kib_s: Annotated[int, Field(ge=0)] = 0
+    samples: bool = False
 
 
 class Model(Section):
@@ -228,6 +245,7 @@ class TrainerConfig(BaseSettings):
     broker: Broker = Broker()
     http: Http = Http()
     trust: Trust = Trust()
+    blocks: Blocks = Blocks()
     models: dict[Name, Model] = {}
     rollout: Rollout = Rollout()
     enrolment: Enrolment = Enrolment()

@@ -24,6 +24,7 @@ from edged.link import Connected, Disconnected, Inbound, Link, LinkOptions, Publ
 from edged.wire import messages, topics
 from edged.wire.messages import InvalidPayload
 from trainer import fleet
+from trainer.blocks import Blocks
 from trainer.config import TrainerConfig
 from trainer.database import Database, commands, desired, devices, events, jobs, samples
 from trainer.host import Host
@@ -76,9 +77,13 @@ class Coordinator:
             self.host.registry,
             config.samples,
             claimed=self._is_claimed,
-            status=lambda: status(self.host, self.counters, self.link.connected),
+            status=lambda: status(self.host, {**self.counters, **self.blocks.counters}, self.link.connected),
             arrived=lambda _digest: None if self._stopping.is_set() else self._wake.set(),
             metadata=self._metadata,
+        )  # fmt: skip
+        self.blocks = Blocks(
+            config, self.host.registry, claimed=self._is_claimed, arrived=lambda _digest: self._wake.set(),
+            metadata=self._metadata_files,
         )  # fmt: skip
         self._address = topics.HOST(trainer=config.name)
         self.link = Link(
@@ -111,6 +116,7 @@ class Coordinator:
         self.server.start()
         log.info("serving releases and taking samples at %s", self.url)
         self.link.start()
+        self.blocks.start()
         try:
             while not self._stopping.is_set():
                 self._take_in()
@@ -134,6 +140,7 @@ class Coordinator:
 
     def _end(self) -> None:
         self.jobs.stop()
+        self.blocks.stop()
         if self.link.publish(self._address, self._presence("offline"), "goodbye"):
             deadline = time.monotonic() + GOODBYE_S
             while time.monotonic() < deadline:
@@ -302,14 +309,17 @@ class Coordinator:
             self._flying.add(ref)
 
     def _send_command(self, row: Any) -> None:
-        body = dict(row.body)
+        body, claim = dict(row.body), row.body.get("action") == "claim"
+        by_blocks = self.host.config.blocks.samples and self.blocks.serving
         if row.type == "samples":
-            body["upload_url"] = f"{self.url}/samples" if body["action"] == "claim" else ""
+            body["upload_url"] = f"{self.url}/samples" if claim and not by_blocks else ""
         command = messages.COMMANDS[row.type](**self.host.envelope(), **body)
         address = topics.COMMAND(site=self.host.config.site, dev=row.device, type=row.type, id=row.id)
         try:
             if self.link.publish(address, messages.encode(command), ("command", row.id)):
                 self._sent_at[row.id] = time.monotonic()
+                if claim and by_blocks:
+                    self.blocks.pull(row.device, self._claimed_of(row))
         except TooLarge as error:
             self._sent_at[row.id] = time.monotonic()
             self._count("messages_too_large")
@@ -326,8 +336,10 @@ class Coordinator:
             self._flying.add(ref)
 
     def _presence(self, state: str) -> bytes:
-        url = self.url if state == "online" else ""
-        return messages.encode(messages.HostState(**self.host.envelope(), state=state, url=url))  # type: ignore[arg-type]
+        said: dict[str, Any] = {"state": state}
+        if state == "online":
+            said |= {"url": self.url, "mirrors": self.host.config.http.mirrors, "blocks": self.blocks.serving}
+        return messages.encode(messages.HostState(**self.host.envelope(), **said))
 
     # What is done now and then.
 
@@ -355,9 +367,21 @@ class Coordinator:
             with self.host.database.write() as connection:
                 fleet.prune(connection, self.host.now())
 
+    def _metadata_files(self) -> dict[str, Path]:
+        repository = repository_of(self.host.config)
+        return repository.files() if repository is not None else {}
+
     def _metadata(self, name: str) -> bytes | None:
         repository = repository_of(self.host.config)
         return repository.read(name) if repository is not None else None
+
+    def _claimed_of(self, row: Any) -> dict[str, int]:
+        """SHA-256 -> bytes of the samples that a claim names."""
+        query = select(samples.c.id, samples.c.sha256, samples.c.bytes).where(samples.c.job == row.job)
+        with self.host.database.read() as connection:
+            known = connection.execute(query.where(samples.c.device == row.device)).all()
+        named = set(row.body["samples"])
+        return {each.sha256: each.bytes for each in known if each.id in named}
 
     def _is_claimed(self, digest: str) -> bool:
         with self.host.database.read() as connection:

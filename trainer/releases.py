@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from edged.wire.blocks import block_bytes
 from edged.wire.manifest import (
     Calibration,
     FileEntry,
@@ -81,10 +82,7 @@ def build_manifest(
             release=release,
             kind=kind,
             engine=engine,
-            files={
-                role: FileEntry(path=name, sha256=sha256_of(folder / name), bytes=(folder / name).stat().st_size)
-                for role, name in roles.items()
-            },
+            files={role: file_entry(folder / name) for role, name in roles.items()},
             labels=labels or [],
             input_size=input_size,
             thresholds=thresholds or Thresholds(),
@@ -96,6 +94,13 @@ def build_manifest(
         )
     except ValidationError as error:
         raise ReleaseError(f"release {release}: {_first(error)}") from None
+
+
+def file_entry(path: Path) -> FileEntry:
+    """What a release says of the file at `path`: its hash, its size, its blocks."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        return FileEntry.of(path.name, size, iter(lambda: file.read(block_bytes(size)), b""))
 
 
 class Registry:
@@ -160,7 +165,7 @@ class Registry:
         return ReleaseId(stored[-1].ref.release).next() if stored else ReleaseId(f"{name}@1.0")
 
     def blob(self, digest: str) -> Path | None:
-        """The file with this SHA-256, of any release; None when there is none."""
+        """The file with this SHA-256, of any release (its manifest too); None when there is none."""
         with self._lock:
             path = self._blobs.get(digest)
         if path is None:
@@ -191,6 +196,7 @@ class Registry:
         stored = StoredRelease(reference(folder), manifest, folder)
         with self._lock:
             self._known[manifest.release] = stored
+            self._blobs[stored.ref.sha256] = folder / MANIFEST
             for entry in manifest.files.values():
                 self._blobs[entry.sha256] = folder / entry.path
         return stored

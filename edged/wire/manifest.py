@@ -5,11 +5,15 @@ Also the training manifest: exactly which samples a job trains on.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 from functools import total_ordering
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from edged.wire.blocks import BLOCKS_MAX, block_bytes, block_count
 
 Kind = Literal["detect", "segment", "classify", "llm", "lora"]
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -79,11 +83,33 @@ class ReleaseRef(BaseModel):
 
 
 class FileEntry(Strict):
-    """One file of a release; `path` is a plain file name inside the release's folder."""
+    """One file of a release; `path` is a plain file name inside the release's folder. `blocks`: the SHA-256 of each block
+    of `block_bytes` (the last one may be shorter), so that every one is checked as it arrives."""
 
     path: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
     sha256: SHA256
     bytes: Annotated[int, Field(ge=0, le=64 * 2**30)]
+    block_bytes: int
+    blocks: Annotated[list[SHA256], Field(max_length=BLOCKS_MAX)]
+
+    @model_validator(mode="after")
+    def _whole(self) -> FileEntry:
+        length, count = block_bytes(self.bytes), block_count(self.bytes)
+        if (self.block_bytes, len(self.blocks)) != (length, count):
+            raise ValueError(
+                f"{self.path}: a file of {self.bytes} bytes has {count} blocks of {length} bytes, "
+                f"not {len(self.blocks)} of {self.block_bytes}"
+            )
+        return self
+
+    @classmethod
+    def of(cls, path: str, size: int, content: Iterable[Any]) -> FileEntry:
+        """The entry of a file of `size` bytes whose `content` comes block by block (`block_bytes(size)` each)."""
+        whole, hashes = hashlib.sha256(), []
+        for block in content:
+            whole.update(block)
+            hashes.append(hashlib.sha256(block).hexdigest())
+        return cls(path=path, sha256=whole.hexdigest(), bytes=size, block_bytes=block_bytes(size), blocks=hashes)
 
 
 class Thresholds(Strict):

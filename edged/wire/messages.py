@@ -9,31 +9,26 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from edged.wire import topics
+from edged.wire.delivered import MIRRORS_MAX as MIRRORS_MAX
+from edged.wire.delivered import AskBlocks as AskBlocks
+from edged.wire.delivered import HostState as HostState
+from edged.wire.delivered import Metadata as Metadata
+from edged.wire.delivered import MetadataFile as MetadataFile
+from edged.wire.delivered import Progress as Progress
+from edged.wire.delivered import Want as Want
 from edged.wire.manifest import SHA256, ReleaseRef
-from edged.wire.parts import Part, Prompt
+from edged.wire.parts import Finite, Id, Part, Prompt
+from edged.wire.parts import Message as Message
 
 INLINE_BYTES_MAX = 256 * 1024  # of a question's image or prompt
 BEAT_S_MAX = 3600.0  # between two heartbeats of a responder: a dead one is believed for three of them
 BAD_MAX = 16  # releases that a report names as bad
 HOPS_MAX = 3  # of a question, from one responder to the next; the first question of all is hop 0
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Id = Annotated[str, Field(pattern=f"^{topics.LEVEL}$")]  # replies to a message go to a topic that names its id
 
 
 class InvalidPayload(ValueError):
     """A payload that is not what its topic promises; the message names the topic, the field and the value."""
-
-
-class Message(Part):
-    """The envelope: protocol version, unique id (uuid7), time of sending (seconds since the epoch), the sender's boot
-    and its sequence number within that boot. Receivers drop duplicates by `id`."""
-
-    v: Literal[1] = 1
-    id: Id
-    ts: Finite
-    boot: str
-    seq: int
 
 
 class Box(Part):
@@ -72,7 +67,7 @@ class State(Message):
 
 
 class ModelReport(Part):
-    """What one slot runs and how its update stands."""
+    """What one slot runs and how its update stands. `progress`: of the release that is being fetched."""
 
     active: str | None = None
     previous: str | None = None
@@ -82,6 +77,7 @@ class ModelReport(Part):
     reason: str = ""
     swap_ms: float | None = None  # how long the flip and the drain of the last swap took
     since: Finite = 0.0
+    progress: Progress | None = None
     pinned: str | None = None  # by a person: this release, whatever desired state says
     held: str | None = None  # a person rolled back: this one is not installed until desired state names another
     adapter_pinned: str | None = None
@@ -294,7 +290,7 @@ class InferReply(Message):
 
 class SamplesCommand(Message):
     """`down/cmd/samples`: move samples between states; `claim` also hands their pixels over by
-    PUT `upload_url`/{sha256}."""
+    PUT `upload_url`/{sha256}, or, without one, as blocks that the trainer asks for on `down/blocks`."""
 
     action: Literal["claim", "used", "release", "archive", "list"]
     job: str = ""
@@ -348,13 +344,6 @@ class CommandState(Message):
     detail: dict[str, Any] = {}
 
 
-class HostState(Message):
-    """A trainer is here, with the address that devices fetch from and upload to; retained, Will `offline`."""
-
-    state: Literal["online", "offline"]
-    url: str = ""
-
-
 class ResponderState(Message):
     """A responder's heartbeat, the next one in `every_s` seconds; retained, until it expires. Whose heart has missed
     three beats is gone."""
@@ -382,6 +371,9 @@ PAYLOADS: dict[topics.Route, type[Message]] = {
     topics.INFER: InferRequest,
     topics.HOST: HostState,
     topics.RESPONDER: ResponderState,
+    topics.METADATA: Metadata,
+    topics.WANT: Want,
+    topics.ASK_BLOCKS: AskBlocks,
 }
 # `down/cmd/{type}`: one payload a type.
 COMMANDS: dict[str, type[Message]] = {
@@ -396,6 +388,8 @@ def decode(topic: str, payload: bytes) -> tuple[topics.Route, dict[str, str], Me
     if parsed is None:
         raise InvalidPayload(f"{topic}: no topic of this protocol")
     route, fields = parsed
+    if route.raw:
+        raise InvalidPayload(f"{topic}: bytes of a file, no message")
     model = COMMANDS.get(fields["type"]) if route is topics.COMMAND else PAYLOADS.get(route)
     if model is None:
         raise InvalidPayload(f"{topic}: unknown command; known: {', '.join(sorted(COMMANDS))}")

@@ -7,9 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import to_json
 
+from edged.wire import topics
+
 ANSWER_SCHEMA_BYTES_MAX = 64 * 1024
 STOPS_MAX, STOP_CHARS_MAX = 8, 64
 TURNS_MAX = 256
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Id = Annotated[str, Field(pattern=f"^{topics.LEVEL}$")]  # replies to a message go to a topic that names its id
 
 
 class Part(BaseModel):
@@ -17,6 +22,17 @@ class Part(BaseModel):
 
     # Ids never come again: pydantic's cache of the last 16 384 strings took 1.4 MiB of a device and hit nothing.
     model_config = ConfigDict(extra="allow", cache_strings="none")
+
+
+class Message(Part):
+    """The envelope: protocol version, unique id (uuid7), time of sending (seconds since the epoch), the sender's boot
+    and its sequence number within that boot. Receivers drop duplicates by `id`."""
+
+    v: Literal[1] = 1
+    id: Id
+    ts: Finite
+    boot: str
+    seq: int
 
 
 class ChatTurn(Part):

@@ -27,13 +27,14 @@ class Address:
 
 
 class Route:
-    """One row of the topic table: call it to build an address, `filter` to subscribe, `match` to parse."""
+    """One row of the topic table: call it to build an address, `filter` to subscribe, `match` to parse. `raw`: what it
+    carries is bytes of a file, no message."""
 
-    __slots__ = ("_pattern", "expiry_s", "fields", "qos", "retain", "template")
+    __slots__ = ("_pattern", "expiry_s", "fields", "qos", "raw", "retain", "template")
 
-    def __init__(self, template: str, qos: int, retain: bool, expiry_s: int | None) -> None:
+    def __init__(self, template: str, qos: int, retain: bool, expiry_s: int | None, *, raw: bool = False) -> None:
         self.template = f"{_ROOT}/{template}"
-        self.qos, self.retain, self.expiry_s = qos, retain, expiry_s
+        self.qos, self.retain, self.expiry_s, self.raw = qos, retain, expiry_s, raw
         self.fields = tuple(_HOLE.findall(self.template))
         self._pattern = re.compile(_HOLE.sub(lambda hole: f"(?P<{hole[1]}>{LEVEL})", self.template))
 
@@ -79,10 +80,15 @@ INFER = Route("{site}/{dev}/down/infer/{pipeline}", 1, False, MINUTE_S)
 COMMAND = Route("{site}/{dev}/down/cmd/{type}/{id}", 1, False, DAY_S)
 HOST = Route("_host/{trainer}/state", 1, True, None)
 RESPONDER = Route("_resp/{tier}/{task}/{responder}", 1, True, 90)
+METADATA = Route("_host/{trainer}/metadata", 1, True, None)
+WANT = Route("{site}/{dev}/up/want/{sha256}", 1, False, MINUTE_S)
+BLOCK = Route("_blocks/{sha256}/{n}", 0, False, MINUTE_S, raw=True)
+ASK_BLOCKS = Route("{site}/{dev}/down/blocks/{sha256}", 1, False, MINUTE_S)
+BLOB = Route("{site}/{dev}/up/blob/{sha256}/{n}", 0, False, MINUTE_S, raw=True)
 
 ROUTES: tuple[Route, ...] = (
     STATE, REPORTED, ESCALATION, SAMPLE, RESULT, METRICS, EVENT, REPLY, PARTIAL, COMMAND_STATE,
-    GROUP_DESIRED, DESIRED, VERDICT, INFER, COMMAND, HOST, RESPONDER,
+    GROUP_DESIRED, DESIRED, VERDICT, INFER, COMMAND, HOST, RESPONDER, METADATA, WANT, BLOCK, ASK_BLOCKS, BLOB,
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def make_chatty(folder: Path, template: str | None = TEMPLATE, *, special: bool 
 
 def load(path: Path, **extra: Any) -> LlamaGenerator:
     """The engine of a release `chatty@1.0` with this file; `extra`: engine keys."""
-    entry = FileEntry(path=path.name, sha256="0" * 64, bytes=1)
+    entry = FileEntry.of(path.name, 1, [b"x"])
     manifest = ReleaseManifest(
         release="chatty@1.0", kind="llm", engine="llama", files={"model": entry}, created="2026-01-01T00:00:00Z"
     )

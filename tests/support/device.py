@@ -217,7 +217,7 @@ class Bus:
     def __init__(self, broker: Broker, name: str = "observer") -> None:
         certificate, key = broker.certificate(name) if broker.ca else (None, None)
         options = LinkOptions(broker.host, broker.port, name, broker.ca, certificate, key, reconnect_s_max=1)
-        self.link = Link(options, [route.filter() for route in topics.ROUTES])
+        self.link = Link(options, [route.filter() for route in topics.ROUTES if not route.raw])
         self.stamp = Stamp(SystemClock())
         self.heard: list[tuple[str, dict[str, str], messages.Message]] = []
         self._stopping = threading.Event()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def release(path: Path, kind: str, **more: Any) -> ReleaseManifest:
         release="parity@1.0",
         kind=kind,  # type: ignore[arg-type]
         engine=f"onnx_{kind}",
-        files={"model": FileEntry(path=path.name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))},
+        files={"model": FileEntry.of(path.name, len(data), [data])},
         labels=list(LABELS),
         input_size=(SIZE, SIZE),
         created="2026-01-01T00:00:00Z",

@@ -31,7 +31,7 @@ Start = Callable[..., ProcessGenerator]
 
 
 def manifest(path: Path, engine: str = "llama") -> ReleaseManifest:
-    entry = FileEntry(path=path.name, sha256="0" * 64, bytes=1)
+    entry = FileEntry.of(path.name, 1, [b"x"])
     return ReleaseManifest(release="clerk@1.0", kind="llm", engine=engine, files={"model": entry}, created="2026")
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edged.files import sha256_of
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 from tests.support.models import make_release, write_manifest
+from trainer.releases import file_entry
 
 
 def make_crashing(folder: Path, release: str) -> ReleaseRef:
@@ -40,7 +40,7 @@ def make_crashing(folder: Path, release: str) -> ReleaseRef:
     )
     onnx.save(model, str(path))
     fields = json.loads((folder / "release.json").read_bytes())
-    fields["files"]["model"] |= {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    fields["files"]["model"] = file_entry(path).model_dump(mode="json")
     return write_manifest(folder, ReleaseManifest.model_validate(fields))
 
 

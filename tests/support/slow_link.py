@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 CHUNK_BYTES = 4096
+BUFFER_BYTES = 16384  # of sockets: what is sent shall not vanish into buffers
 
 
 class SlowLink:
@@ -29,19 +30,30 @@ class SlowLink:
             except OSError:
                 return
             try:
-                far = socket.create_connection(("127.0.0.1", self._to_port), timeout=5)
+                far = self._reach()
             except OSError:
                 near.close()
                 continue
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+            for side in (near, far):
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._open |= {near, far}
             for source, target, bytes_s in ((near, far, None), (far, near, self.bytes_s)):
                 threading.Thread(target=self._pass_on, args=(source, target, bytes_s), daemon=True).start()
 
+    def _reach(self) -> socket.socket:
+        far = socket.socket()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        far.connect(("127.0.0.1", self._to_port))
+        return far
+
     def _pass_on(self, source: socket.socket, target: socket.socket, bytes_s: float | None) -> None:
+        free_at = time.monotonic()
         with suppress(OSError):
             while data := source.recv(CHUNK_BYTES):
                 if bytes_s is not None:
-                    time.sleep(len(data) / bytes_s)
+                    free_at = max(free_at, time.monotonic()) + len(data) / bytes_s
+                    time.sleep(max(0.0, free_at - time.monotonic()))
                 target.sendall(data)
         for side in (source, target):
             with suppress(OSError):

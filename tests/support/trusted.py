@@ -8,9 +8,11 @@ from typing import Any
 
 from tuf.api.metadata import Metadata, MetaFile, Snapshot, Timestamp
 
-from edged.carrier import HttpCarrier
+from edged.carriers import Https
 from edged.clock import SystemClock
 from edged.config import Trust as TrustConfig
+from edged.config_host import Host
+from edged.delivery import Delivery
 from edged.fetch import Fetcher
 from edged.releases import Releases, verify
 from edged.trust import Trust
@@ -74,8 +76,13 @@ class Device:
         self.folder, self.root, self.url, self.clock = folder, root, url, clock or SystemClock()
         self.releases = Releases(folder / "releases")
         config = TrustConfig(root=root, unsigned=unsigned)
-        self.trust = Trust(config, folder / "trust", lambda *of: self.carrier.metadata(*of), self.clock)
-        self.carrier = HttpCarrier(Fetcher(), lambda: url, self.releases, self.trust.admit)
+        https = Https(Fetcher(), lambda: [url], lambda _name, _count: None)
+        host = Host(carrier="https")
+        self.delivery = Delivery(
+            {"https": https}, lambda: host, self.releases, self.clock, lambda _name, _count: None, lambda: None
+        )
+        self.trust = Trust(config, folder / "trust", self.delivery.metadata, self.clock)
+        self.delivery.admit = self.trust.admit
 
     def again(self) -> Device:
         """After a restart."""
@@ -84,7 +91,7 @@ class Device:
     def install(self, ref: ReleaseRef) -> None:
         """Fetch a release as an update does, and check what came; raises what the fetch raises."""
         folder = self.releases.folder(ref)
-        self.carrier.fetch(ref, folder, lambda: False)
+        self.delivery.fetch(ref, folder, lambda: False)
         verify(folder, ref)
 
 

@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from edged.core.update import RESTARTS_MAX
-from edged.files import sha256_of
 from edged.releases import reference
 from edged.wire import messages
 from edged.wire.manifest import ReleaseRef
@@ -25,7 +24,7 @@ from tests.support.files import FileServer, file_server
 from tests.support.models import DARK, copy_release, make_release, put_pictures
 from tests.support.planted import make_crashing, without_golden_set
 from tests.system.broker import Broker
-from trainer.releases import Registry
+from trainer.releases import Registry, file_entry
 from trainer.server import Server, ServerOptions
 
 
@@ -114,7 +113,7 @@ def altered(name: str, data: bytes) -> Make:
         (folder / "whole" / name).write_bytes(data)
         for entry in manifest["files"].values():
             if entry["path"] == name:
-                entry |= {"sha256": sha256_of(folder / "whole" / name), "bytes": len(data)}
+                entry.update(file_entry(folder / "whole" / name).model_dump())
         ref = copy_release(folder / "whole", folder / "altered", {"files": manifest["files"]})
         files.publish(folder / "altered", ref)
         return ref

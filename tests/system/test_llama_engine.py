@@ -40,7 +40,7 @@ def examples() -> list[tuple[str, str, str]]:
 
 
 def manifest(name: str = "model.gguf") -> ReleaseManifest:
-    entry = FileEntry(path=name, sha256="0" * 64, bytes=1)
+    entry = FileEntry.of(name, 1, [b"x"])
     return ReleaseManifest(
         release="clerk@1.0", kind="llm", engine="llama", files={"model": entry}, created="2026-01-01T00:00:00Z"
     )

@@ -468,8 +468,14 @@ def mqtt(connack: int, suback: list[int]) -> Callable[[socket.socket], None]:
         (0x87, [], "broker", "Not authorized", "let the broker take dev1~check"),
         (0x85, [], "broker", "Client identifier not valid", "use a device.id that the broker takes"),
         (0x84, [], "broker", "Unsupported protocol version", "use a broker that speaks MQTT 5"),
-        (0, [0x87, 0, 0, 0, 0], "broker rights", "edged/v1/default/dev1/down/desired", "allow dev1~check to read them"),
-        (0, [1, 1, 1, 1, 1], "broker rights", "every subscription of this device is granted", ""),
+        (
+            0,
+            [0x87, 0, 0, 0, 0, 0],
+            "broker rights",
+            "edged/v1/default/dev1/down/desired",
+            "allow dev1~check to read them",
+        ),
+        (0, [1, 1, 1, 1, 1, 1], "broker rights", "every subscription of this device is granted", ""),
     ],
 )
 def test_what_the_broker_refuses_is_named(

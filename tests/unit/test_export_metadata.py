@@ -28,7 +28,7 @@ def read(
 ) -> Export:
     fields = {"kind": task, "engine": f"onnx_{task}", "labels": LABELS, "input_size": (96, 64), **more}
     manifest = ReleaseManifest(
-        release="toy@1.0", files={"model": FileEntry(path="m.onnx", sha256="0" * 64, bytes=1)}, created="now", **fields
+        release="toy@1.0", files={"model": FileEntry.of("m.onnx", 1, [b"x"])}, created="now", **fields
     )
     return read_export(task, (image,), outputs, metadata or {}, manifest)
 

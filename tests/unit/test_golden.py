@@ -122,7 +122,7 @@ class Parrot:
 )
 def test_golden_prompts(tmp_path: Path, rows: list[dict[str, Any]] | None, said: str) -> None:
     (tmp_path / "golden.json").write_text(json.dumps(rows))
-    files = {"golden_prompts": FileEntry(path="golden.json", sha256="0" * 64, bytes=1)} if rows is not None else {}
+    files = {"golden_prompts": FileEntry.of("golden.json", 1, [b"x"])} if rows is not None else {}
     manifest = ReleaseManifest(release="phi@1.0", kind="llm", engine="llama", files=files, created="2026")
     if not said:
         assert golden.check(Parrot(), tmp_path, manifest) == len(rows or [])

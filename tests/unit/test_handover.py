@@ -1,4 +1,4 @@
-"""The trainer's commands about samples, on a real store; the carrier alone is replaced, to hold it in the middle."""
+"""The trainer's commands about samples, on a real store; the uploads alone are replaced, to hold it in the middle."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ HOST = "https://trainer.example:8443"
 WAIT_S = 10.0
 
 
-class HeldCarrier:
+class HeldUploads:
     """Notes what it is asked to upload, and waits until it may go on."""
 
     def __init__(self) -> None:
-        self.uploads: list[tuple[str, str]] = []
+        self.sent: list[tuple[str, str]] = []
         self.begun, self.go_on = threading.Event(), threading.Event()
 
-    def upload(self, url: str, path: Path, sha256: str) -> None:
+    def put(self, url: str, path: Path, sha256: str) -> None:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-        self.uploads.append((url, sha256))
+        self.sent.append((url, sha256))
         self.begun.set()
         assert self.go_on.wait(WAIT_S)
 
@@ -39,11 +39,11 @@ class Desk:
     """A handover with two labelled samples."""
 
     def __init__(self, folder: Path) -> None:
-        self.store, self.carrier = Store(folder), HeldCarrier()
+        self.store, self.uploads = Store(folder), HeldUploads()
         outgoing = Outgoing("plant", "dev1", Stamp(SystemClock()))
         self.sent: list[CommandState] = []
         self.answered = threading.Condition()
-        self.handover = Handover(self.store, outgoing, self.carrier, lambda: HOST, self._note)  # type: ignore[arg-type]
+        self.handover = Handover(self.store, outgoing, self.uploads, lambda: HOST, self._note)  # type: ignore[arg-type]
         for name in ("s1", "s2"):
             image = name.encode()
             self.store.capture(
@@ -79,37 +79,37 @@ def command(**fields: object) -> SamplesCommand:
 def desk(tmp_path: Path) -> Iterator[Desk]:
     desk = Desk(tmp_path)
     yield desk
-    desk.carrier.go_on.set()
+    desk.uploads.go_on.set()
     desk.handover.close()
 
 
 def test_a_claim_that_is_repeated_while_it_uploads_uploads_once(desk: Desk) -> None:
     claim = command(action="claim", job="j1", samples=["s1", "s2", "gone"], upload_url=f"{HOST}/samples")
     desk.handover.submit("c1", claim)
-    assert desk.carrier.begun.wait(WAIT_S)
+    assert desk.uploads.begun.wait(WAIT_S)
     for _ in range(5):
         desk.handover.submit("c1", claim)
-    desk.carrier.go_on.set()
+    desk.uploads.go_on.set()
     (done,) = desk.answers(1)
     assert (done.state, done.detail["moved"], done.detail["unknown"]) == ("done", ["s1", "s2"], ["gone"])
-    assert len(desk.carrier.uploads) == 2
+    assert len(desk.uploads.sent) == 2
     assert desk.store.counts() == {"claimed": 2}
     desk.handover.submit("c1", claim)  # after it ended: the same end again
     assert desk.answers(2)[1].state == "done"
 
 
 def test_pixels_go_to_the_known_trainer_only(desk: Desk) -> None:
-    desk.carrier.go_on.set()
-    for number, url in enumerate(("https://thief.example/samples", f"{HOST}.thief.example/samples", ""), start=1):
+    desk.uploads.go_on.set()
+    for number, url in enumerate(("https://thief.example/samples", f"{HOST}.thief.example/samples", "x"), start=1):
         desk.handover.submit(f"c{number}", command(action="claim", job="j1", samples=["s1"], upload_url=url))
         answer = desk.answers(number)[-1]
         assert answer.state == "failed"
         assert "does not belong to the trainer" in answer.reason
-    assert desk.carrier.uploads == []
+    assert desk.uploads.sent == []
 
 
 def test_a_failed_training_gives_samples_back_and_a_good_one_uses_them_up(desk: Desk) -> None:
-    desk.carrier.go_on.set()
+    desk.uploads.go_on.set()
     steps = [
         ({"action": "claim", "job": "j1", "upload_url": f"{HOST}/samples"}, {"claimed": 2}),
         ({"action": "release", "job": "j1"}, {"labelled": 2}),

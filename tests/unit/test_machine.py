@@ -22,6 +22,7 @@ from edged.needs import ONNX_FACTOR, PROCESS_BYTES, accelerated, cache_bytes, es
 from edged.releases import read_manifest
 from edged.wire.manifest import ReleaseManifest
 from tests.support.machines import fake_machine, zone
+from trainer.releases import file_entry
 
 # What a release needs.
 
@@ -102,7 +103,7 @@ def test_a_network_needs_its_weights_twice_while_it_loads(toy: Path) -> None:
 def test_a_language_model_has_a_process_of_its_own_unless_it_lives_in_the_daemon(phi: dict[str, Path]) -> None:
     path = phi["model_gguf"]
     size = path.stat().st_size
-    entry = {"path": path.name, "sha256": "0" * 64, "bytes": size}
+    entry = file_entry(path).model_dump(mode="json")
     manifest = ReleaseManifest.model_validate(
         {"release": "phi@1.0", "kind": "llm", "engine": "llama", "files": {"model": entry}, "created": "2026"}
     )

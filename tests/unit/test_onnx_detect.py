@@ -73,7 +73,7 @@ def manifest(labels: list[str] = LABELS, size: tuple[int, int] | None = SIZE, **
         release="toy@1.0",
         kind="detect",
         engine="onnx_detect",
-        files={"model": FileEntry(path="model.onnx", sha256="0" * 64, bytes=1)},
+        files={"model": FileEntry.of("model.onnx", 1, [b"x"])},
         labels=labels,
         input_size=size,
         created="2026-01-01T00:00:00Z",

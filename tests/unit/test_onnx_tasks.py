@@ -44,7 +44,7 @@ def opened(folder: Path, kind: str, *answers: np.ndarray, pixels: bool = False, 
         release="toy@1.0",
         kind=kind,  # type: ignore[arg-type]
         engine=f"onnx_{kind}",
-        files={"model": FileEntry(path="model.onnx", sha256="0" * 64, bytes=1)},
+        files={"model": FileEntry.of("model.onnx", 1, [b"x"])},
         labels=LABELS,
         input_size=(SIDE, SIDE),
         created="2026-01-01T00:00:00Z",

@@ -22,7 +22,7 @@ MANIFEST = ReleaseManifest(
     release="toy@1.0",
     kind="detect",
     engine="onnx_detect",
-    files={"model": FileEntry(path="model.onnx", sha256="0" * 64, bytes=1)},
+    files={"model": FileEntry.of("model.onnx", 1, [b"x"])},
     created="2026-01-01T00:00:00Z",
 )
 

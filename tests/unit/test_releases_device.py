@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edged.carrier import HttpCarrier
-from edged.fetch import Fetcher, FetchError, WrongContent
-from edged.releases import MANIFEST_BYTES_MAX, BadRelease, Releases, read_manifest, reference, verify
+from edged.releases import BadRelease, Releases, read_manifest, reference, verify
 from edged.wire.manifest import ReleaseRef
-from tests.support.files import file_server
-
-
-def never() -> bool:
-    return False
-
-
-def admitted(_ref: ReleaseRef, _cancelled: Callable[[], bool]) -> int:
-    return MANIFEST_BYTES_MAX
 
 
 def test_a_whole_release_verifies(toy: Path) -> None:
@@ -95,47 +83,6 @@ def test_two_manifests_of_the_same_name_never_share_a_folder(tmp_path: Path) -> 
     releases = Releases(tmp_path)
     one, other = (ReleaseRef(release="toy@1.0", sha256=digit * 64) for digit in "ab")
     assert releases.folder(one) != releases.folder(other)
-
-
-def test_the_carrier_fetches_only_what_is_not_here_yet(tmp_path: Path, toy: Path, toy2: Path) -> None:
-    releases = Releases(tmp_path / "releases")
-    old = releases.install(toy)
-    shutil.copytree(toy2, releases.root / "damaged")
-    (releases.root / "damaged" / "release.json").write_bytes(b"{")  # a damaged neighbour costs nothing
-    ref = reference(toy2)
-    with file_server() as server:
-        server.publish(toy2, ref)
-        carrier = HttpCarrier(Fetcher(), lambda: server.url, releases, admitted)
-        folder = releases.folder(ref)
-        carrier.fetch(ref, folder, never)
-        assert verify(folder, ref)
-        same = server.blob(toy2, "golden_inputs")
-        assert same not in server.requested
-        assert (
-            os.stat(folder / "golden_inputs.npz").st_ino == os.stat(releases.folder(old) / "golden_inputs.npz").st_ino
-        )
-        asked = len(server.requested)
-        carrier.fetch(ref, folder, never)
-        assert len(server.requested) == asked
-        (folder / "model.onnx").unlink()
-        carrier.fetch(ref, folder, never)
-        assert server.requested[asked:] == [server.blob(toy2)]
-
-
-def test_a_forged_manifest_is_not_kept(tmp_path: Path, toy: Path) -> None:
-    releases = Releases(tmp_path / "releases")
-    ref = ReleaseRef(release="toy@1.0", sha256="0" * 64)
-    with file_server() as server:
-        server.publish(toy, ref)
-        with pytest.raises(WrongContent, match="desired state pins 000000000000"):
-            HttpCarrier(Fetcher(), lambda: server.url, releases, admitted).fetch(ref, releases.folder(ref), never)
-    assert not list(releases.folder(ref).iterdir())
-
-
-def test_without_an_address_the_transfer_waits(tmp_path: Path, toy: Path) -> None:
-    releases = Releases(tmp_path / "releases")
-    with pytest.raises(FetchError, match=r"the trainer's address is not known yet.*set host\.url"):
-        HttpCarrier(Fetcher(), lambda: None, releases, admitted).fetch(reference(toy), tmp_path / "x", never)
 
 
 def test_a_manifest_read_twice_is_the_same(toy: Path) -> None:

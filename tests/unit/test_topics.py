@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from edged.wire import topics
 from edged.wire.topics import ROUTES, Route
 
-levels = st.text("abcXYZ019_.@:-", min_size=1, max_size=20).filter(lambda text: text not in {"_g", "_host", "_resp"})
+RESERVED = {"_g", "_host", "_resp", "_blocks"}
+levels = st.text("abcXYZ019_.@:-", min_size=1, max_size=20).filter(lambda text: text not in RESERVED)
 
 
 def matches(pattern: str, topic: str) -> bool:
@@ -85,6 +86,11 @@ def test_delivery_is_what_the_protocol_says() -> None:
         "{site}/{dev}/down/cmd/{type}/{id}": (1, False, 86400),
         "_host/{trainer}/state": (1, True, None),
         "_resp/{tier}/{task}/{responder}": (1, True, 90),
+        "_host/{trainer}/metadata": (1, True, None),
+        "{site}/{dev}/up/want/{sha256}": (1, False, 60),
+        "_blocks/{sha256}/{n}": (0, False, 60),
+        "{site}/{dev}/down/blocks/{sha256}": (1, False, 60),
+        "{site}/{dev}/up/blob/{sha256}/{n}": (0, False, 60),
     }
 
 

@@ -23,12 +23,6 @@ _OWN_DOWN = topics.DESIRED.template.removesuffix("desired") + "#"
 _HOSTS = topics.HOST.filter()
 _RESPONDERS = topics.RESPONDER.filter()
 _EVERYTHING = topics.HOST.template.partition("_host")[0] + "#"
-# Delivery of bytes (protocol.md): what is announced, asked for and carried.
-_METADATA = topics.HOST.template.removesuffix("state") + "metadata"
-_BLOCKS = _EVERYTHING.replace("#", "_blocks/+/+")
-_WANT = _OWN_UP.replace("#", "want/+")
-_BLOB = _OWN_UP.replace("#", "blob/+/+")
-_DOWN_BLOCKS = _OWN_DOWN.replace("#", "blocks/#")
 
 
 class BadName(ValueError):
@@ -57,8 +51,8 @@ class Identity:
 
     @property
     def common_names(self) -> tuple[str, ...]:
-        """Of its certificates: a device has two."""
-        return (self.name, self.name + BULK) if "device" in self.roles else (self.name,)
+        """Of its certificates: devices and trainers have two, one of them for blocks of files."""
+        return tuple(name for name, _ in rights(self))
 
 
 @dataclass(slots=True)
@@ -71,7 +65,7 @@ class Rights:
 
 
 # What every device may hear, so that it need not be repeated for each of ten thousand.
-COMMON = Rights(hear=[_HOSTS, _METADATA.format(trainer="+"), _RESPONDERS, _BLOCKS])
+COMMON = Rights(hear=[_HOSTS, topics.METADATA.filter(), _RESPONDERS, topics.BLOCK.filter()])
 
 
 def rights(identity: Identity) -> Iterator[tuple[str, Rights]]:
@@ -83,12 +77,26 @@ def rights(identity: Identity) -> Iterator[tuple[str, Rights]]:
         own.hear += more.hear
         own.join += more.join
     yield identity.name, own
-    if "device" in identity.roles:
-        here = {"site": identity.site, "dev": identity.name}
+    bulk = [_BULK_OF[role](identity) for role in identity.roles if role in _BULK_OF]
+    if bulk:
         yield (
             identity.name + BULK,
-            Rights(send=[_WANT.format(**here), _BLOB.format(**here)], hear=[_DOWN_BLOCKS.format(**here)]),
+            Rights([topic for each in bulk for topic in each.send], [topic for each in bulk for topic in each.hear]),
         )
+
+
+def _bulk_of_device(who: Identity) -> Rights:
+    here = {"site": who.site, "dev": who.name}
+    return Rights(
+        send=[topics.WANT.filter(**here), topics.BLOB.filter(**here)], hear=[topics.ASK_BLOCKS.filter(**here)]
+    )
+
+
+def _bulk_of_trainer(who: Identity) -> Rights:
+    return Rights(
+        send=[topics.BLOCK.filter(), topics.ASK_BLOCKS.filter(site=who.site), topics.METADATA.filter(trainer=who.name)],
+        hear=[topics.WANT.filter(site=who.site), topics.BLOB.filter(site=who.site)],
+    )
 
 
 def _device(who: Identity) -> Rights:
@@ -114,8 +122,6 @@ def _trainer(who: Identity) -> Rights:
             topics.GROUP_DESIRED.filter(site=who.site),
             topics.EVENT.filter(site=who.site, dev=who.name),
             topics.HOST.filter(trainer=who.name),
-            _METADATA.format(trainer=who.name),
-            _BLOCKS,
         ],
         hear=[_OWN_UP.format(**everyone)],
     )
@@ -137,3 +143,5 @@ _OF: dict[Role, Callable[[Identity], Rights]] = {
     "admin": _admin,  # tells the broker whom it no longer knows
     "broker": lambda _who: Rights(),  # a server: it connects to nobody
 }
+# Of the second connection, which carries blocks of files.
+_BULK_OF: dict[Role, Callable[[Identity], Rights]] = {"device": _bulk_of_device, "trainer": _bulk_of_trainer}
