@@ -338,7 +338,11 @@ class Acts:
         try:
             manifest = verify(folder, ref)
             if record.is_adapter:
-                self._base(record)
+                try:
+                    self._base(record)
+                except BadRelease as error:  # its base was replaced meanwhile: that says nothing against it
+                    self._answer(record, Event.BASE_GONE, str(error), passing=True)
+                    return
                 swap_ms = slot.attach(ref, folder / manifest.files["adapter"].path)
             else:
                 swap_ms = self._exchange.swap(record, lambda: self._loaded(record, ref, manifest))

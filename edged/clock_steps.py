@@ -29,8 +29,8 @@ class ClockSteps:
         if self._wall is None:
             self._wall = clock.now()
 
-    def tick(self) -> float:
-        """How many seconds the wall clock was set forward (back: negative) since the last look; what waits has been told."""
+    def tick(self) -> None:
+        """Notice that the wall clock was set since the last look, and tell what waits."""
         assert self._wall is not None
         wall, monotonic = self._clock.now(), self._clock.monotonic()
         by_s = (wall - self._wall) - (monotonic - self._monotonic)
@@ -40,8 +40,5 @@ class ClockSteps:
             log.warning("the clock went %+.0f s more than time did: what waits keeps the time that it had left", by_s)
         elif monotonic - self._kept_at >= KEEP_S:
             self._store.keep_wall(wall)
-            by_s, self._kept_at = 0.0, monotonic
-        else:
-            by_s = 0.0
+            self._kept_at = monotonic
         self._wall, self._monotonic, self._allowed = wall, monotonic, STEP_S
-        return by_s

@@ -143,7 +143,7 @@ class Daemon:
         self.control.health = lambda: self.vitals.look().document()
         self._clock_steps = ClockSteps(self.clock, self.store)
         self.control.at_tick |= {
-            "clock": self._look_at_clock, "reload": self.reloader.tick, "storage": self.storage.tick,
+            "clock": self._clock_steps.tick, "reload": self.reloader.tick, "storage": self.storage.tick,
             "orders": self.orders.tick,
         }  # fmt: skip
         self.left_running: list[str] = []  # threads that did not end in time: the process must be ended for them
@@ -153,10 +153,6 @@ class Daemon:
     def _tell(self, kind: str, text: str, **more: Any) -> None:
         """An event for people; raises StoreError when it cannot be kept."""
         self.store.enqueue(self.told.event(kind, text, **more), self.clock.now())
-
-    def _look_at_clock(self) -> None:
-        if by_s := self._clock_steps.tick():
-            self.updater.clock_stepped(by_s)
 
     def make_slot(self, name: str) -> Slot:
         """The slot `name`, empty."""

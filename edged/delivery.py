@@ -66,7 +66,7 @@ class Delivery:
         later, also when `cancelled` said so), WrongContent or BadRelease (it is not what was promised), and what `admit`
         raises."""
         bytes_max = self.admit(ref, cancelled) if self.admit else MANIFEST_BYTES_MAX
-        folder.mkdir(parents=True, exist_ok=True)
+        self._releases.begin(folder)
         self._bring_manifest(ref, folder, bytes_max, cancelled)
         files = list(read_manifest(folder).files.values())
         absent = [entry for entry in files if not self._here(entry, folder / entry.path)]

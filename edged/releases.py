@@ -62,11 +62,19 @@ class Releases:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            root.mkdir(parents=True)
+            sync(root.parent)
 
     def folder(self, ref: ReleaseRef) -> Path:
         """Where this release lies, or will lie; named by id and hash, because an id alone can be forged."""
         return self.root / f"{ref.release}-{ref.sha256[:12]}"
+
+    def begin(self, folder: Path) -> None:
+        """Make the folder of a release that is to come, durably: what is fetched into it is not lost with its name."""
+        if not folder.is_dir():
+            folder.mkdir()
+            sync(self.root)
 
     def candidates(self) -> list[Path]:
         """Every release folder that is there."""

@@ -49,6 +49,7 @@ class Updater:
         self.tallies = tallies or Tallies()
         self.answered: Callable[[str, Answer], None] = lambda _order, _answer: None  # set by who passes orders on
         self._serves_since: dict[str, float] = {}  # target -> when its release began to serve in this run (monotonic)
+        self._entered: dict[str, float] = {}  # target -> when it came into its state: of a clock that never jumps
         self._seeding: set[str] = set()  # slots whose seed is being installed
         self._acts = Acts(
             slots, configs, releases, store, carrier, post, report, say,
@@ -71,6 +72,7 @@ class Updater:
             for target in (name, name + ADAPTER):
                 record = Record.model_validate(saved[target]) if target in saved else Record(target=target)
                 self._records[target], self._kept[target] = record, record.model_copy()
+                self._entered[target] = self._clock.monotonic()  # the time without power was no probation
                 self._count_start(record, asked_to_end or excused(record.state))
         looped = [record for record in self._records.values() if record.restarts > RESTARTS_MAX]
         for record in looped:
@@ -85,7 +87,7 @@ class Updater:
                 self._acts.load(record)
         for record in self._records.values():
             if record.state in UNDER_WAY and not (record in looped and record.state is State.REVERTING):
-                record.since = self._clock.now()  # the time without power was no probation
+                record.since = self._clock.now()
                 event = Event.LOOPED if record in looped else Event.RESTARTED
                 self._apply(record, event, "the daemon was restarted too often during this update")
         self._retry_refused()
@@ -132,6 +134,7 @@ class Updater:
             if record.state in UNDER_WAY:  # the fleet says again what it desires
                 record.state, record.candidate = State.IDLE, None
             self._records[target], self._kept[target] = record, record.model_copy()
+            self._entered[target] = self._clock.monotonic()
         self._bring(name)
         self._reconcile()
 
@@ -189,37 +192,38 @@ class Updater:
         if event.event is Event.FLIPPED and record.state is State.STAGED and record.candidate is not None:
             record.before = self.tallies.before(record.slot, record.candidate.release)
         self._apply(record, event.event, event.reason)
+        if event.event in {Event.FLIPPED, Event.BACK} and not record.is_adapter:
+            self._base_changed(self._records[record.slot + ADAPTER])
         self._reconcile()
+
+    def _base_changed(self, adapter: Record) -> None:
+        """An adapter on its way left with its base: it is tried again when its base is back, and not blamed for the other's
+        errors."""
+        if adapter.state in {State.STAGED, State.SWITCHED} and not self._acts.serves(adapter):
+            adapter.retry_at = self._clock.now() + self._retry_s
+            self._apply(adapter, Event.BASE_GONE, "its base was replaced")
 
     def tick(self) -> None:
         """Probations that end, failures that may be tried again. Call it about once a second."""
-        now = self._clock.now()
         for record in self._records.values():
+            spent_s = self._clock.monotonic() - self._entered[record.target]
             if record.state is State.SWITCHED:
-                self._watch(record, now)
+                self._watch(record, spent_s)
             elif record.state is State.COMMITTED and not record.settled:
                 self._settle(record)
-            elif record.state is State.FAILED and record.retry_at is not None and now >= record.retry_at:
+            elif record.state is State.FAILED and record.retry_at is not None and spent_s >= self._retry_s:
                 assert record.candidate is not None
                 self._start(record, record.candidate)
 
-    def clock_stepped(self, by_s: float) -> None:
-        """The wall clock was set by so many seconds: a probation and a wait last as long as they would have."""
-        for record in self._records.values():
-            record.since += by_s
-            if record.retry_at is not None:
-                record.retry_at += by_s
-
-    def _watch(self, record: Record, now: float) -> None:
+    def _watch(self, record: Record, lasted_s: float) -> None:
         """How a probation goes."""
         assert record.candidate is not None
         config, signs = self._configs[record.slot], self.tallies.signs(record.slot, record.candidate.release)
         wrong = unhealthy(signs, record.before, config.health)
-        lasted = now - record.since
         if wrong:
             self._apply(record, Event.UNHEALTHY, wrong)
         elif self._acts.serves(record) and over(
-            lasted, signs.items, config.probation_s, config.probation_items, config.probation_s_max
+            lasted_s, signs.items, config.probation_s, config.probation_items, config.probation_s_max
         ):
             self._apply(record, Event.HEALTHY, "")
             self._reconcile()
@@ -331,6 +335,7 @@ class Updater:
             return False
         if state is not before:
             record.restarts, record.since = 0, self._clock.now()
+            self._entered[record.target] = self._clock.monotonic()
         if state is State.COMMITTED:
             record.previous, record.active = record.active, record.candidate
             record.before = None

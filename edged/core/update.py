@@ -40,6 +40,7 @@ class Event(StrEnum):
     PROVE_FAILED = "prove_failed"
     FLIPPED = "flipped"
     FLIP_FAILED = "flip_failed"
+    BASE_GONE = "base_gone"  # an adapter's base was replaced under it
     HEALTHY = "healthy"  # probation is over and nothing was wrong
     UNHEALTHY = "unhealthy"
     BACK = "back"  # the previous release serves again
@@ -131,6 +132,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]]] = {
     (S.STAGED, E.FLIP_FAILED): _BAD,
     (S.STAGED, E.REFUSED): _GIVEN_UP,  # it does not fit after all
     (S.STAGED, E.ROLLED_BACK): _BACK,  # a flip under way ends first: one worker does both
+    (S.STAGED, E.BASE_GONE): (S.FAILED, (F.REPORT,)),
     (S.STAGED, E.RESTARTED): (S.STAGED, (F.FLIP,)),
     (S.STAGED, E.LOOPED): _BAD,
     #
@@ -143,6 +145,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Effect, ...]]] = {
     (S.SWITCHED, E.FLIP_FAILED): _REVERT,
     (S.SWITCHED, E.REFUSED): _BACK,  # started with less memory, it does not fit any more
     (S.SWITCHED, E.ROLLED_BACK): _BACK,
+    (S.SWITCHED, E.BASE_GONE): (S.FAILED, (F.REPORT,)),  # it left with its base
     (S.SWITCHED, E.LOOPED): _REVERT,
     #
     (S.REVERTING, E.BACK): (S.REVERTED, (F.DISCARD, F.REPORT)),

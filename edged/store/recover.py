@@ -184,7 +184,7 @@ def _take_over(
             _copy(found, target)
             changed.add(target.parent)
         wanted.append((row, None if found == target else found))
-    for folder in changed:
+    for folder in sorted(changed):
         sync(folder)
     if not wanted:
         return

@@ -50,13 +50,13 @@ def test_a_message_keeps_the_time_it_had_left_when_the_clock_is_set(tmp_path: Pa
     steps = ClockSteps(clock, store)
     store.enqueue_many([message("minute", START + 60), message("for ever", None)], clock.now())
     clock.passes(20)
-    assert steps.tick() == 0
+    steps.tick()
     clock.wall += by_s
-    assert steps.tick() == pytest.approx(by_s)
+    steps.tick()
     assert store.drop_expired(clock.now()) == 0
     assert left(store, clock) == {"minute": pytest.approx(40), "for ever": None}
     clock.passes(41)
-    assert steps.tick() == 0
+    steps.tick()
     assert store.drop_expired(clock.now()) == 1
     store.flush_counters()
     assert store.counters()["clock_steps"] == 1
@@ -84,15 +84,17 @@ def test_a_start_with_another_clock_is_a_step_and_a_short_stop_is_none(tmp_path:
     store.close()
     clock.passes(10)  # a restart
     store = Store(tmp_path)
-    assert ClockSteps(clock, store).tick() == 0
+    ClockSteps(clock, store).tick()
+    assert "clock_steps" not in store.counters()
     store.close()
     clock.wall -= 300 * DAY_S  # a battery is empty: the device starts in the past, and is set right after a while
     store = Store(tmp_path)
     steps = ClockSteps(clock, store)
-    assert steps.tick() < 0
+    steps.tick()
     clock.passes(30)
     clock.wall += 300 * DAY_S
-    assert steps.tick() == pytest.approx(300 * DAY_S)
+    steps.tick()
+    assert store.counters()["clock_steps"] == 2
     assert had is not None
     assert left(store, clock)["day"] == pytest.approx(had - 40, abs=KEEP_S + 15)
     store.close()

@@ -24,7 +24,8 @@ class Box:
 
     def __init__(self, store: Store) -> None:
         self.time, self.store, self.room, self.taken = 100.0, store, 16, list[str]()
-        clock: Any = SimpleNamespace(now=lambda: self.time)
+        self.running = 0.0
+        clock: Any = SimpleNamespace(now=lambda: self.time, monotonic=lambda: self.running)
         link = SimpleNamespace(room=lambda: self.room, publish=self._publish)
         routes = SimpleNamespace(fresh=lambda message, _now: (message.topic, message.payload))
         self.sending = Sending(

@@ -48,6 +48,9 @@ EXPECTED: dict[tuple[State, Event], tuple[State, set[Effect]]] = {
     # A person's word: back to the one before, from everywhere but the way back; and once more, after that or a failure.
     **{(state, E.ROLLED_BACK): BY_HAND for state in S if state is not S.REVERTING},
     **{(state, E.ALLOWED): (S.IDLE, {F.REPORT}) for state in (S.FAILED, S.REVERTED)},
+    # An adapter whose base was replaced under it: nothing is wrong with it.
+    (S.STAGED, E.BASE_GONE): (S.FAILED, {F.REPORT}),
+    (S.SWITCHED, E.BASE_GONE): (S.FAILED, {F.REPORT}),
     (S.SWITCHED, E.UNHEALTHY): BACK,
     (S.SWITCHED, E.FLIP_FAILED): BACK,
     (S.SWITCHED, E.DESIRED): (S.SWITCHED, set()),

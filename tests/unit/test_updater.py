@@ -44,12 +44,13 @@ class AtOnce:
 class Clock:
     """Stands still until it is moved."""
 
-    time = 1_000_000.0
+    time, jumped = 1_000_000_000.0, 0.0
 
     def now(self) -> float:
-        return self.time
+        return self.time + self.jumped
 
-    monotonic = now
+    def monotonic(self) -> float:
+        return self.time
 
     def real(self, seconds: float) -> float:
         return seconds
@@ -158,6 +159,19 @@ def test_time_without_power_is_no_probation(tmp_path: Path, toy: Path, toy2: Pat
     box.settle()
     assert (box.eye.active, box.eye.update) == ("toy@1.1", "switched")
     box.wait(PROBATION_S)
+    assert box.eye.update == "committed"
+
+
+@pytest.mark.parametrize("jump", [-1e7, 1e7])
+def test_a_clock_that_jumps_ends_no_probation_and_keeps_none_from_ending(
+    tmp_path: Path, toy: Path, toy2: Path, jump: float
+) -> None:
+    box = Box(tmp_path, toy, toy2)
+    box.desire(reference(toy2))
+    box.clock.jumped = jump
+    box.wait(PROBATION_S - 1)
+    assert box.eye.update == "switched"
+    box.wait(1)
     assert box.eye.update == "committed"
 
 
