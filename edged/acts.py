@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from edged.prove import ProveCancelled, ProveFailed, ProveShort, prove, too_slow
 from edged.releases import BadRelease, Releases, read_manifest, verify
 from edged.room import Refusal, Room
 from edged.slot import Loaded, Slot, SlotStopped, load
-from edged.store import Store
+from edged.store import Store, StoreError
 from edged.trust import Untrusted
 from edged.update_record import ADAPTER, Record, Seeded, UpdateEvent
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
@@ -198,7 +199,8 @@ class Acts:
             loaded = load(ref, self._releases.folder(ref), manifest, self._options(record), isolation, ended,
                           golden_max=1 if known else None)  # fmt: skip
         if not known:
-            self._store.set_value(PROVEN + record.slot, self._proof(ref))
+            with suppress(StoreError):  # the next start finds it out once more
+                self._store.set_value(PROVEN + record.slot, self._proof(ref))
         return loaded
 
     def _proof(self, ref: ReleaseRef) -> list[str]:

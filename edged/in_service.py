@@ -38,6 +38,9 @@ class InService:
 
     def load_active(self, record: Record, *, restoring: bool = False) -> None:
         """Load the active release, or the one before it. `restoring`: it has just served, so it fits."""
+        live = self._slots[record.slot].live
+        if live is not None and live.ref == record.active:
+            return
         for ref in (record.active, record.previous):
             if ref is None:
                 continue

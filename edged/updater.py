@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from edged import holds
@@ -28,6 +29,7 @@ from edged.wire.messages import BAD_MAX, BadReport, Desired, ModelReport
 
 log = logging.getLogger(__name__)
 
+FULL_RETRY_S = 5.0  # between two tries to begin on a full disk
 ENDED = "updates_ended"  # the store's key: whether the last run was asked to end, so that its end blames nobody
 
 
@@ -50,6 +52,8 @@ class Updater:
         self.answered: Callable[[str, Answer], None] = lambda _order, _answer: None  # set by who passes orders on
         self._serves_since: dict[str, float] = {}  # target -> when its release began to serve in this run (monotonic)
         self._entered: dict[str, float] = {}  # target -> when it came into its state: of a clock that never jumps
+        self._begin: Callable[[], None] | None = None  # what a start does, until it is done
+        self._begin_at = 0.0  # when that is tried again (monotonic)
         self._seeding: set[str] = set()  # slots whose seed is being installed
         self._acts = Acts(
             slots, configs, releases, store, carrier, post, report, say,
@@ -66,14 +70,34 @@ class Updater:
 
         `excused`: whether the end of the last run does not count against an update in this state."""
         asked_to_end = bool(self._store.value(ENDED))
-        self._store.set_value(ENDED, False)
+        self._begin = partial(self._take_up, lambda state: asked_to_end or excused(state))
+        if not self._begun():
+            for name in self._slots:
+                self._acts.load(self._records[name])
+
+    def _begun(self) -> bool:
+        """Whether what a start does first is done. On a full disk it is not: what was active serves, updates wait."""
+        if self._begin is not None and self._clock.monotonic() >= self._begin_at:
+            try:
+                self._begin()
+                self._begin = None
+            except (StoreError, OSError) as error:
+                if not self._begin_at:
+                    self._store.count("updates_waiting")
+                    log.error("updates wait, and what was active serves: %s", error)
+                self._begin_at = self._clock.monotonic() + FULL_RETRY_S
+        return self._begin is None
+
+    def _take_up(self, excused: Callable[[State], bool]) -> None:
         saved = self._store.updates()
         for name in self._slots:
             for target in (name, name + ADAPTER):
                 record = Record.model_validate(saved[target]) if target in saved else Record(target=target)
                 self._records[target], self._kept[target] = record, record.model_copy()
                 self._entered[target] = self._clock.monotonic()  # the time without power was no probation
-                self._count_start(record, asked_to_end or excused(record.state))
+        self._store.set_value(ENDED, False)
+        for record in self._records.values():
+            self._count_start(record, excused(record.state))
         looped = [record for record in self._records.values() if record.restarts > RESTARTS_MAX]
         for record in looped:
             if record.state is State.COMMITTED:  # before it is loaded once more
@@ -173,7 +197,8 @@ class Updater:
             log.warning("desired state names the model %r, but this device has no such slot", name)
             self._store.count("desired_unknown_model")
             self._say("unknown_model", f"desired state names {name!r}; this device has {', '.join(self._slots)}")
-        self._reconcile()
+        if self._begin is None:
+            self._reconcile()
 
     def handle(self, event: UpdateEvent | Seeded) -> None:
         """A worker is done."""
@@ -205,6 +230,8 @@ class Updater:
 
     def tick(self) -> None:
         """Probations that end, failures that may be tried again. Call it about once a second."""
+        if not self._begun():
+            return
         for record in self._records.values():
             spent_s = self._clock.monotonic() - self._entered[record.target]
             if record.state is State.SWITCHED:

@@ -20,9 +20,9 @@ from edged.fetch import FetchError
 from edged.prove import Proof
 from edged.releases import Releases, reference
 from edged.slot import Slot
-from edged.store import Store
+from edged.store import StorageFull, Store
 from edged.trust import Untrusted
-from edged.updater import Updater
+from edged.updater import FULL_RETRY_S, Updater
 from edged.wire.manifest import ReleaseRef
 from edged.wire.messages import Desired, ModelReport
 
@@ -285,3 +285,32 @@ def test_a_release_that_is_not_trusted_is_said_once_and_installed_when_it_is(
     box.wait(RETRY_S)
     box.wait(PROBATION_S)
     assert (box.eye.active, box.eye.update) == ("toy@1.1", "committed")
+
+
+def test_a_full_disk_at_a_start_keeps_updates_waiting_and_the_model_serving(
+    tmp_path: Path, toy: Path, toy2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = Box(tmp_path / "state", toy, toy2)
+    box.desire(reference(toy2))
+    assert box.eye.update == "switched"
+    full = True
+
+    def write(self: Store, *values: Any, **more: Any) -> None:
+        if full:
+            raise StorageFull("no space left")
+        kept(self, *values, **more)
+
+    kept = Store.save_update
+    monkeypatch.setattr(Store, "save_update", write)
+    box.switch_on()
+    assert box.slot.live is not None
+    assert box.slot.live.ref == reference(toy)
+    box.updater.desire(Desired(id="d", ts=0, boot="b", seq=1, rev=9, models={"eye": reference(toy2)}))
+    box.wait(FULL_RETRY_S)
+    assert box.slot.live.ref == reference(toy)
+    assert box.store.counters()["updates_waiting"] == 1
+    full = False
+    box.wait(FULL_RETRY_S)
+    assert box.slot.live.ref == reference(toy2)
+    box.wait(PROBATION_S)
+    assert (box.eye.update, box.eye.active) == ("committed", "toy@1.1")
