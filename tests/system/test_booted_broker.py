@@ -1,4 +1,4 @@
-"""The broker's configuration on a real Debian with systemd: as docs/operations-enrolment.md says, for a broker elsewhere."""
+"""The broker's configuration on a real Debian with systemd: as docs/operations.md says, for a broker elsewhere."""
 
 from __future__ import annotations
 
