@@ -22,9 +22,12 @@ Say = Callable[[str], None]
 DIGITS = (1, 3)  # digits in a frame of the stream; training scenes hold more, to learn more from each
 SCORE = 0.45  # an answered box scores at least this
 # How a release is made is part of what it is: of older code it is made again.
-SOURCES = (
-    "package.py", "candidate.py", "calibrate.py", "scaling.py", "core/risk.py",
-    "export/onnx.py", "export/quantize.py", "export/uint8.py",
+ROOT = Path(__file__).parents[2]
+# What shapes a release that is kept: of any kind, and of a detector.
+RELEASE = ("edged/wire/manifest.py", "edged/wire/blocks.py", "trainer/releases.py", "trainer/package.py")
+DETECTOR = (
+    "trainer/candidate.py", "trainer/calibrate.py", "trainer/scaling.py", "trainer/core/risk.py", "trainer/export/onnx.py",
+    "trainer/export/quantize.py", "trainer/export/uint8.py",
 )  # fmt: skip
 PROVENANCE = {"kind": "person", "who": "annotator"}  # the holdouts are labelled by hand, as it were: from the truth
 
@@ -124,8 +127,8 @@ def _detector(cache: Path, checkpoint: Path, release: str, calibration: Sequence
     told = hashlib.sha256(f"{checkpoint.name} {SCORE}".encode())
     for item in calibration:
         told.update(item.image.tobytes())
-    for source in SOURCES:
-        told.update((Path(__file__).parents[2] / "trainer" / source).read_bytes())
+    for source in (*RELEASE, *DETECTOR):
+        told.update((ROOT / source).read_bytes())
     folder = cache / f"{release}-{told.hexdigest()[:12]}"
     if not folder.is_dir():
         say(f"{release}: export, int8, calibration, golden set")
@@ -139,7 +142,10 @@ def _detector(cache: Path, checkpoint: Path, release: str, calibration: Sequence
 def _language(cache: Path, seed: int, say: Say) -> tuple[Path, Path]:
     base = phi.make_phi(cache, seed)
     adapter = phi.make_adapter(cache, base, seed)
-    key = hashlib.sha256(json.dumps([base.name, adapter.name]).encode()).hexdigest()[:12]
+    told = hashlib.sha256(json.dumps([base.name, adapter.name]).encode())
+    for source in RELEASE:
+        told.update((ROOT / source).read_bytes())
+    key = told.hexdigest()[:12]
     release, lora = cache / f"phi@1.0-{key}", cache / f"phi-style@1.0-{key}"
     if not release.is_dir():
         say("phi@1.0: GGUF from the checkpoint")
