@@ -175,7 +175,7 @@ def test_invalid_messages_are_dropped_counted_and_said_once(
         bus.say(topics.COMMAND(site=SITE, dev="dev1", type="dance", id="c1"), json.dumps(bus.stamp()).encode())
         status = device.counted("payloads_invalid", 6)
         assert device.log().count("down/desired: ") == 1
-        assert "unknown command; known: cancel, samples" in device.log()
+        assert "unknown command; known: cancel, forget, pin, rollback, samples, unpin" in device.log()
 
         # Valid, about something that is not here: counted, and said to people.
         unknown = messages.Verdict(
