@@ -116,6 +116,15 @@ class Acts:
         """Install a slot's seed; `Seeded` says that it is here."""
         self._work.submit(self._guard, partial(self._install, seed), record.model_copy())
 
+    def installed(self, slot: str, seed: Path) -> ReleaseRef | None:
+        """Install a slot's seed here and now; None, and said why, when it cannot be."""
+        try:
+            return self._releases.install(seed)
+        except (BadRelease, OSError) as error:
+            log.error("slot %s: seed: %s", slot, error)
+            self._say("bad_seed", f"slots.{slot}.seed: {error}")
+            return None
+
     def detach(self, record: Record) -> None:
         """Take the slot's adapter off."""
         self._work.submit(self._guard, self._take_off, record.model_copy())
@@ -214,14 +223,7 @@ class Acts:
         self._say("engine_ended", f"{slot}: {how}", release=release)
 
     def _install(self, seed: Path, record: Record) -> None:
-        ref: ReleaseRef | None
-        try:
-            ref = self._releases.install(seed)
-        except (BadRelease, OSError) as error:
-            log.error("slot %s: seed: %s", record.slot, error)
-            self._say("bad_seed", f"slots.{record.slot}.seed: {error}")
-            ref = None
-        self._post(Seeded(record.slot, ref))
+        self._post(Seeded(record.slot, self.installed(record.slot, seed)))
 
     def _admit(self, record: Record) -> None:
         assert record.candidate is not None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from edged import holds
 from edged.acts import ADAPTER, Acts, Carrier, Record, Seeded, UpdateEvent
@@ -17,10 +16,11 @@ from edged.beats import Beats
 from edged.clock import Clock
 from edged.config import Slot as SlotConfig
 from edged.core.probation import over, unhealthy
+from edged.core.repeats import Told
 from edged.core.update import RESTARTS_MAX, SETTLED_S, UNDER_WAY, Effect, Event, State, step
 from edged.holds import Answer
 from edged.machine import Memory
-from edged.releases import BadRelease, Releases
+from edged.releases import Releases
 from edged.slot import Slot
 from edged.store import KnownBad, Store, StoreError
 from edged.tallies import Tallies
@@ -55,6 +55,7 @@ class Updater:
         self._begin: Callable[[], None] | None = None  # what a start does, until it is done
         self._begin_at = 0.0  # when that is tried again (monotonic)
         self._seeding: set[str] = set()  # slots whose seed is being installed
+        self._told = Told()  # of each target: why its release failed
         self._acts = Acts(
             slots, configs, releases, store, carrier, post, report, say,
             lambda target: self._records.get(target) or Record(target=target),
@@ -105,7 +106,7 @@ class Updater:
         for name, config in self._configs.items():
             record = self._records[name]
             if record.active is None and config.seed is not None:
-                record.active = self._install_seed(name, config.seed)
+                record.active = self._acts.installed(name, config.seed)
                 self._save(record)
             if not (record in looped and record.state is State.REVERTING):  # else it is on its way already
                 self._acts.load(record)
@@ -348,6 +349,7 @@ class Updater:
             return  # under way, or it failed: `tick` tries again what may pass, and what was bad stays bad
         if record.state in {State.STAGED, State.SWITCHED, State.REVERTING}:
             return  # looked at again when that has ended
+        self._told.forget(record.target)
         self._start(record, wanted)
 
     def _start(self, record: Record, wanted: ReleaseRef) -> None:
@@ -381,7 +383,9 @@ class Updater:
             record.candidate.release if record.candidate else "", f": {reason}" if reason else "",
             extra={"slot": record.slot, "release": record.candidate.release if record.candidate else ""},
         )  # fmt: skip
-        if state in {State.FAILED, State.REVERTED} and before is not state:
+        if state is State.FAILED and before is not state and self._told.again(record.target, reason):
+            self._store.count("updates_failed_again")  # one that may pass: it is tried again and again, and said once
+        elif state in {State.FAILED, State.REVERTED} and before is not state:
             release = record.candidate.release if record.candidate else ""
             self._store.count(f"updates_{state.value}")
             self._say(f"update_{state.value}", f"{record.target}: {release}: {reason}", release=release, reason=reason)
@@ -420,14 +424,6 @@ class Updater:
                 setattr(record, name, getattr(kept, name))
             raise
         self._kept[record.target] = record.model_copy()
-
-    def _install_seed(self, name: str, seed: Path) -> ReleaseRef | None:
-        try:
-            return self._releases.install(seed)
-        except BadRelease as error:
-            log.error("slot %s: seed: %s", name, error)
-            self._say("bad_seed", f"slots.{name}.seed: {error}")
-            return None
 
     def _detach(self, adapter: Record) -> None:
         """Desired state names no adapter: take it off and forget it."""

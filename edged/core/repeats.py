@@ -1,4 +1,5 @@
-"""What of many alike log lines is written: the first ones of each minute, then how many more there were. Pure."""
+"""What is alike is not said without end: of log lines the first ones of each minute are written, then how many more there
+were; of what is tried again and again each reason is said once. Pure."""
 
 from __future__ import annotations
 
@@ -60,3 +61,24 @@ class Repeats:
     def holds_back(self) -> bool:
         """Whether there is something to sum up later."""
         return any(run.held_back for run in self._runs.values())
+
+
+class Told:
+    """Remembers what was said of whom; at most KINDS_MAX kinds of each, then all of them are said again."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, set[str]] = {}
+
+    def again(self, who: str, text: str) -> bool:
+        """Whether the like of this was said of `who` before; from now on it was."""
+        said, alike = self._said.setdefault(who, set()), kind(text)
+        if alike in said:
+            return True
+        if len(said) >= KINDS_MAX:
+            said.clear()
+        said.add(alike)
+        return False
+
+    def forget(self, who: str) -> None:
+        """Something new begins for `who`: everything about it is said."""
+        self._said.pop(who, None)

@@ -65,6 +65,7 @@ class Box:
         self.clock = Clock()
         self.said: list[str] = []
         self.distrust = ""  # why no release is trusted
+        self.trouble = "nobody answers"  # what happens to who asks for a release that cannot be fetched
         self.rev = 0
         self.switch_on()
 
@@ -80,11 +81,16 @@ class Box:
         )  # fmt: skip
         self.updater.start()
 
+    @property
+    def failures(self) -> list[str]:
+        """The events that say that an update failed."""
+        return [text for text in self.said if text.startswith("update_failed")]
+
     def _fetch(self, ref: ReleaseRef, folder: Path, _cancelled: Callable[[], bool]) -> None:
         if self.distrust:
             raise Untrusted(self.distrust)
         if ref not in self.server:
-            raise FetchError("nobody answers")
+            raise FetchError(self.trouble)
         shutil.copytree(self.server[ref], folder, dirs_exist_ok=True)
 
     def desire(self, ref: ReleaseRef) -> None:
@@ -216,6 +222,34 @@ def test_what_may_pass_is_tried_again_after_a_while_and_after_a_restart(tmp_path
     box.server[reference(toy2)] = toy2
     box.wait(1)
     assert (box.eye.active, box.eye.update) == ("toy@1.1", "switched")
+
+
+def test_what_may_pass_is_said_once_a_reason_however_often_it_is_tried(tmp_path: Path, toy: Path, toy2: Path) -> None:
+    box = Box(tmp_path, toy)
+    box.desire(reference(toy2))
+    troubles = ["nobody answers", "17 bytes are free", "nobody answers", "9 bytes are free", "nobody answers"]
+    for box.trouble in troubles:
+        box.wait(RETRY_S)
+        assert (box.eye.update, box.eye.reason) == ("failed", box.trouble), "what is so now is reported"
+    said = ["update_failed: eye: toy@1.1: nobody answers", "update_failed: eye: toy@1.1: 17 bytes are free"]
+    assert box.failures == said
+    counters = box.store.counters()
+    assert (counters["updates_failed"], counters["updates_failed_again"]) == (2, 4)
+    # Who desires it anew hears of it anew.
+    box.desire(reference(toy))
+    box.desire(reference(toy2))
+    assert box.failures == [*said, said[0]]
+
+
+def test_another_release_fails_for_the_same_reason_and_that_is_said(tmp_path: Path, toy: Path, toy2: Path) -> None:
+    box = Box(tmp_path, toy)
+    box.desire(reference(toy2))
+    third = reference(toy2).model_copy(update={"release": "toy@1.2", "sha256": "0" * 64})
+    box.desire(third)
+    assert box.failures == [
+        "update_failed: eye: toy@1.1: nobody answers",
+        "update_failed: eye: toy@1.2: nobody answers",
+    ]
 
 
 def test_a_desire_during_probation_waits_for_its_end(tmp_path: Path, toy: Path, toy2: Path) -> None:
