@@ -13,11 +13,11 @@ from edged.wire.blocks import BLOCK_BYTES, WINDOW
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 from edged.wire.messages import Reported
 from tests.support.blocks import BlockHost, Forger, ballasted
-from tests.support.device import Bus, Device, tables, until
+from tests.support.device import SITE, Bus, Device, tables, until
 from tests.support.files import file_server
 from tests.support.slow_link import SlowLink
 from tests.system.broker import Broker
-from trainer.broker import Clients
+from trainer.core.access import Identity
 
 KIB = 3072  # of the ballast: 48 blocks
 SLOW_KIB_S = 512  # so that there is a middle to be killed in
@@ -141,7 +141,7 @@ def test_with_certificates_blocks_have_an_identity_of_their_own_and_only_the_tra
     tmp_path: Path, toy: Path, release: tuple[Path, ReleaseRef]
 ) -> None:
     folder, ref = release
-    clients = Clients(trainers=["host"], devices=["dev1", "dev2"])
+    clients = [Identity("host", SITE, roles=("trainer",)), Identity("dev1", SITE), Identity("dev2", SITE)]
     with Broker(tmp_path / "broker", tls=True, clients=clients) as broker:
         certificate, key = broker.certificate("dev1~blk")
         slowly = plan(tmp_path, broker, toy, bandwidth_kib_s=1024)
