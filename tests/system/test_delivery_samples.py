@@ -113,6 +113,18 @@ def test_nothing_but_what_was_claimed_is_answered(tmp_path: Path, broker: Broker
     assert holder.counted["blocks_sent"] == 0
 
 
+def claim_again_until_done(host: BlockHost, holder: Holder, thread: threading.Thread) -> None:
+    """As the coordinator does: whom nobody told that all is here, because he was just coming back, is told at the next
+    claim."""
+
+    def claim() -> bool:
+        host.blocks.pull("dev1", holder.sizes)
+        thread.join(1.0)
+        return not thread.is_alive()
+
+    until("the device is done", claim, 60)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("victim", ["broker", "trainer", "device"])
 def test_whoever_is_killed_the_samples_arrive_once_the_claim_is_repeated(
@@ -132,8 +144,7 @@ def test_whoever_is_killed_the_samples_arrive_once_the_claim_is_repeated(
             holder.close()
             holder = Holder(tmp_path / "again", broker)  # the same samples: they are in its store
             thread = holder.answering()
-        host.blocks.pull("dev1", holder.sizes)  # the coordinator repeats a claim until the device has answered it
-        until("the device is done", lambda: not thread.is_alive(), 60)
+        claim_again_until_done(host, holder, thread)
         assert whole(host, holder)
         holder.close()
 
