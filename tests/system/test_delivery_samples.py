@@ -83,6 +83,18 @@ def whole(host: BlockHost, holder: Holder) -> bool:
     return kept(host) == {digest: path.read_bytes() for digest, path in holder.samples.items()}
 
 
+def claim_again_until_done(host: BlockHost, holder: Holder, thread: threading.Thread) -> None:
+    """As the coordinator does: whom nobody told that all is here, because he was just coming back, is told at the next
+    claim."""
+
+    def claim() -> bool:
+        host.blocks.pull("dev1", holder.sizes)
+        thread.join(1.0)
+        return not thread.is_alive()
+
+    until("the device is done", claim, 60)
+
+
 def test_every_claimed_sample_arrives_and_the_device_is_told(tmp_path: Path, broker: Broker, holder: Holder) -> None:
     with BlockHost(tmp_path / "host", broker, claimed=lambda _: True) as host:
         thread = holder.answering()
@@ -92,8 +104,7 @@ def test_every_claimed_sample_arrives_and_the_device_is_told(tmp_path: Path, bro
         assert sorted(host.arrived) == sorted(holder.samples)
         again = holder.answering()  # the claim is repeated: nothing is sent twice
         sent = holder.counted["blocks_sent"]
-        host.blocks.pull("dev1", holder.sizes)
-        until("it is done at once", lambda: not again.is_alive())
+        claim_again_until_done(host, holder, again)
         assert holder.counted["blocks_sent"] == sent
 
 
@@ -111,18 +122,6 @@ def test_nothing_but_what_was_claimed_is_answered(tmp_path: Path, broker: Broker
 
     until("it refuses", ask)
     assert holder.counted["blocks_sent"] == 0
-
-
-def claim_again_until_done(host: BlockHost, holder: Holder, thread: threading.Thread) -> None:
-    """As the coordinator does: whom nobody told that all is here, because he was just coming back, is told at the next
-    claim."""
-
-    def claim() -> bool:
-        host.blocks.pull("dev1", holder.sizes)
-        thread.join(1.0)
-        return not thread.is_alive()
-
-    until("the device is done", claim, 60)
 
 
 @pytest.mark.timeout(120)
