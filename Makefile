@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 TRAINER := build/venv-trainer/bin
 
-.PHONY: help setup deb demo test test-long soak crash lint types imports unit clean
+.PHONY: help setup deb demo test test-long soak crash powercut lint types imports unit clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,10 @@ soak: setup ## 20 minutes of mixed load and disturbances; its report is docs/soa
 crash: setup ## kill a working device 200 times, its broker too, on a full disk and under a wrong clock; ARGS="--kills 20"
 	@packaging/setup.sh tests
 	@$(TRAINER)/python -m bench.crash $(ARGS)
+
+powercut: setup ## cut the power of a virtual machine 20 times (as root, half an hour); its report is docs/powercut.md; ARGS="--cuts 3"
+	@packaging/setup.sh tests powercut
+	@$(TRAINER)/python -m bench.powercut $(ARGS)
 
 lint: setup
 	$(TRAINER)/ruff check .

@@ -64,6 +64,7 @@ class Fleet:
     folder: Path
     registry: Registry
     chance: random.Random
+    padding_bytes: int = PADDING_BYTES
     made: int = 0
 
     def next(self) -> ReleaseRef:
@@ -72,7 +73,7 @@ class Fleet:
         source = self.folder / f"toy-{self.made % 2}"
         folder = self.folder / f"made-{self.made}"
         copy_release(source, folder, {"release": f"toy@2.{self.made}"})
-        (folder / "padding.bin").write_bytes(self.chance.randbytes(PADDING_BYTES))
+        (folder / "padding.bin").write_bytes(self.chance.randbytes(self.padding_bytes))
         fields = json.loads((folder / "release.json").read_bytes())
         roles = {role: entry["path"] for role, entry in fields["files"].items()} | {"padding": "padding.bin"}
         files = build_manifest(folder, fields["release"], kind="detect", engine="onnx_detect", roles=roles).files

@@ -9,6 +9,7 @@ import base64
 import random
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +19,7 @@ from tests.support.device import SITE, Bus
 from tests.support.models import PLAIN, STRANGE, picture
 
 RESEND_S = 5.0
-# Seconds between two of a kind.
-FILES_S, IMAGES_S, PROMPTS_S, NONSENSE_S, HUGE_S = 0.1, 0.3, 1.0, 3.0, 40.0
+EVERY_S = {"file": 0.1, "image": 0.3, "prompt": 1.0, "nonsense": 3.0, "huge": 40.0}  # between two of a kind
 BAD_SHARE = 0.1
 HUGE_BYTES = (32 << 20) + 1  # one more than an image may have
 
@@ -40,6 +40,7 @@ class Load:
     device: str
     inbox: Path
     chance: random.Random
+    every_s: Mapping[str, float] = field(default_factory=lambda: EVERY_S)  # a kind that is not named does not come
     files: list[str] = field(default_factory=list)
     put_in: Counter[str] = field(default_factory=Counter)
     requests: dict[str, _Request] = field(default_factory=dict)  # every one, by id
@@ -50,12 +51,12 @@ class Load:
 
     def tick(self, now: float) -> None:
         """Put in what is due, and send again what has no reply."""
-        for name, every_s, act in (
-            ("file", FILES_S, self._file), ("image", IMAGES_S, self._image), ("prompt", PROMPTS_S, self._prompt),
-            ("nonsense", NONSENSE_S, self._nonsense), ("huge", HUGE_S, self._huge),
+        for name, act in (
+            ("file", self._file), ("image", self._image), ("prompt", self._prompt), ("nonsense", self._nonsense),
+            ("huge", self._huge),
         ):  # fmt: skip
-            if now >= self._next.get(name, 0.0):
-                self._next[name] = now + every_s
+            if name in self.every_s and now >= self._next.get(name, 0.0):
+                self._next[name] = now + self.every_s[name]
                 act()
         self.repeat(now)
 

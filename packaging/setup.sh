@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes what `make demo` and `make test` need: the system packages, one environment for devices, one for the trainer.
-# Safe to run again: what is there and current is left alone. Usage: packaging/setup.sh device|trainer|tests ...
+# Safe to run again: what is there and current is left alone. Usage: packaging/setup.sh device|trainer|tests|powercut ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -53,13 +53,22 @@ test_packages() {
     /usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0"); from gi.repository import Gst, GstRtspServer
 Gst.init(None); assert all(map(Gst.ElementFactory.find, ("openh264enc", "h264parse", "rtph264pay")))' 2>/dev/null ||
         missing+=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad)
-    [ ${#missing[@]} -eq 0 ] && return
+    install_if_root "${missing[@]}"
+}
+
+# The virtual machine of `make powercut`.
+powercut_packages() {
+    PATH=$PATH:/usr/sbin command -v qemu-system-x86_64 >/dev/null || install_if_root qemu-system-x86
+}
+
+install_if_root() { # packages
+    [ $# -eq 0 ] && return
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-        say "not here, and installed by root with apt-get alone: ${missing[*]}"
+        say "not here, and installed by root with apt-get alone: $*"
         return
     fi
-    say "installing ${missing[*]}"
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
+    say "installing $*"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" \
         >/dev/null || say "not installed: the tests that need them will say so"
 }
 
@@ -101,6 +110,7 @@ for name in "$@"; do
         device) environment device llm,rtsp ;;
         trainer) environment trainer llm,rtsp,trainer,demo,dev ;;
         tests) test_packages ;;
-        *) die "unknown environment '$name': device, trainer or tests" ;;
+        powercut) powercut_packages ;;
+        *) die "unknown environment '$name': device, trainer, tests or powercut" ;;
     esac
 done

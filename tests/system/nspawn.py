@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -27,14 +28,15 @@ class CannotBoot(Exception):
     """This machine cannot boot a Debian; the message is the reason that it gave."""
 
 
-def debian() -> Path:
-    """The folder of a Debian as debootstrap makes it; made once and kept below build/. Raises CannotBoot."""
+def debian(packages: Sequence[str] = PACKAGES) -> Path:
+    """The folder of a Debian with these packages, as debootstrap makes it; made once and kept below build/. Raises
+    CannotBoot."""
     if os.geteuid():
         raise CannotBoot(f"only root may make and boot a Debian, this is user {os.geteuid()}")
     for program, package in {"debootstrap": "debootstrap", "systemd-nspawn": "systemd-container"}.items():
         if shutil.which(program) is None:
             raise CannotBoot(f"{program} is missing: packaging/setup.sh tests, or apt-get install {package}")
-    name = hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:12]
+    name = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:12]
     root = ROOT / "build" / "booted" / f"{SUITE}-{name}"
     if root.is_dir():
         return root
@@ -42,7 +44,7 @@ def debian() -> Path:
     beside = root.with_name(root.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     made = subprocess.run(
-        ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, beside],
+        ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", SUITE, beside],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if made.returncode:
