@@ -211,12 +211,15 @@ class Site:
         self.note(unfinished(self.known, found))
         replies = self.load.replies
         twice = [id for id, errors in replies.items() if list(errors.values()).count("") > 1]
-        self.note({"requests with two answers": twice})
+        ends = [status for status in machine.reported("stopped") if status]
+        self.note({"requests with two answers": twice, "ends that were not in order": [f"status {s}" for s in ends]})
         command = ["e2fsck", "-f", "-n", str(self.folder / "disk.raw")]
         checked = subprocess.run(command, capture_output=True, text=True, check=False)
         if checked.returncode:
             self.note({HURT: [f"e2fsck: {checked.stdout[-1000:]}"]})
         say("; ".join(as_text(self.wrong)) or "nothing lost, doubled, damaged or moved back")
+        if "broken" in found:
+            return {}
         return {"pictures done": len(found["done"]), "results heard": len(self.known.items),
                 "samples": len(found["samples"]), "samples labelled": sum(r[2] == "labelled" for r in found["samples"]),
                 "requests answered": len(replies.keys() & self.load.requests.keys()),

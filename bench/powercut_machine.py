@@ -13,7 +13,7 @@ from bench.powercut_image import Image
 
 MEMORY_MIB = 1536
 CORES = 2
-END_S_MAX = 120.0
+END_S_MAX = 300.0
 POLL_S = 0.02
 # The words of the kernel, the initramfs's check and the init about a file system that is not whole.
 HURT = ("EXT4-fs error", "EXT4-fs warning", "UNEXPECTED INCONSISTENCY", "File system check", "fsck not present",
