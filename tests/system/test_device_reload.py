@@ -198,7 +198,7 @@ def test_requests_of_a_pipeline_that_goes_are_answered_and_the_files_stay(
         until("every file is answered or still there", lambda: _in_or_done(device) == set(names))
         assert [name for name in names if (device.inbox / name).exists()]
         write(device, configured)  # and back again: what stayed is answered
-        until("all are done", lambda: len(list((device.inbox / "done").iterdir())) == len(names), 60)
+        until("all are done", lambda: len(list((device.inbox / "done").iterdir())) == len(names), 200)
         # What was turned away is settled: the broker does not bring it again to the next start.
         device.stop()
         device.start()
