@@ -29,14 +29,14 @@ from typing import Any
 
 from bench.crash import NEW_SHARE, Fleet
 from bench.measure import Say, to_stderr
-from bench.powercut_findings import UNDER_WAY, Known, as_text, missing, phase_of, phases, unfinished
+from bench.powercut_findings import AT_REST, UNDER_WAY, Known, as_text, blamed, missing, phase_of, phases, unfinished
 from bench.powercut_image import HOST, NAME, CannotCut, Image, file_system, image
 from bench.powercut_machine import Machine, MachineFailed
 from bench.powercut_report import markdown
 from bench.soak_load import Load
 from edged.files import sha256_of
 from edged.wire.manifest import ReleaseRef
-from edged.wire.messages import Result, SampleEntry
+from edged.wire.messages import Event, Result, SampleEntry
 from tests.support.device import Bus, Device, merged, responder_tables, tables, toml
 from tests.support.models import PLAIN, STRANGE, make_release, picture
 from tests.support.slow_link import slow_link
@@ -100,6 +100,8 @@ class Site:
                 self.known.result(message.item, message.id, message.sample)
             elif isinstance(message, SampleEntry):
                 self.known.sample(message.sample, message.state)
+            elif isinstance(message, Event) and blamed(message.kind, message.text):
+                self.note({"good releases that were blamed": [message.text]})
 
     def want(self) -> ReleaseRef:
         """Another release is desired."""
@@ -158,10 +160,12 @@ class Site:
         if wanted != "start":
             self.serves(machine)
             at = self.step(machine)
-            if wanted in UNDER_WAY and at.get("update") not in UNDER_WAY:
-                self.want()
+            desired = wanted not in UNDER_WAY
             deadline = time.monotonic() + PHASE_S_MAX
             while wanted not in phases(at) and time.monotonic() < deadline:
+                if not desired and phases(at) & AT_REST:
+                    self.want()
+                    desired = True
                 at = self.step(machine)
         until = time.monotonic() + self.chance.uniform(0.0, PHASE_S[wanted])
         while time.monotonic() < until:

@@ -13,6 +13,8 @@ UNLABELLED = ("escalated", "unresolved")
 STRANGE_MARK = "-strange"  # in the name of a picture that the device asks about
 SHOWN_MAX = 5  # names of each kind of finding
 UNDER_WAY = ("downloading", "proving", "switched")
+LOOPED = "restarted too often"
+AT_REST = {"idle", "committed", "reverted", "failed"}
 
 
 @dataclass(slots=True)
@@ -48,6 +50,11 @@ def phase_of(at: Mapping[str, Any] | None, wanted: str) -> str:
     now = phases(at)
     of_note = now & {"start", *UNDER_WAY, "escalation"}
     return wanted if wanted in of_note else min(of_note, default="rest")
+
+
+def blamed(kind: str, text: str) -> bool:
+    """Whether this event takes a release back. All are good; but one under which the power was cut too often may go."""
+    return kind == "update_reverted" and LOOPED not in text
 
 
 def missing(known: Known, found: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import select
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edged.core.update import State
 from edged.files import sync
 from edged.releases import BadRelease, Releases, verify
 from edged.status_socket import ask_status
@@ -32,6 +34,7 @@ STATE = Path("/var/lib/edged")
 SPOOL = Path("/var/spool/edged/line")
 CONFIG = Path("/mnt/edged.toml")
 MEMORY = Path("/run")
+VERIFIED = {State.PROVING, State.STAGED, State.SWITCHED}  # the files of a candidate have been found whole
 PUT_S = 1.0  # between two pictures
 POLL_S = 0.3
 STOP_S_MAX = 240.0  # of the daemon: every instruction is emulated
@@ -67,6 +70,7 @@ def found(state: Path, spool: Path, memory: Path) -> dict[str, Any]:
             store.close()
     damaged = []
     refs = [ref for record in records for ref in (record.active, record.previous) if ref is not None]
+    refs += [record.candidate for record in records if record.candidate and record.state in VERIFIED]
     releases = Releases(state / "releases") if refs else None  # it would make the folder, for root alone
     for ref in refs:
         try:
@@ -119,10 +123,11 @@ def where() -> dict[str, Any]:
     }
 
 
-def told(seconds: float) -> str:
-    """What the host says within this time; a line, or nothing."""
-    ready, _, _ = select.select([sys.stdin], [], [], seconds)
-    return sys.stdin.readline().strip() if ready else ""
+def told(seconds: float) -> list[str]:
+    """What the host says within this time, in words."""
+    # Not sys.stdin, which would keep a second word to itself where select() does not see it.
+    ready, _, _ = select.select([0], [], [], seconds)
+    return os.read(0, 4096).decode().split() if ready else []
 
 
 def main() -> None:
@@ -138,8 +143,8 @@ def main() -> None:
     feeder = Feeder(stock, boot)
     last: dict[str, Any] = {}
     next_put = time.monotonic()
-    while (order := told(POLL_S)) != "stop":
-        if order == "enough":
+    while "stop" not in (orders := told(POLL_S)):
+        if "enough" in orders:
             next_put = math.inf
         if daemon.poll() is not None:
             say("ended", daemon.returncode)

@@ -17,11 +17,11 @@ the middle of a sector.
 """
 CHECKED = """\
 Checked after each boot: SQLite's integrity_check; every blob against its hash; every file of the active and the
-previous release against its manifest; every picture that was on the disk is there, in one place; every sample that a
-result or a catalogue entry named is there, once, with its picture's bytes, and no state moved back; what the kernel and
-e2fsck say about the file system. After each boot, but for those cut at the start, a request must be answered by the
-model. In the end the last release is committed, everything is answered and labelled, once, and `e2fsck -f -n` finds
-nothing.
+previous release, and of a candidate that was verified, against its manifest; every picture that was on the disk is
+there, in one place; every sample that a result or a catalogue entry named is there, once, with its picture's bytes, and
+no state moved back; what the kernel and e2fsck say about the file system. After each boot, but for those cut at the
+start, a request must be answered by the model. In the end the last release is committed, everything is answered and
+labelled, once, and `e2fsck -f -n` finds nothing. No release is bad, so none may be taken for one.
 
 The run sees what it should: with SQLite's `synchronous` set to OFF in the image, four cuts lost 32 acknowledged samples
 and a database.

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bench.powercut_findings import Known, as_text, missing, phase_of, phases, unfinished
+from bench.powercut_findings import Known, as_text, blamed, missing, phase_of, phases, unfinished
 from bench.powercut_guest import found
+from edged.core.update import State
 from edged.releases import Releases
 from edged.store import Store
 from edged.update_record import Record
@@ -126,6 +127,19 @@ def test_any_phase_but_the_start_is_any() -> None:
     assert "any" not in phases({})
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "bad"),
+    [
+        ("update_reverted", "eye: toy@2.1: release.json: Invalid JSON", True),
+        ("update_failed", "eye: toy@2.1: the trainer cannot be reached: it is tried again", False),
+        ("update_reverted", "eye: toy@2.1: the daemon was restarted too often during this update", False),
+        ("update_committed", "eye: toy@2.1: ", False),
+    ],
+)
+def test_a_release_is_blamed_only_for_cuts_that_came_too_often(kind: str, text: str, bad: bool) -> None:
+    assert blamed(kind, text) == bad
+
+
 @pytest.fixture
 def state(tmp_path: Path, toy: Path) -> Path:
     """A device's folder as a cut leaves it: a sample, its release, and a log that is not yet in the database."""
@@ -173,6 +187,16 @@ def test_a_blob_and_a_release_with_other_bytes_are_found(state: Path) -> None:
     disk = looked(state)
     assert disk["bad_blobs"] == [digest]
     assert "model.onnx" in disk["damaged"][0]
+
+
+@pytest.mark.parametrize(("update", "damaged"), [("downloading", 0), ("proving", 1), ("switched", 1)])
+def test_a_candidate_is_whole_once_it_was_verified(state: Path, toy2: Path, update: State, damaged: int) -> None:
+    ref = Releases(state / "releases").install(toy2)
+    (Releases(state / "releases").folder(ref) / "release.json").write_bytes(b"")
+    store = Store(state)
+    store.save_update("eye", Record(target="eye", state=update, candidate=ref).model_dump(mode="json"))
+    store.close()
+    assert len(looked(state)["damaged"]) == damaged
 
 
 def test_a_database_that_cannot_be_read_says_so(state: Path) -> None:
