@@ -38,7 +38,8 @@ def test_every_picture_is_answered_once_and_the_unsure_ones_are_labelled_by_the_
     with responder, Device(tmp_path, tables(tmp_path, "dev1", broker, toy)) as device:
         put_pictures(device.inbox, names("plain", 40))
         put_pictures(device.inbox, names("strange", 15), STRANGE)
-        status = device.wait("15 labels", lambda s: s["samples"].get("labelled", 0) == 15)
+        device.wait("15 labels", lambda s: s["samples"].get("labelled", 0) == 15)
+        status = device.counted("verdicts", 15)
         until("55 results", lambda: len(results(bus)) == 55)
 
         answered = results(bus)
@@ -51,10 +52,14 @@ def test_every_picture_is_answered_once_and_the_unsure_ones_are_labelled_by_the_
         assert status["counters"]["verdicts"] == 15
         assert status["samples"] == {"labelled": 15}
 
-        entries = {entry.sample: entry for entry in bus.of(SampleEntry, "dev1")}
+        def told() -> dict[str, SampleEntry]:
+            entries = {entry.sample: entry for entry in bus.of(SampleEntry, "dev1")}
+            return entries if [entry.state for entry in entries.values()] == ["labelled"] * 15 else {}
+
+        entries = until("the host was told of 15 labels", told)
         assert entries.keys() == {answered[name].sample for name in names("strange", 15)}
         for entry in entries.values():
-            assert (entry.state, entry.label[0].label) == ("labelled", "owl")
+            assert entry.label[0].label == "owl"
             assert entry.provenance is not None
             assert (entry.provenance.who, entry.provenance.release) == ("big1", "teacher@3.0")
         device.wait("an empty outbox", lambda s: s["outbox"]["messages"] == 0)
