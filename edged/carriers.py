@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Protocol, TypeVar
 
-from edged.fetch import Cancelled, FetchCancelled, Fetcher, FetchError, WrongContent
+from edged.fetch import ABSENT, Cancelled, FetchCancelled, Fetcher, FetchError, WrongContent
 from edged.part import Part
 from edged.releases import MANIFEST
 from edged.wire.manifest import FileEntry, ReleaseRef
@@ -101,4 +101,5 @@ class Https:
         said = "; ".join(str(error) for error in (*failed, *wrong)) or "no address of a trainer is known"
         if wrong and not failed:
             raise WrongContent(said)
-        raise FetchError(said, 404 if failed and all(error.status == 404 for error in failed) else None)
+        # A mirror that cannot be reached does not take back what another address said.
+        raise FetchError(said, ABSENT if any(error.status == ABSENT for error in failed) else None)

@@ -20,7 +20,7 @@ from edged.carriers import Carrier, Count
 from edged.clock import Clock
 from edged.config_host import Host
 from edged.core.bandwidth import Bucket, Metered
-from edged.fetch import Cancelled, FetchCancelled, FetchError, WrongContent
+from edged.fetch import ABSENT, Cancelled, FetchCancelled, FetchError, WrongContent
 from edged.files import sha256_of, sync
 from edged.part import Part
 from edged.releases import MANIFEST, MANIFEST_BYTES_MAX, BadRelease, Releases, read_manifest
@@ -83,7 +83,8 @@ class Delivery:
                 self._progress = None
 
     def metadata(self, name: str, bytes_max: int) -> bytes:
-        """A file of signed metadata by its name, not verified. Raises FetchError, with status 404 when there is none."""
+        """A file of signed metadata by its name, not verified. Raises FetchError, with status 404 when one carrier says that
+        there is none, and no other one has it."""
         return self._by_any([], lambda carrier: carrier.metadata(name, bytes_max, lambda: False))
 
     def progress(self, ref: ReleaseRef) -> Progress | None:
@@ -148,15 +149,17 @@ class Delivery:
             except FetchCancelled:
                 raise
             except FetchError as error:
-                log.warning("%s: %s", name, error)
                 failed.append(f"{name}: {error}")
                 status.add(error.status)
-                self._count("carrier_failures", 1)
+                if error.status != ABSENT:  # else it works, and says so
+                    log.warning("%s: %s", name, error)
+                    self._count("carrier_failures", 1)
             except WrongContent as error:
                 wrong = error
         if wrong is not None and not status:
             raise wrong
-        raise FetchError("; ".join([*failed, *([str(wrong)] if wrong else [])]), 404 if status == {404} else None)
+        # Who cannot be reached does not take back what another one said: many devices reach nothing but the broker.
+        raise FetchError("; ".join([*failed, *([str(wrong)] if wrong else [])]), ABSENT if ABSENT in status else None)
 
     def _order(self, size: int) -> tuple[str, ...]:
         chosen = self._host().carrier

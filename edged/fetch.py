@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 << 10
 ERROR_TEXT_BYTES_MAX = 300
+ABSENT = 404  # the status of what is not there
 _CONTENT_RANGE = re.compile(r"^bytes (?:(\d+)-\d+|\*)/(\d+|\*)$")
 
 Cancelled = Callable[[], bool]

@@ -13,7 +13,7 @@ from hashlib import sha256
 from edged.bulk import Bulk
 from edged.carriers import Came, Count
 from edged.clock import Clock
-from edged.fetch import Cancelled, FetchCancelled, FetchError
+from edged.fetch import ABSENT, Cancelled, FetchCancelled, FetchError
 from edged.link import Connected, Inbound
 from edged.part import Part
 from edged.stamp import Stamp
@@ -53,9 +53,12 @@ class MqttCarrier:
 
     def metadata(self, name: str, bytes_max: int, cancelled: Cancelled) -> bytes:
         """See Carrier."""
-        pointer = self._pointers().get(name)
+        pointers = self._pointers()
+        if not pointers:
+            raise FetchError(f"metadata {name}: no trainer has named its files")
+        pointer = pointers.get(name)
         if pointer is None:
-            raise FetchError(f"metadata {name}: the trainer names no such file", 404)
+            raise FetchError(f"metadata {name}: the trainer names no such file", ABSENT)
         if pointer.bytes > bytes_max:
             raise FetchError(f"metadata {name}: {pointer.bytes} bytes announced, at most {bytes_max} are taken")
         return self._document(pointer.sha256, bytes_max, cancelled)

@@ -27,6 +27,7 @@ from tests.support.disk import small_disk
 from tests.support.files import FileServer, file_server
 
 MIB = 1 << 20
+DOWN = "http://127.0.0.1:9"  # nobody listens there
 
 
 def never() -> bool:
@@ -274,7 +275,6 @@ def test_auto_takes_the_other_carrier_when_one_cannot_or_does_not(
             "mqtt: silence",
         ),
         (Scripted("none"), Scripted("no address"), FetchError, "mqtt: none; https: no address"),
-        (Scripted(fails=FetchError("a", 404)), Scripted(fails=FetchError("b", 404)), FetchError, "mqtt: a; https: b"),
     ],
 )
 def test_it_is_blamed_only_when_nobody_else_could_have_it_right(
@@ -284,7 +284,34 @@ def test_it_is_blamed_only_when_nobody_else_could_have_it_right(
     with pytest.raises(raised, match=said) as failed:
         bench.delivery().metadata("timestamp.json", 100)
     if isinstance(failed.value, FetchError):
-        assert failed.value.status == (404 if said == "mqtt: a; https: b" else None)
+        assert failed.value.status is None
+
+
+@pytest.mark.parametrize(("other", "failures"), [(FetchError("b", 404), 0), (FetchError("refused"), 1)])
+def test_a_file_is_absent_when_one_says_so_and_nobody_else_has_it(
+    bench: Bench, other: FetchError, failures: int
+) -> None:
+    """Else a device that reaches nothing but the broker would never know that there is no newer root."""
+    bench.host = Host()
+    bench.carriers = {"mqtt": Scripted(fails=FetchError("a", 404)), "https": Scripted(fails=other)}
+    with pytest.raises(FetchError, match=f"mqtt: a; https: {other}") as failed:
+        bench.delivery().metadata("2.root.json", 100)
+    assert failed.value.status == 404
+    assert bench.counted["carrier_failures"] == failures
+
+
+def test_who_hides_a_file_does_not_hide_it_from_who_has_it(bench: Bench) -> None:
+    bench.host, bench.carriers = Host(), {"mqtt": Scripted(fails=FetchError("a", 404)), "https": Scripted()}
+    assert bench.delivery().metadata("2.root.json", 100) == b"bytes"
+
+
+def test_a_mirror_that_is_down_does_not_make_what_is_absent_unknown(
+    bench: Bench, mirrors: tuple[FileServer, FileServer]
+) -> None:
+    for bench.urls in ([mirrors[0].url, DOWN], [DOWN, mirrors[0].url]):
+        with pytest.raises(FetchError) as failed:
+            bench.delivery().metadata("2.root.json", 100)
+        assert failed.value.status == 404
 
 
 def test_large_releases_go_by_https_first(bench: Bench) -> None:
