@@ -25,11 +25,13 @@ ASK = topics.ESCALATION(site=SITE, dev="cam1", tier="big", task="detect").topic
 
 def enrolled(plant: Plant, folder: Path, name: str, seed: Path, **more: Any) -> Device:
     """A device whose configuration has no word of who it is, until its bundle is installed."""
+    folder.mkdir(exist_ok=True)
     base = tables(folder, name, plant, seed, **more)
     device = Device(folder, {**base, "device": {**base["device"], "id": "unnamed"}, "broker": {"reconnect_s_max": 1}})
     bundle = folder / f"{name}.edged"
     bundle.write_bytes((plant.folder / f"{name}.edged").read_bytes())
-    device.name = name
+    device.name, device.inbox = name, folder / f"{name}-in"
+    device.inbox.mkdir()
     for _ in range(2):  # again: nothing changes
         before = device.config.read_text()
         done = device.cli("enroll", str(bundle), "--unsigned")
