@@ -44,12 +44,16 @@ class _Connection:
         self.tables: Tables = Tables(connection, execute_plugins=False)
         self.owner = threading.current_thread()
         self.durable = True
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        # Zeroing deleted rows must not cost writes of its own: a verdict wrote 20 pages instead of 12.
-        connection.execute("PRAGMA secure_delete=FAST")
-        connection.execute("PRAGMA foreign_keys=ON")
-        connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES_MAX}")
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            # Zeroing deleted rows must not cost writes of its own: a verdict wrote 20 pages instead of 12.
+            connection.execute("PRAGMA secure_delete=FAST")
+            connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES_MAX}")
+        except sqlite3.Error:
+            connection.close()
+            raise
 
 
 class Database:
@@ -63,13 +67,19 @@ class Database:
         self._connections: list[_Connection] = []
         self._lock = threading.Lock()  # guards the list
         self._writing = threading.RLock()  # in this process writers queue here, not in SQLite's sleeping retry
-        with self._meaning():
-            self._connection()
-            if check or path.stat().st_size <= CHECK_ALWAYS_BYTES:
-                self.verify(check or "quick")
-            with self.write() as tables:
-                migrate(tables)
-        sync(path.parent)
+        try:
+            with self._meaning():
+                self._connection()
+                if check or path.stat().st_size <= CHECK_ALWAYS_BYTES:
+                    self.verify(check or "quick")
+                with self.write() as tables:
+                    migrate(tables)
+            sync(path.parent)
+        except BaseException:
+            # Not when the error is forgotten: by then another file may have this name, and a closing connection deletes
+            # the log by its name.
+            self.close()
+            raise
 
     def verify(self, check: Check) -> None:
         """Read every page; `full` compares every index with its table too. Raises BrokenStore with what is wrong."""
