@@ -42,7 +42,9 @@ class Orders:
     def __init__(self, state: Path, store: Store, updater: Updater, tell: Tell) -> None:
         self._folder, self._store, self._updater, self._tell = state / FOLDER, store, updater, tell
         self._answers: dict[str, Answer] = {}
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        if not self._folder.is_dir():
+            self._folder.mkdir(mode=0o700)
+            sync(state)
         updater.answered = lambda order_id, answer: self._answer("rollback", order_id, answer)
 
     def take(self, kind: str, order_id: str, order: Order) -> None:
