@@ -77,6 +77,7 @@ class Delivery:
                 total = sum(entry.bytes for entry in files)
                 self._progressed(ref, total - sum(part.missing_bytes for part in parts), total, now=True)
                 self._bring(ref, parts, cancelled)
+                sync(folder)  # the names of the manifest and of what was linked; a part's own is kept when it is whole
             except OSError as error:
                 raise FetchError(f"{ref.release}: cannot write to {folder}: {error}") from error
             finally:
@@ -109,7 +110,6 @@ class Delivery:
         beside.write_bytes(data)
         sync(beside)
         beside.replace(path)
-        sync(folder)
 
     def _bring(self, ref: ReleaseRef, parts: list[Part], cancelled: Cancelled) -> None:
         missing = sum(part.missing_bytes for part in parts)
@@ -194,6 +194,5 @@ class Delivery:
                 source = folder / other.path
                 if other.sha256 == entry.sha256 and source.is_file() and sha256_of(source) == entry.sha256:
                     os.link(source, target)
-                    sync(target.parent)
                     return True
         return False
