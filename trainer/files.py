@@ -30,9 +30,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """`folder` and what is missing above it, durably: what is put there is not lost with its name."""
+    made = [path for path in (folder, *folder.parents) if not path.is_dir()]
+    folder.mkdir(mode, parents=True, exist_ok=True)
+    for path in made:
+        sync_folder(path.parent)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename: readers see the old bytes or the new ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

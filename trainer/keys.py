@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import CryptoSigner
 
-from trainer.files import sync_folder
+from trainer.files import make_folder, sync_folder
 
 PASSPHRASE_CHARS_MIN = 12
 ID_DIGITS = 8
@@ -75,7 +75,7 @@ class Key:
             encryption = BestAvailableEncryption(secret.encode())
         data = self._private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(folder, 0o700)
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()

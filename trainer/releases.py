@@ -29,7 +29,7 @@ from edged.wire.manifest import (
     ReleaseRef,
     Thresholds,
 )
-from trainer.files import sha256_of, sync_folder
+from trainer.files import make_folder, sha256_of, sync_folder
 
 MANIFEST = "release.json"
 
@@ -123,7 +123,7 @@ class Registry:
         existing = self._find(manifest.release)
         if existing is not None:
             return self._same(existing, manifest)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         beside = Path(tempfile.mkdtemp(prefix=f".{manifest.release}.", dir=self.folder))
         try:
             for role, entry in manifest.files.items():
