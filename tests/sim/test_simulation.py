@@ -8,32 +8,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.sim.mutants import sites
+from tests.support.sim.noticed import NOT_SIMULATED, NOTICED
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
 SEEDS = {"updates": 500, "samples": 500, "rollouts": 60, "repairs": 1000}
 TIMES = int(os.environ.get("SIM_SEEDS", "1"))
-WITHOUT_SEEDS = 1500  # at most, until a missing fsync must have been noticed
-# Which scenarios notice a missing fsync: the first that fits the start of its file's name.
-NOTICED_BY = (
-    ("edged/store/", ("repairs", "samples")),
-    ("edged/dataset.py", ("repairs",)),
-    ("edged/releases.py", ("repairs", "updates")),
-    ("edged/", ("updates",)),
-    ("trainer/files.py", ("repairs",)),
-    ("trainer/", ("rollouts",)),
-)
-NOT_SIMULATED = {
-    "edged/check_machine.py": "tries whether the disk can do it; nothing is kept",
-    "trainer/ca.py": "a person's command, repeated by hand",
-    "trainer/export/gguf.py": "a step of a training, which begins anew after a power cut",
-    "trainer/server.py": "uploads; a device hands the pixels over again until its claim is confirmed",
-}
 
 
 def start(scenario: str, seeds: str, *more: str) -> subprocess.Popen[str]:
@@ -52,29 +40,37 @@ def test_nothing_that_must_never_happen_happens(scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", SEEDS)
 def test_a_seed_is_the_same_run_every_time(scenario: str) -> None:
-    first, second = (start(scenario, "7:9", "--trace").communicate()[0] for _ in range(2))
+    running = [start(scenario, "7:9", "--trace") for _ in range(2)]
+    first, second = (process.communicate()[0] for process in running)
     assert first == second
     assert first.count("start") >= 2
 
 
-def fsyncs() -> list[str]:
-    return [site for site in sites("edged", "trainer") if site.partition(":")[0] not in NOT_SIMULATED]
+def test_every_fsync_of_the_product_is_accounted_for() -> None:
+    found = set(sites("edged", "trainer"))
+    new = found - NOTICED.keys() - NOT_SIMULATED.keys()
+    assert not new, "which scenario notices when it is left out? add it to tests/support/sim/noticed.py"
+    assert found == NOTICED.keys() | NOT_SIMULATED.keys(), "these are gone: take them out of tests/support/sim/noticed.py"
+    assert not NOTICED.keys() & NOT_SIMULATED.keys()
+
+
+@pytest.fixture(scope="session")
+def said_without(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[str]]]:
+    """site -> what a run without that fsync says, several at a time."""
+
+    def run(site: str) -> str:
+        scenario, seeds = NOTICED[site]
+        return start(scenario, f"0:{seeds}", "--without", site).communicate()[0]
+
+    asked: list[Any] = [item for item in request.session.items if "said_without" in getattr(item, "fixturenames", ())]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        yield {site: pool.submit(run, site) for site in (item.callspec.params["site"] for item in asked)}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("site", fsyncs())
-def test_without_any_one_fsync_something_is_lost(site: str) -> None:
-    scenarios = next(names for start_of, names in NOTICED_BY if site.startswith(start_of))
-    said = []
-    for scenario in scenarios:
-        process = start(scenario, f"0:{WITHOUT_SEEDS}", "--without", site)
-        said.append(process.communicate()[0])
-        if "FAILED seed" in said[-1]:
-            return
-    pytest.fail(f"nothing noticed that {site} was left out: {said}")
-
-
-def test_what_is_not_simulated_is_there() -> None:
-    files = {site.partition(":")[0] for site in sites("edged", "trainer")}
-    assert files >= NOT_SIMULATED.keys()
+@pytest.mark.parametrize("site", NOTICED)
+def test_without_any_one_fsync_something_is_lost(site: str, said_without: dict[str, Future[str]]) -> None:
+    said = said_without[site].result()
+    assert "FAILED seed" in said, f"nothing noticed that {site} was left out: {said}"

@@ -90,6 +90,11 @@ class Network(Fetcher):
 
         return Noted
 
+    def brought(self, folder: Path) -> None:
+        """A release is here: all of it stays, also what was linked."""
+        if self.world.disk.on:
+            self.whole |= {path: path.read_bytes() for path in folder.iterdir() if path.suffix != ".part"}
+
     def look(self) -> None:
         """After a start: what was fetched whole is still there."""
         for target, content in self.whole.items():
@@ -169,6 +174,7 @@ class Device:
         delivery.Part = network.part()  # type: ignore[misc]
         https = Https(network, lambda: [settings.host.url or ""], self._count)
         carrier = Delivery({"https": https}, lambda: settings.host, self.releases, clock, self._count, lambda: None)
+        self.carrier = carrier
         uploads = Uploads(network, None, settings.device.site, settings.device.id, clock, self._count, carrier.pace)  # type: ignore[arg-type]
         self.slots = {name: Slot(name) for name in settings.slots}
         self.outgoing = outgoing
@@ -176,12 +182,16 @@ class Device:
             settings, self.store, self.link, outgoing, clock, Window(clock.now()), uploads, {}, {},  # type: ignore[arg-type]
         )  # fmt: skip
         self.updater = self.control.updater = Updater(
-            self.slots, dict(settings.slots), self.releases, self.store, clock, acts.Carrier(carrier.fetch),
+            self.slots, dict(settings.slots), self.releases, self.store, clock, acts.Carrier(self._fetch),
             post=inbox.put, report=self.control.report, say=self.control.say, retry_s=settings.host.fetch_retry_s,
         )  # fmt: skip
         self.control.orders = Orders(state, self.store, self.updater, self.control.tell_command)
         storage = StorageWatch(self.opened, clock, lambda kind, text, **more: None)
         self.control.at_tick |= {"clock": ClockSteps(clock, self.store).tick, "storage": storage.tick}
+
+    def _fetch(self, ref: ReleaseRef, folder: Path, cancelled: Callable[[], bool]) -> None:
+        self.carrier.fetch(ref, folder, cancelled)
+        self.releases.network.brought(folder)
 
     def _count(self, name: str, n: int = 1) -> None:
         self.store.count(name, n)

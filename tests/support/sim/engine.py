@@ -74,13 +74,13 @@ class Made:
         return not self.fault
 
 
-def make(release: str, fault: str = "", on: ReleaseRef | None = None) -> Made:
-    """A release, or with `on` an adapter for that base."""
+def make(release: str, fault: str = "", on: ReleaseRef | None = None, like: str = "") -> Made:
+    """A release, or with `on` an adapter for that base. `like`: a release whose files it has."""
     role = "model" if on is None else "adapter"
-    words = json.dumps({"name": release, "fault": fault}).encode()
+    words = json.dumps({"name": like or release, "fault": fault}).encode()
     contents = {role: words + b"." * PADDING}
     # The second file is the same in every release: it is linked from one that is there, not fetched.
-    contents["golden_prompts"] = json.dumps([{"prompt": QUESTION, "answer": release}]).encode()
+    contents["golden_prompts"] = json.dumps([{"prompt": QUESTION, "answer": like or release}]).encode()
     contents["words"] = b"the same in every release" * 40
     names = {role: f"{role}.bin" for role in contents}
     manifest = ReleaseManifest(

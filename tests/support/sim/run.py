@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.support.sim.run", description=__doc__)
     parser.add_argument("scenario", choices=SCENARIOS)
     parser.add_argument("seeds", help="one, or first:end")
-    parser.add_argument("--without", help="file:line:column of an fsync to leave out")
+    parser.add_argument("--without", help="file:function:words of an fsync to leave out (mutants.py)")
     parser.add_argument("--trace", action="store_true", help="say what happens, and every change of the disk")
     parser.add_argument("--failures", type=int, default=1, help="end after so many")
     arguments = parser.parse_args()

@@ -42,6 +42,8 @@ class Updates(Watch):
         self.models = [seed] + [
             self._made(make(f"phi@1.{n}", dice.choice(("", "", "", "load", "answer", "item")))) for n in range(1, 4)
         ]
+        # Released anew: nothing of it is fetched but its manifest, once the other is here.
+        self.models.append(self._made(make("phi@2.0", self.models[1].fault, like=self.models[1].ref.release)))
         self.adapters = [
             self._made(make(f"style@1.{n}", dice.choice(("", "", "load", "answer")), on=dice.choice(self.models).ref))
             for n in range(2)
