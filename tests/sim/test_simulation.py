@@ -50,7 +50,9 @@ def test_every_fsync_of_the_product_is_accounted_for() -> None:
     found = set(sites("edged", "trainer"))
     new = found - NOTICED.keys() - NOT_SIMULATED.keys()
     assert not new, "which scenario notices when it is left out? add it to tests/support/sim/noticed.py"
-    assert found == NOTICED.keys() | NOT_SIMULATED.keys(), "these are gone: take them out of tests/support/sim/noticed.py"
+    assert found == NOTICED.keys() | NOT_SIMULATED.keys(), (
+        "these are gone: take them out of tests/support/sim/noticed.py"
+    )
     assert not NOTICED.keys() & NOT_SIMULATED.keys()
 
 

@@ -38,10 +38,17 @@ class Life:
     """Runs a story. Cuts come at the changes that the seed says, until `calm_s`; at `end_s` it ends."""
 
     def __init__(
-        self, world: World, story: Story, calm_s: float, end_s: float, plain: bool, jumps: bool = True
+        self,
+        world: World,
+        story: Story,
+        calm_s: float,
+        end_s: float,
+        plain: bool,
+        jumps: bool = True,
+        first: float = FIRST,
     ) -> None:
-        """`plain`: without cuts. `jumps`: whether the wall clock may be set."""
-        self._world, self._story = world, story
+        """`plain`: without cuts. `jumps`: whether the wall clock may be set. `first`: how often it is the first start."""
+        self._world, self._story, self._first = world, story, first
         self._cuts = [self._cut() for _ in range(0 if plain else world.dice.choice(CUTS))]
         for _ in range(world.dice.choice(JUMPS) if jumps and not plain else 0):
             world.after(world.dice.uniform(0, calm_s), self._jump)
@@ -70,7 +77,7 @@ class Life:
     def go(self, template: Model | None) -> Model:
         """Live through it, beginning with what is on this disk, mostly; raises Violation. What is on it in the end."""
         world, disk = self._world, self._world.disk
-        files = Model.with_folders(*FOLDERS) if template is None or world.maybe(FIRST) else template.kept()
+        files = Model.with_folders(*FOLDERS) if template is None or world.maybe(self._first) else template.kept()
         while True:
             disk.power_on(files)
             cut, power = self._cuts.pop() if self._cuts and not self._calm else (0, True)

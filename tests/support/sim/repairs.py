@@ -291,4 +291,6 @@ class Repairs:
 
 def run(world: World, outside: Path, template: Model | None) -> Model:
     """One seed; raises Violation. `template`: a disk to begin with, None: an empty one. The disk that is left."""
-    return Life(world, Repairs(world, outside, template is None), 1e6, 2e6, plain=template is None).go(template)
+    return Life(world, Repairs(world, outside, template is None), 1e6, 2e6, plain=template is None, first=0.3).go(
+        template
+    )

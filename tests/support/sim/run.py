@@ -76,7 +76,8 @@ def _run(arguments: Any, seeds: range) -> int:
                 break
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{arguments.scenario}: seeds {seeds.start}:{seed + 1}, {failures} failed")
+    end = seeds.start if seed is None else seed + 1
+    print(f"{arguments.scenario}: seeds {seeds.start}:{end}, {failures} failed")
     return 1 if failures else 0
 
 

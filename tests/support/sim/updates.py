@@ -66,7 +66,8 @@ class Updates(Watch):
     def _plan(self) -> tuple[Made, Made | None]:
         """What the fleet wants, and when; returns the last of it, which is good."""
         dice, at = self.world.dice, 0.0
-        choices = dice.choice((self.models, self.models, dice.sample(self.models, 2)))  # all, or to and fro
+        again = [self.models[1], self.models[-1]]  # with the same files
+        choices = dice.choice((self.models, self.models, dice.sample(self.models, 2), again))  # all, or to and fro
         for _ in range(dice.randrange(1, 5)):
             model, adapter = dice.choice(choices), dice.choice([None, None, *self.adapters])
             self.world.after(at, lambda model=model, adapter=adapter: self._desire(model, adapter))  # type: ignore[misc]
