@@ -12,7 +12,7 @@ NOTICED = {
     "edged/enroll.py:carry_out:sync(folder)": ("repairs", 400),
     "edged/enroll.py:carry_out:sync(plan.config.resolve().parent)": ("repairs", 400),
     "edged/files.py:sync:os.fsync": ("repairs", 400),
-    "edged/orders.py:Orders.__init__:sync(state)": ("repairs", 1500),
+    "edged/orders.py:Orders.__init__:sync(state)": ("repairs", 2500),
     "edged/orders.py:place:sync(beside)": ("repairs", 400),
     "edged/orders.py:place:sync(folder)": ("repairs", 400),
     "edged/part.py:Part.finish:os.fsync": ("updates", 400),
