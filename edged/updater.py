@@ -113,8 +113,10 @@ class Updater:
         for record in self._records.values():
             if record.state in UNDER_WAY and not (record in looped and record.state is State.REVERTING):
                 record.since = self._clock.now()
-                event = Event.LOOPED if record in looped else Event.RESTARTED
-                self._apply(record, event, "the daemon was restarted too often during this update")
+                if record in looped:
+                    self._apply(record, Event.LOOPED, "the daemon was restarted too often during this update")
+                else:
+                    self._apply(record, Event.RESTARTED, "")
         self._retry_refused()
         self._reconcile()  # what a person pinned
 
