@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 TRAINER := build/venv-trainer/bin
 
-.PHONY: help setup deb demo test test-long soak crash powercut lint types imports unit clean
+.PHONY: help setup deb demo test test-long mutants soak crash powercut lint types imports unit clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,15 +15,18 @@ demo: setup ## run the closed loop on this machine; options: make demo ARGS="--h
 
 test: setup lint types imports ## lint, types, import rules and all tests that CI runs on every change
 	@packaging/setup.sh tests
-	$(TRAINER)/python -m pytest -m "not long" tests
+	$(TRAINER)/python -m pytest -m "not long and not mutants" tests
 
 deb: ## build the Debian packages edged and edged-llm in build/deb; options: make deb ARGS="--help"
 	@packaging/setup.sh device
 	@build/venv-device/bin/python packaging/deb/build.py $(ARGS)
 
-test-long: setup ## the tests that take minutes: the demo at a reduced size and its ablations, a booted Debian
+test-long: setup ## the tests that take minutes: the demo and its ablations, booted Debians, kills in the middle of work
 	@packaging/setup.sh tests
 	$(TRAINER)/python -m pytest -m long tests
+
+mutants: setup ## leave each fsync out of the product, one at a time: the simulation must notice every one
+	$(TRAINER)/python -m pytest -m mutants tests/sim
 
 soak: setup ## 20 minutes of mixed load and disturbances; its report is docs/soak.md; options: make soak ARGS="--minutes 2"
 	@$(TRAINER)/python -m bench.soak $(ARGS)

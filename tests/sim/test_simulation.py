@@ -70,7 +70,7 @@ def said_without(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[st
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.long
+@pytest.mark.mutants
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("site", NOTICED)
 def test_without_any_one_fsync_something_is_lost(site: str, said_without: dict[str, Future[str]]) -> None:
