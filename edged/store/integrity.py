@@ -121,8 +121,11 @@ def _rows_lost(folder: Path, unclean: bool) -> str:
 
 
 def _mark(marker: Path, text: str) -> None:
-    marker.write_text(text)
-    sync(marker)
+    # Beside and renamed: writing over it would lose for a moment that damage was met before.
+    beside = marker.with_name(f"{marker.name}.new")
+    beside.write_text(text)
+    sync(beside)
+    beside.replace(marker)
     sync(marker.parent)
 
 

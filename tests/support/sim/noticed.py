@@ -31,7 +31,7 @@ NOTICED = {
         "samples",
         1500,
     ),
-    "edged/store/integrity.py:_mark:sync(marker)": ("repairs", 1500),
+    "edged/store/integrity.py:_mark:sync(beside)": ("repairs", 1500),
     "edged/store/integrity.py:_mark:sync(marker.parent)": ("repairs", 1500),
     "edged/store/integrity.py:set_aside:sync(folder)": ("repairs", 2500),
     "edged/store/recover.py:_take_over:sync(folder)": ("repairs", 1500),
