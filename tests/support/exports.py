@@ -10,7 +10,8 @@ import numpy as np
 
 from bench.photos import LABELS, photos
 from edged.engines.base import Image
-from edged.wire.manifest import FileEntry, ReleaseManifest
+from edged.wire.manifest import ReleaseManifest
+from trainer.releases import file_entry
 
 SIZE = 128  # of the inputs, in pixels
 SCORE, IOU = 0.25, 0.7
@@ -26,12 +27,11 @@ def pictures() -> list[Image]:
 
 def release(path: Path, kind: str, **more: Any) -> ReleaseManifest:
     """The manifest of a folder that holds only this export."""
-    data = path.read_bytes()
     return ReleaseManifest(
         release="parity@1.0",
         kind=kind,  # type: ignore[arg-type]
         engine=f"onnx_{kind}",
-        files={"model": FileEntry.of(path.name, len(data), [data])},
+        files={"model": file_entry(path)},
         labels=list(LABELS),
         input_size=(SIZE, SIZE),
         created="2026-01-01T00:00:00Z",
