@@ -305,9 +305,12 @@ class Updater:
         return out
 
     def known_bad(self) -> list[BadReport]:
-        """The newest of what is not installed here again."""
-        return [BadReport(release=bad.release, sha256=bad.sha256, reason=bad.reason, at=bad.at)
-                for bad in self._store.known_bad(BAD_MAX)]  # fmt: skip
+        """The newest of what is not installed here again; none while the store cannot say, which is told elsewhere."""
+        try:
+            known = self._store.known_bad(BAD_MAX)
+        except StoreError:
+            return []
+        return [BadReport(release=bad.release, sha256=bad.sha256, reason=bad.reason, at=bad.at) for bad in known]
 
     # Decisions.
 
