@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,28 +54,23 @@ MIB = 1 << 20
 ANSWERS_MAX = 512  # of a release that its probation looks at, the last
 
 
-def _policy(value: Any) -> Any:
-    if isinstance(value, dict):
-        unknown = set(value) - set(Policy.__dataclass_fields__)
+def _made(kind: type) -> BeforeValidator:
+    """A TOML table becomes a dataclass of the cores; a key that it does not have is named."""
+
+    def make(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        known = [field.name for field in fields(kind)]
+        unknown = sorted(set(value) - set(known))
         if unknown:
-            raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known: {', '.join(Policy.__dataclass_fields__)}")
-        return Policy(**value)
-    return value
+            raise ValueError(f"unknown key {unknown[0]!r}; known: {', '.join(known)}")
+        return kind(**value)
+
+    return BeforeValidator(make)
 
 
-PolicyTable = Annotated[Policy, BeforeValidator(_policy)]
-
-
-def _health(value: Any) -> Any:
-    if isinstance(value, dict):
-        unknown = set(value) - set(Criteria.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"unknown key {sorted(unknown)[0]!r}; known: {', '.join(Criteria.__dataclass_fields__)}")
-        return Criteria(**value)
-    return value
-
-
-HealthTable = Annotated[Criteria, BeforeValidator(_health)]
+PolicyTable = Annotated[Policy, _made(Policy)]
+HealthTable = Annotated[Criteria, _made(Criteria)]
 
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # a region of interest: left, top, right, bottom as shares of the frame's sides

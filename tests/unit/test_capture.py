@@ -30,6 +30,7 @@ from edged.store import Sample, StorageFull, Store, StoreError, StoreLimits
 from edged.why import document, screen
 from edged.wire import messages
 from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef
+from tests.support.clocks import SetClock
 
 SEEN = ImageStats(0.4, 0.2, 0.5)
 FITTED = Calibration(
@@ -38,31 +39,11 @@ FITTED = Calibration(
 )  # fmt: skip
 
 
-class Clock:
-    """Stands still until it is told to move."""
-
-    def __init__(self) -> None:
-        self.wall, self.mono = 1.8e9, 50.0
-
-    def now(self) -> float:
-        return self.wall
-
-    def monotonic(self) -> float:
-        return self.mono
-
-    def real(self, seconds: float) -> float:
-        return seconds
-
-    def pass_by(self, seconds: float) -> None:
-        self.wall += seconds
-        self.mono += seconds
-
-
 class Bench:
     """The capturing part of one pipeline with a real store."""
 
     def __init__(self, folder: Path, limits: StoreLimits | None = None, **config: Any) -> None:
-        self.clock, self.store = Clock(), Store(folder, limits)
+        self.clock, self.store = SetClock(), Store(folder, limits)
         self.config = Pipeline(slot="eye", source=MqttSource(), escalate_to="big", **config)
         self.outgoing = Outgoing("plant", "dev1", Stamp(self.clock))
         self.restart()
@@ -153,20 +134,20 @@ def test_over_budget_the_sample_is_kept_and_nobody_is_asked(bench: Bench) -> Non
     assert bench.store.depth()[0] == 3
     late = bench.sample("item-4")
     assert (late.label_by, late.decision, late.evidence["suppressed"]) == (None, "escalate", "messages")
-    bench.clock.pass_by(61)
+    bench.clock.passes(61)
     assert bench.handle(answer(9, policy=policy)).suppressed == ""
 
 
 def test_the_day_of_bytes_survives_a_restart(bench: Bench) -> None:
     policy = Policy(dedupe_s=0.0, bytes_per_day=10_000)
     while bench.handle(answer(int(bench.clock.mono), policy=policy)).suppressed != "bytes":
-        bench.clock.pass_by(1)
+        bench.clock.passes(1)
     spent = bench.capture._budget.spent(bench.clock.mono)
     assert 7000 < spent.bytes <= 10_000
-    bench.clock.pass_by(3600)
+    bench.clock.passes(3600)
     bench.restart()
     assert bench.handle(answer(200, policy=policy)).suppressed == "bytes"
-    bench.clock.pass_by(25 * 3600)
+    bench.clock.passes(25 * 3600)
     bench.restart()
     assert bench.handle(answer(201, policy=policy)).suppressed == ""
 
@@ -179,7 +160,7 @@ def test_what_looks_the_same_is_asked_about_once_and_audits_always(bench: Bench)
     sure = FITTED.model_copy(update={"bias": 9.0})
     audits = [bench.handle(answer(n, scene=5, policy=policy, calibration=sure)) for n in (4, 5)]
     assert audits == [Kept("item-4", ""), Kept("item-5", "")]
-    bench.clock.pass_by(61)
+    bench.clock.passes(61)
     assert bench.handle(answer(8, scene=5, policy=policy)).suppressed == ""
 
 
@@ -213,7 +194,7 @@ def test_a_full_store_is_said_and_is_no_question_without_an_answer(tmp_path: Pat
     bench = Bench(tmp_path, StoreLimits(outbox_rows_max=1))
     assert [bench.handle(answer(n)).suppressed for n in range(LATE_MAX + 2)] == ["", *["full"] * (LATE_MAX + 1)]
     assert bench.store.counters()["samples_not_kept"] == LATE_MAX + 1
-    bench.clock.pass_by(100)
+    bench.clock.passes(100)
     assert bench.answers.tick(bench.clock.mono) is None  # one is late, not those that were never asked
     bench.store.close()
 
@@ -313,7 +294,7 @@ def test_why_a_lost_object_was_asked_about(bench: Bench) -> None:
 def test_why_nobody_was_asked(bench: Bench) -> None:
     for number in range(LATE_MAX):
         bench.answers.asked(f"s{number}", bench.clock.mono)
-    bench.clock.pass_by(10)
+    bench.clock.passes(10)
     assert bench.answers.tick(bench.clock.mono) is State.OPEN
     text = shown(bench, answer(1, policy=Policy(messages_per_minute=0)))
     assert "item-1   captured" in text
@@ -326,7 +307,7 @@ def test_why_tells_what_became_of_it(bench: Bench) -> None:
     bench.handle(answer(1))
     label = [{"label": "owl", "box": [0, 0, 1, 1], "score": 1.0}]
     by = {"kind": "model", "who": "big1", "release": "teacher@3.0"}
-    bench.clock.pass_by(60)
+    bench.clock.passes(60)
     said = [{"who": who, "confidence": 0.5, "label": label} for who in ("near1", "big1")]
     bench.store.label("item-1", "labelled", label, 0.93, by, "", bench.clock.now(), None, said)
     bench.store.claim(["item-1"], "job-7")

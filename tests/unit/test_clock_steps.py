@@ -10,29 +10,10 @@ from hypothesis import strategies as st
 
 from edged.clock_steps import KEEP_S, ClockSteps
 from edged.store import OutboxMessage, Store
+from tests.support.clocks import SetClock
 
 DAY_S = 86400.0
 START = 1_800_000_000.0
-
-
-class SetClock:
-    """A wall clock that can be set beside one that cannot."""
-
-    def __init__(self) -> None:
-        self.wall, self.mono = START, 100.0
-
-    def now(self) -> float:
-        return self.wall
-
-    def monotonic(self) -> float:
-        return self.mono
-
-    def real(self, seconds: float) -> float:
-        return seconds
-
-    def passes(self, seconds: float) -> None:
-        self.wall += seconds
-        self.mono += seconds
 
 
 def message(name: str, expires: float | None) -> OutboxMessage:
@@ -46,7 +27,7 @@ def left(store: Store, clock: SetClock) -> dict[str, float | None]:
 
 @pytest.mark.parametrize("by_s", [3600.0, -3600.0, 20 * 365 * DAY_S, -300.0])
 def test_a_message_keeps_the_time_it_had_left_when_the_clock_is_set(tmp_path: Path, by_s: float) -> None:
-    clock, store = SetClock(), Store(tmp_path)
+    clock, store = SetClock(START), Store(tmp_path)
     steps = ClockSteps(clock, store)
     store.enqueue_many([message("minute", START + 60), message("for ever", None)], clock.now())
     clock.passes(20)
@@ -64,7 +45,7 @@ def test_a_message_keeps_the_time_it_had_left_when_the_clock_is_set(tmp_path: Pa
 
 
 def test_what_waits_for_a_retry_does_not_wait_for_the_clock_to_come_back(tmp_path: Path) -> None:
-    clock, store = SetClock(), Store(tmp_path)
+    clock, store = SetClock(START), Store(tmp_path)
     steps = ClockSteps(clock, store)
     store.enqueue(message("m", None), clock.now())
     store.sent("m", clock.now(), clock.now() + 30)
@@ -75,7 +56,7 @@ def test_what_waits_for_a_retry_does_not_wait_for_the_clock_to_come_back(tmp_pat
 
 
 def test_a_start_with_another_clock_is_a_step_and_a_short_stop_is_none(tmp_path: Path) -> None:
-    clock, store = SetClock(), Store(tmp_path)
+    clock, store = SetClock(START), Store(tmp_path)
     steps = ClockSteps(clock, store)
     store.enqueue(message("day", START + DAY_S), clock.now())
     clock.passes(KEEP_S + 1)
@@ -105,7 +86,7 @@ def test_a_start_with_another_clock_is_a_step_and_a_short_stop_is_none(tmp_path:
 def test_only_time_that_passes_is_taken_off(
     tmp_path_factory: pytest.TempPathFactory, turns: list[tuple[float, float]]
 ) -> None:
-    clock, store = SetClock(), Store(tmp_path_factory.mktemp("steps"))
+    clock, store = SetClock(START), Store(tmp_path_factory.mktemp("steps"))
     steps = ClockSteps(clock, store)
     store.enqueue(message("m", START + 1000), clock.now())
     for seconds, by_s in turns:
