@@ -168,9 +168,9 @@ class Samples(Watch):
         self.world.say(f"{order.action} done: {said.detail}")
         for sample in order.samples:
             kept = self.kept[sample]
-            if self.tight and order.action == "archive" and sample in said.detail["unknown"]:
-                continue  # given up, as what was used may be
-            if sample not in said.detail["moved"]:
+            # What was used may be given up: before it is archived, or before an order whose answer was lost comes again.
+            given_up = self.tight and order.action in ("used", "archive") and sample in said.detail["unknown"]
+            if sample not in said.detail["moved"] and not given_up:
                 raise Violation(f"{sample} was labelled, and cannot be moved ({order.action}): {said.detail}")
             arrived = self.network.uploaded.get(hashlib.sha256(kept.content).hexdigest())
             if order.action == "claim" and arrived != kept.content:
