@@ -27,7 +27,7 @@ from tuf.api.metadata import (
 )
 
 from edged.wire.trust import MODELS, MODELS_PATHS, SIGNED_AT
-from trainer.files import sync_folder, write_whole
+from trainer.files import make_folder, sync_folder, write_whole
 from trainer.keys import Key, Passphrase, TrustError, load_offline, short
 from trainer.repository import OFFLINE, ONLINE, Current, Lifetimes, Repository, read, write
 
@@ -65,7 +65,7 @@ def create(
         raise TrustError(f"{folder} is not empty: keys are made once; `trainer keys rotate` changes them")
     if not media:
         raise TrustError("no folder for the offline keys: name one or more with --offline")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     offline = {
         Root.type: [Key.new(Root.type) for _ in range(root.keys)],
         Targets.type: [Key.new(Targets.type) for _ in range(targets.keys)],
@@ -87,6 +87,7 @@ def create(
         beside.chmod(0o755)
         if folder.exists():
             folder.rmdir()
+        sync_folder(beside)
         os.rename(beside, folder)
         sync_folder(folder.parent)
     finally:

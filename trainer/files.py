@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,38 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
         sync_folder(path.parent)
 
 
+class Incoming:
+    """A file that comes in pieces: beside its place in `folder`, named `prefix`..., until it is kept, whole, on the disk."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        handle, beside = tempfile.mkstemp(prefix=prefix, dir=folder)
+        self._file, self._beside = os.fdopen(handle, "wb"), Path(beside)
+        self.digest = hashlib.sha256()  # of what has come
+
+    def write(self, data: bytes) -> None:
+        """The next piece."""
+        self.digest.update(data)
+        self._file.write(data)
+
+    def keep(self, path: Path) -> None:
+        """It is whole: `path`, in the same folder, is this file from now on, also after a power cut."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._beside, path)
+        sync_folder(path.parent)
+
+    def close(self) -> None:
+        """Nothing is left beside, whatever has happened."""
+        self._file.close()
+        self._beside.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename: readers see the old bytes or the new ones."""
     make_folder(path.parent)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with closing(Incoming(path.parent, f".{path.name}.")) as incoming:
+        incoming.write(data)
+        incoming.keep(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,13 +6,10 @@ must be a sample that an open job claims, of the length allowed, with the hash t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import ssl
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from trainer.files import sync_folder
+from trainer.files import Incoming
 from trainer.releases import MANIFEST, Registry, ReleaseError
 from trainer.revoked import Revoked, list_of
 
@@ -35,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 START_S_MAX = 15.0
+UPLOAD = ".upload-"  # how a file is called while it comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class Server:
         self._options, self._registry, self._samples = options, registry, samples
         self._claimed, self._status, self._arrived, self._metadata = claimed, status, arrived, metadata
         samples.mkdir(parents=True, exist_ok=True)
-        for left in samples.glob(".upload-*"):  # of an earlier process
+        for left in samples.glob(f"{UPLOAD}*"):  # of an earlier process
             left.unlink()
         listed = list_of(options.ca, options.crl)
         self._revoked = None if listed is None or options.ca is None else Revoked(listed)
@@ -200,24 +198,19 @@ class Server:
 
     async def _receive(self, request: Request, target: Path, limit: int) -> str:
         """The SHA-256 of the body; it lies at `target` when that is the target's name, and nowhere else."""
-        digest, size = hashlib.sha256(), 0
-        handle, beside = tempfile.mkstemp(prefix=".upload-", dir=self._samples)
+        size, incoming = 0, await run_in_threadpool(Incoming, self._samples, UPLOAD)
         try:
-            with os.fdopen(handle, "wb") as file:
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    if size > limit:
-                        raise TooLarge(f"more than {limit} bytes")
-                    digest.update(chunk)
-                    await run_in_threadpool(file.write, chunk)
-                file.flush()
-                await run_in_threadpool(os.fsync, file.fileno())
-            if digest.hexdigest() == target.name:
-                os.replace(beside, target)
-                await run_in_threadpool(sync_folder, self._samples)
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise TooLarge(f"more than {limit} bytes")
+                await run_in_threadpool(incoming.write, chunk)
+            found = incoming.digest.hexdigest()
+            if found == target.name:
+                await run_in_threadpool(incoming.keep, target)
         finally:
-            Path(beside).unlink(missing_ok=True)
-        return digest.hexdigest()
+            incoming.close()
+        return found
 
 
 async def _discard(request: Request, limit: int) -> None:

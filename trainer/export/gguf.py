@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -174,13 +173,12 @@ def safetensors_of(folder: Path) -> Iterator[dict[str, StoredTensor]]:
 
 @contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write to; it becomes `out`, on disk, when the block ends well, and goes away when not."""
+    """A path beside `out` to write to; it becomes `out` when the block ends well, and goes away when not. It is not fsynced:
+    what a release ships is, when it is registered."""
     beside = out.with_name(f".{out.name}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
         beside.replace(out)
     finally:
         beside.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from random import Random
 
 ROOT = Path(__file__).parents[3]
 SOURCE = Path(__file__).with_name("disk.c")
+MAPPED = "-shm"  # SQLite's mapped memory, made anew by who opens the database first
 SECTOR = 512  # bytes that are written wholly or not at all
 OPEN, WRITE, SIZE, RENAME, LINK, UNLINK, MKDIR, FSYNC, CLOSE = range(1, 10)
 NAMES = ("", "open", "write", "size", "rename", "link", "unlink", "mkdir", "fsync", "close")
@@ -144,8 +145,23 @@ class Model:
         return Model(_settled(self.top, lambda f: names.get(f, f.durable), lambda f: f.left(dice), made))
 
     def kept(self) -> Model:
-        """What the end of the process leaves: everything, because the system goes on."""
+        """What there is now, as a disk of its own on which all of it is durable."""
         return Model(_settled(self.top, lambda f: f.now, lambda f: f.now(), {}))
+
+    def carried(self) -> Model:
+        """What the end of the process leaves: everything, because the system goes on. What was not durable still is not."""
+        self.open = {}
+        folders = [self.top]
+        for folder in folders:
+            folders += [node for node in folder.now.values() if isinstance(node, Folder)]
+            for name in [name for name in folder.now if name.endswith(MAPPED)]:
+                del folder.now[name]
+                folder.durable.pop(name, None)
+                self.changes = [
+                    {key: node for key, node in each.items() if key != (folder, name)} for each in self.changes
+                ]
+        self.changes = [change for change in self.changes if change]
+        return self
 
     def find(self, path: str, start: Folder | None = None) -> tuple[Folder, str]:
         """The folder that a path's last name is in, and that name; for the top itself, an empty name."""
@@ -173,7 +189,7 @@ class Model:
                 else:
                     written[node] = inner
                     with open(inner, "wb", buffering=0) as file:
-                        file.write(node.durable)
+                        file.write(node.now())
 
     @classmethod
     def with_folders(cls, *names: str) -> Model:
@@ -194,7 +210,7 @@ def _settled(folder: Folder, names_of, content_of, made: dict[File, File]) -> Fo
     for name, node in names_of(folder).items():
         if isinstance(node, Folder):
             found[name] = _settled(node, names_of, content_of, made)
-        elif not name.endswith("-shm"):  # of SQLite: mapped memory, made anew by who opens the database first
+        elif not name.endswith(MAPPED):
             if node not in made:
                 made[node] = File(content_of(node))
             found[name] = made[node]
@@ -249,7 +265,7 @@ class Disk:
         """What is left now, after a power cut, or without `dice` after the end of the process."""
         self._c.sim_stop()
         self._take_in()
-        return self._model.left(dice) if dice else self._model.kept()
+        return self._model.left(dice) if dice else self._model.carried()
 
     def _take_in(self) -> None:
         log = ctypes.string_at(self._c.sim_log(), self._c.sim_log_length()) if self._c.sim_log_length() else b""

@@ -26,6 +26,7 @@ NOTICED = {
     "edged/store/blobs.py:Blobs.__init__:sync(folder.parent)": ("repairs", 1500),
     "edged/store/blobs.py:Blobs.write:os.fsync": ("samples", 400),
     "edged/store/blobs.py:Blobs.write:sync(target.parent)": ("samples", 400),
+    "edged/store/database.py:Database.__init__:sync(path.parent)": ("repairs", 2500),
     'edged/store/database.py:_Connection.__init__:"PRAGMA synchronous=FULL"': ("repairs", 1500),
     "edged/store/database.py:Database.write:f\"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}\"": (
         "samples",
@@ -38,11 +39,13 @@ NOTICED = {
     "edged/store/recover.py:_copy:sync(beside)": ("repairs", 1500),
     "edged/trust.py:write_durably:os.fsync": ("repairs", 400),
     "edged/trust.py:write_durably:sync(path.parent)": ("repairs", 400),
+    "trainer/ceremony.py:create:sync_folder(beside)": ("ceremonies", 40),
+    "trainer/ceremony.py:create:sync_folder(folder.parent)": ("ceremonies", 40),
     'trainer/database.py:_configure:"synchronous = FULL"': ("rollouts", 400),
     "trainer/files.py:make_folder:sync_folder(path.parent)": ("repairs", 400),
     "trainer/files.py:sync_folder:os.fsync": ("repairs", 400),
-    "trainer/files.py:write_whole:os.fsync": ("repairs", 400),
-    "trainer/files.py:write_whole:sync_folder(path.parent)": ("repairs", 400),
+    "trainer/files.py:Incoming.keep:os.fsync": ("repairs", 400),
+    "trainer/files.py:Incoming.keep:sync_folder(path.parent)": ("repairs", 400),
     "trainer/keys.py:Key.save:os.fsync": ("repairs", 400),
     "trainer/keys.py:Key.save:sync_folder(folder)": ("repairs", 400),
     "trainer/releases.py:Registry.register:sync_folder(beside)": ("repairs", 400),
@@ -53,14 +56,4 @@ NOTICED = {
 
 NOT_SIMULATED = {
     "edged/check_machine.py:_durable:os.fsync": "tries whether the disk can do it; nothing is kept",
-    "edged/store/database.py:Database.__init__:sync(path.parent)": (
-        "SQLite fsyncs the folder of a log that it made itself; this is for a log that a killed process made and did not "
-        "get to fsync, and in a world of the simulation everything is on the disk after a kill"
-    ),
-    "trainer/ceremony.py:create:sync_folder(folder.parent)": (
-        "a person's command, repeated by hand: keys whose folder is gone have signed nothing that anybody has"
-    ),
-    "trainer/export/gguf.py:written_beside:os.fsync": "a step of a training, which begins anew after a power cut",
-    "trainer/server.py:Server._receive:os.fsync": "a device hands the pixels over again until its claim is confirmed",
-    "trainer/server.py:Server._receive:run_in_threadpool(sync_folder, self._samples)": "the same",
 }

@@ -120,7 +120,8 @@ class Repairs:
         if self.plain or not isinstance(state, Folder) or not self.world.maybe(0.5):
             return
         database = state.now.get("edged.db")
-        if isinstance(database, File) and len(database.durable) > 8192 and self.kept:
+        # With something pending it was no power cut: the system went on.
+        if isinstance(database, File) and not database.pending and len(database.durable) > 8192 and self.kept:
             self.world.say("the database is damaged")
             self.damaged = self.rotten = True
             database.durable = database.durable[:100] + b"\xff" * 60 + database.durable[160:]
