@@ -15,7 +15,7 @@ demo: setup ## run the closed loop on this machine; options: make demo ARGS="--h
 
 test: setup lint types imports ## lint, types, import rules and all tests that CI runs on every change
 	@packaging/setup.sh tests
-	$(TRAINER)/python -m pytest -m "not long and not mutants" tests
+	$(TRAINER)/python -m pytest -m "not long" tests
 
 deb: ## build the Debian packages edged and edged-llm in build/deb; options: make deb ARGS="--help"
 	@packaging/setup.sh device
@@ -26,7 +26,7 @@ test-long: setup ## the tests that take minutes: the demo and its ablations, boo
 	$(TRAINER)/python -m pytest -m long tests
 
 mutants: setup ## leave each fsync out of the product, one at a time: the simulation must notice every one
-	$(TRAINER)/python -m pytest -m mutants tests/sim
+	$(TRAINER)/python -m pytest -m long tests/sim
 
 soak: setup ## 20 minutes of mixed load and disturbances; its report is docs/soak.md; options: make soak ARGS="--minutes 2"
 	@$(TRAINER)/python -m bench.soak $(ARGS)

@@ -1,6 +1,7 @@
 """The SQLite file: connections, transactions and what their errors mean. The only importer of sqlite3.
 
-Law of this file: `write()` is on the disk when it returns. `write(durable=False)` survives a crash of the process but
+Law of this file: `write()` is on the disk when it returns (SQLite fsyncs the folder too, the first time that a process
+commits: its log may be new). `write(durable=False)` survives a crash of the process but
 may be undone, whole transactions from the end, by a power cut: only for what is then merely done again.
 """
 
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edged.files import sync
 from edged.store.records import BrokenStore, StorageFull, StoreError
 from edged.store.schema import migrate
 
@@ -74,7 +74,6 @@ class Database:
                     self.verify(check or "quick")
                 with self.write() as tables:
                     migrate(tables)
-            sync(path.parent)
         except BaseException:
             # Not when the error is forgotten: by then another file may have this name, and a closing connection deletes
             # the log by its name.

@@ -20,7 +20,7 @@ from tests.support.sim.noticed import NOT_SIMULATED, NOTICED
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
-SEEDS = {"updates": 500, "samples": 500, "rollouts": 60, "repairs": 1000, "ceremonies": 40}
+SEEDS = {"updates": 500, "samples": 500, "rollouts": 60, "repairs": 1000, "ceremonies": 40, "commands": 300}
 TIMES = int(os.environ.get("SIM_SEEDS", "1"))
 
 
@@ -70,7 +70,7 @@ def said_without(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[st
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.mutants
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("site", NOTICED)
 def test_without_any_one_fsync_something_is_lost(site: str, said_without: dict[str, Future[str]]) -> None:

@@ -17,7 +17,7 @@ NOTICED = {
     "edged/orders.py:place:sync(folder)": ("repairs", 400),
     "edged/part.py:Part.finish:os.fsync": ("updates", 400),
     "edged/part.py:Part.finish:sync(self.target.parent)": ("updates", 400),
-    "edged/releases.py:Releases.__init__:sync(root.parent)": ("updates", 1500),
+    "edged/releases.py:Releases.__init__:sync(root.parent)": ("repairs", 1500),
     "edged/releases.py:Releases.begin:sync(self.root)": ("repairs", 1500),
     "edged/releases.py:Releases.install:sync(beside / name)": ("repairs", 400),
     "edged/releases.py:Releases.install:sync(beside)": ("repairs", 400),
@@ -26,7 +26,6 @@ NOTICED = {
     "edged/store/blobs.py:Blobs.__init__:sync(folder.parent)": ("repairs", 1500),
     "edged/store/blobs.py:Blobs.write:os.fsync": ("samples", 400),
     "edged/store/blobs.py:Blobs.write:sync(target.parent)": ("samples", 400),
-    "edged/store/database.py:Database.__init__:sync(path.parent)": ("repairs", 2500),
     'edged/store/database.py:_Connection.__init__:"PRAGMA synchronous=FULL"': ("repairs", 1500),
     "edged/store/database.py:Database.write:f\"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}\"": (
         "samples",

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SCENARIOS = ("updates", "samples", "rollouts", "repairs", "ceremonies")
+SCENARIOS = ("updates", "samples", "rollouts", "repairs", "ceremonies", "commands")
 MARK = "EDGED_SIM_RECORDER"
 
 
