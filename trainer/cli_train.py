@@ -52,7 +52,7 @@ def train_here(
     job = TrainJob(
         settings, model, parsed, samples or settings.samples, output_dir or settings.runs / f"{model}-{stamp}"
     )
-    needed = (min_samples - 1 if min_samples is not None else own.threshold) if require_threshold else None
+    needed = (min_samples if min_samples is not None else own.threshold + 1) if require_threshold else None
     if dry_run:
         show(plan(job), as_json=True)
         return
@@ -60,7 +60,7 @@ def train_here(
     from trainer.train import train as run
 
     try:
-        result = run(job, require_more_than=needed)
+        result = run(job, samples_min=needed)
     except TooFewSamples as error:
         show({"outcome": "too_few_samples", "reason": str(error)}, as_json=True)
         raise typer.Exit(EXIT_TOO_FEW) from None

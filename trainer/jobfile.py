@@ -9,6 +9,8 @@ from typing import Any
 from edged.wire.manifest import TrainingManifest
 from trainer.config import TrainerConfig
 
+LATEST = "latest.json"  # beside the runs: how the last one that came to its end went
+
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
@@ -19,6 +21,24 @@ class TrainJob:
     manifest: TrainingManifest
     samples: Path
     run: Path
+
+    @property
+    def kind(self) -> str:
+        """The kind of model that is trained."""
+        return self.config.model(self.model).kind
+
+    def describe(self) -> dict[str, Any]:
+        """The job as metadata.json says it."""
+        settings = self.config.model(self.model)
+        return {
+            "job": self.manifest.job,
+            "model": self.model,
+            "kind": self.kind,
+            "source": self.manifest.source,
+            "target": self.manifest.target,
+            "config": settings.model_dump(mode="json"),
+            "seed": settings.seed,
+        }
 
 
 def plan(job: TrainJob) -> dict[str, Any]:
