@@ -20,6 +20,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from edged.wire.manifest import TrainingManifest, TrainingSample
 from trainer.child import Child, Outcome, read_outcome
+from trainer.config import Model
 from trainer.core.rollout import Phase, Rollout
 from trainer.core.triggers import Fire, Wait, decide
 from trainer.database import commands, jobs, rollouts, samples
@@ -48,8 +49,9 @@ class Jobs:
 
     def tick(self) -> None:
         """Start what a trigger asks for, and move every open job on by what has happened."""
-        for model in self._host.config.models:
-            self._trigger(model)
+        for model, settings in self._host.config.models.items():
+            if isinstance(settings, Model):  # a language model learns from a data set: `trainer train --dataset`
+                self._trigger(model)
         with self._host.database.read() as connection:
             rows = [dict(row._mapping) for row in connection.execute(select(jobs).where(jobs.c.status.in_(OPEN)))]
         for row in sorted(rows, key=lambda row: row["created"]):

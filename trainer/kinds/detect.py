@@ -29,7 +29,7 @@ from trainer.datasets import (
 )
 from trainer.evaluate import Labelled, calibration_items, evaluate, evaluate_release, image_sha256, observe
 from trainer.files import sha256_of
-from trainer.jobfile import TrainJob
+from trainer.jobfile import TrainJob, bring_samples
 from trainer.releases import Registry
 from trainer.run import Run
 
@@ -86,6 +86,7 @@ class Detection:
             )
 
     def read(self) -> int:
+        bring_samples(self.job)
         self.sets = read_sets(self.job, self.settings)
         selected = self.sets.selected
         self.run.facts["samples"] = {
@@ -242,7 +243,9 @@ class Detection:
             "samples": self.run.facts["samples"],
             "training_manifest_sha256": sha256(self.job.manifest.model_dump_json().encode()).hexdigest(),
             "training": {
-                **{name: getattr(settings, name) for name in ("imgsz", "epochs", "batch", "lr", "replay_ratio", "seed")},
+                **{
+                    name: getattr(settings, name) for name in ("imgsz", "epochs", "batch", "lr", "replay_ratio", "seed")
+                },
                 "lora": settings.lora.model_dump(mode="json"),
                 "weights_sha256": new.weights_sha256,
             },
