@@ -60,6 +60,11 @@ class TrainJob:
             "seed": self.settings.seed,
         }
 
+    def command(self) -> str:
+        """How to train the same again."""
+        given = f"--dataset {self.dataset}" if self.dataset else f"--manifest {self.run / 'manifest.json'}"
+        return f"trainer train --model {self.model} --strategy {self.strategy} {given}"
+
 
 def strategies(settings: Model | TextModel) -> tuple[str, ...]:
     """What improves such a model, the usual one first."""

@@ -17,7 +17,7 @@ from edged.engines.base import EngineError
 from trainer.child import METADATA, PROGRESS
 from trainer.core.gate import Verdict
 from trainer.datasets import DatasetError
-from trainer.files import write_json
+from trainer.files import write_json, write_whole
 from trainer.jobfile import LATEST, TrainJob
 from trainer.kinds import begin
 from trainer.releases import ReleaseError
@@ -65,9 +65,22 @@ def train(job: TrainJob, *, samples_min: int | None = None, hear: Hear = lambda 
         "history": run.history,
         **run.facts,
     }
+    _describe(job, metadata)
     write_json(job.run / METADATA, metadata)
     write_json(job.run.parent / LATEST, {"run": job.run.name, "outcome": outcome, "target": job.manifest.target})
     return metadata
+
+
+def _describe(job: TrainJob, metadata: dict[str, Any]) -> None:
+    """The pictures and the model card of the run; what goes wrong with them costs the run nothing."""
+    from trainer.card import CARD, card
+    from trainer.plots import draw
+
+    try:
+        text = card(metadata, draw(job.run, metadata), job.command())
+        write_whole(job.run / CARD, text.encode())
+    except Exception:  # a picture is worth less than the release it shows
+        log.exception("%s: no model card", job.run)
 
 
 def _run(run: Run, samples_min: int | None) -> tuple[Verdict, dict[str, Any]]:
@@ -77,6 +90,9 @@ def _run(run: Run, samples_min: int | None) -> tuple[Verdict, dict[str, Any]]:
     log.info("samples: %s", run.facts.get("samples"))
     if samples_min is not None and usable < samples_min:
         raise TooFewSamples(f"{usable} usable samples, {samples_min} are needed")
+    manifest = run.folder / "manifest.json"
+    if not manifest.is_file():  # what it takes to train the same again
+        write_whole(manifest, run.job.manifest.model_dump_json(indent=2).encode())
     with run.stage("train"):
         training.tune()
     with run.stage("export"):

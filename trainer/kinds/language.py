@@ -60,11 +60,6 @@ class Language:
                 f"models.{self.job.model}.base = {self.base.ref.release}: adapters are for whole models of kind llm and "
                 f"engine llama, it is {self.base.manifest.kind} for {self.base.manifest.engine}"
             )
-        if not (self.settings.checkpoint / "config.json").is_file():
-            raise DatasetError(
-                f"models.{self.job.model}.checkpoint = {self.settings.checkpoint}: no config.json is there; name the "
-                f"Hugging Face checkpoint that {self.base.ref.release} was exported from"
-            )
         self.current = current_adapter(self.job.config.releases, self.job.manifest.target, self.base)
 
     def read(self) -> int:
@@ -100,6 +95,11 @@ class Language:
     def tune(self) -> None:
         if not self.sets.training:
             raise DatasetError(f"{self.dataset}: nothing is left to train on: {self.run.facts['samples']}")
+        if not (self.settings.checkpoint / "config.json").is_file():
+            raise DatasetError(
+                f"models.{self.job.model}.checkpoint = {self.settings.checkpoint}: no config.json is there; name the "
+                f"Hugging Face checkpoint that {self.base.ref.release} was exported from"
+            )
         settings = self.tuner.settings.model_validate(self.settings.asked())
         scratch = self.run.folder / "scratch"
         work = Work(
