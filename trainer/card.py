@@ -91,7 +91,7 @@ def _training(metadata: Mapping[str, Any], plots: Sequence[str]) -> str:
     rows = [("strategy", metadata["strategy"]), ("seed", metadata["seed"])]
     rows.append(("parameters trained", f"{training['trainable']:,}" + (f" ({share:.2%})" if share else "")))
     rows += [(name, _value(value)) for name, value in settings.items() if name != "seed"]
-    known = {"strategy", "trainable", "parameters", "settings"}
+    known = {"strategy", "trainable", "parameters", "settings", *(metadata["history"] or [{}])[-1]}
     rows += [(name.replace("_", " "), _value(value)) for name, value in training.items() if name not in known]
     rows += [(f"seconds: {name}", f"{seconds:.1f}") for name, seconds in metadata["timings_s"].items()]
     picture = "\n\n![loss by epoch](loss.png)" if "loss.png" in plots else ""

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,6 +109,7 @@ def _job(
     from pydantic import ValidationError
 
     from edged.wire.manifest import TrainingManifest
+    from trainer.datasets import DatasetError
     from trainer.jobfile import JobError, TrainJob, dataset_job
     from trainer.releases import ReleaseError
 
@@ -120,7 +122,7 @@ def _job(
             return dataset_job(settings, name, strategy, dataset.absolute(), run, created=created, job=run.name)
         assert manifest is not None
         parsed = TrainingManifest.model_validate_json(manifest.read_bytes())
-    except (JobError, ReleaseError) as error:
+    except (JobError, ReleaseError, DatasetError) as error:
         fail(str(error))
     except (OSError, ValidationError) as error:
         fail(f"{manifest or dataset}: {error}")
@@ -138,6 +140,7 @@ def _new_folder(runs: Path, name: str) -> Path:
 def _train_here(job: TrainJob, samples_min: int | None, dry_run: bool, activate: Path | None) -> None:
     """Train, print the summary, and end with the status that says how it went."""
     from trainer.jobfile import needed, plan
+    from trainer.ready import UnderWay, at_work, mark_used, unused
 
     least = None if samples_min is None else needed(job.settings, samples_min if samples_min > 0 else None)
     if dry_run:
@@ -145,20 +148,30 @@ def _train_here(job: TrainJob, samples_min: int | None, dry_run: bool, activate:
             said = plan(job)
         except (ValueError, OSError) as error:
             fail(str(error))
-        if least is not None and said["samples_usable"] < least:
+        if job.dataset is not None:
+            said["samples_new"] = len(unused(job.config, job))
+        if least is not None and said.get("samples_new", said["samples_usable"]) < least:
             show({**said, "needed": least, "outcome": "too_few_samples"}, as_json=True)
             raise typer.Exit(EXIT_TOO_FEW)
         show(said, as_json=True)
         return
     if activate is not None and job.kind != "llm":
         fail("--activate: only adapters of language models are activated by an overrides file")
+    if job.dataset is not None and least is not None and (new := len(unused(job.config, job))) < least:
+        reason = f"{new} new samples, {least} are needed: what a training has had does not count again"
+        show({"outcome": "too_few_samples", "reason": reason, "samples_new": new, "needed": least}, as_json=True)
+        raise typer.Exit(EXIT_TOO_FEW)
     from trainer.progress import shown, stdout_kept_clean
     from trainer.train import TooFewSamples
     from trainer.train import train as run
 
     try:
-        with stdout_kept_clean(), shown() as hear:
+        with stdout_kept_clean(), shown() as hear, at_work(job.config, job.model) if job.dataset else nullcontext():
             result = run(job, samples_min=least, hear=hear)
+            if job.dataset is not None:
+                mark_used(job.config, job.model, (each.sha256 for each in job.manifest.samples))
+    except UnderWay as error:
+        fail(str(error))
     except TooFewSamples as error:
         show({"outcome": "too_few_samples", "reason": str(error), "needed": least}, as_json=True)
         raise typer.Exit(EXIT_TOO_FEW) from None

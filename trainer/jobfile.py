@@ -104,7 +104,7 @@ def dataset_job(
             raise JobError(f"--dataset {dataset}: no such file; a language model learns from a dataset.jsonl")
         source = settings.base or _newest(registry, model, "llm")
         target = str(registry.next_version(settings.adapter or f"{model}-lora"))
-        rows: list[TrainingSample] = []
+        rows = _examples(dataset, strategy)
     else:
         if not (dataset / _LABELS).is_file():
             raise JobError(f"--dataset {dataset}: no {_LABELS} is there; a vision model learns from a labelled folder")
@@ -173,6 +173,19 @@ def _text_plan(job: TrainJob, settings: TextModel) -> dict[str, Any]:
         "checkpoint": str(settings.checkpoint),
         "settings": tuning.model_dump(mode="json"),
     }
+
+
+def _examples(dataset: Path, strategy: str) -> list[TrainingSample]:
+    """The examples of a dataset.jsonl as samples, each named by what is said in it."""
+    from trainer.kinds.texts import read
+
+    return [
+        TrainingSample(
+            id=each.identity[:16], device="", sha256=each.identity, label={"text": each.wanted, "other": each.other},
+            provenance={"kind": each.provenance},
+        )
+        for each in read(dataset, strategy)[0]
+    ]  # fmt: skip
 
 
 def _newest(registry: Registry, model: str, kind: str) -> str:

@@ -22,19 +22,19 @@ from edged.wire.manifest import TrainingManifest, TrainingSample
 from trainer.child import Child, Outcome, read_outcome
 from trainer.config import Model
 from trainer.core.rollout import Phase, Rollout
-from trainer.core.triggers import Fire, Wait, decide
+from trainer.core.triggers import Fire, Wait
 from trainer.database import commands, jobs, rollouts, samples
 from trainer.files import write_whole
-from trainer.fleet import ENDED, current_release, members, trainable, training_counts
+from trainer.fleet import ENDED, current_release, members, trainable
 from trainer.host import Host, new_id
 from trainer.keys import TrustError
+from trainer.ready import OPEN, decision
 from trainer.releases import ReleaseError
 from trainer.rollouts import start_rollout
 from trainer.signing import register
 
 log = logging.getLogger(__name__)
 
-OPEN = ("claiming", "training", "deploying")
 STARTS_MAX = 3  # of a training child, when it was killed or the trainer was
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
@@ -89,23 +89,8 @@ class Jobs:
     def _decide(self, model: str, *, operator: bool) -> Fire | Wait:
         settings = self._host.config.model(model)
         with self._host.database.read() as connection:
-            new, usable = training_counts(connection, model, settings.label_confidence_min)
-            rows = connection.execute(select(jobs.c.created, jobs.c.status).where(jobs.c.model == model)).all()
-            # A rollout by hand counts too: while two releases are about, there is no one to improve.
-            rolling = connection.execute(
-                select(rollouts.c.id).where(
-                    rollouts.c.model == model, rollouts.c.phase.notin_((Phase.DONE.value, Phase.ABORTED.value))
-                )
-            ).first()
-        return decide(
-            new,
-            usable,
-            settings.trigger_rules(),
-            last_started=max((row.created for row in rows), default=None),
-            job_open=rolling is not None or any(row.status in OPEN for row in rows),
-            operator=operator,
-            now=self._host.now(),
-        )
+            rules = settings.trigger_rules()
+            return decision(connection, model, settings, rules, operator=operator, now=self._host.now())
 
     def _open_job(self, model: str, reason: str) -> dict[str, Any]:
         """Write the manifest, claim its samples, and return the answer to a trigger (L16), or an `error`."""

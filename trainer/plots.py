@@ -18,6 +18,7 @@ _FIGURES = {
     "f1": True, "map50": True, "map50_95": True, "frame_accuracy": True, "top1": True, "loss": False, "margin": True,
     "preferred": True,
 }  # fmt: skip
+_SHARES = frozenset({"f1", "map50", "map50_95", "frame_accuracy", "top1", "preferred"})
 
 
 def draw(folder: Path, metadata: Mapping[str, Any]) -> list[str]:
@@ -78,7 +79,10 @@ def metrics(evaluation: Mapping[str, Mapping[str, Mapping[str, Any] | None]]) ->
         axis.set_title(
             f"{name.replace('_', ' ')}: {figure_name}\n({'higher' if more else 'lower'} is better)", fontsize=9
         )
-        axis.margins(y=0.2)
+        if figure_name in _SHARES:
+            axis.set_ylim(0, 1.15)
+        else:
+            axis.margins(y=0.2)
         axis.tick_params(labelsize=8)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
