@@ -176,8 +176,27 @@ def _train_here(job: TrainJob, samples_min: int | None, dry_run: bool, activate:
         show({"outcome": "too_few_samples", "reason": str(error), "needed": least}, as_json=True)
         raise typer.Exit(EXIT_TOO_FEW) from None
     said = {**{key: result[key] for key in SHOWN}, "run": str(job.run)}
+    if activate is not None and result["outcome"] == "passed":
+        said["activated"] = _activate(job, activate)
     show(said, as_json=True)
     raise typer.Exit({"passed": 0, "refused": EXIT_REFUSED}.get(result["outcome"], EXIT_FAILED))
+
+
+def _activate(job: TrainJob, overrides: Path) -> dict[str, str]:
+    """Register what passed the gate, and record it as what an `edged` here shall use; ends the program when it cannot."""
+    from trainer.keys import TrustError
+    from trainer.overrides import OverridesError
+    from trainer.overrides import activate as record
+    from trainer.releases import Registry, ReleaseError
+    from trainer.signing import register
+
+    registry = Registry(job.config.releases)
+    try:
+        ref = register(job.config, registry, job.run / "candidate")
+        record(overrides, job.model, registry.get(ref.release).folder)
+    except (OverridesError, ReleaseError, TrustError, OSError) as error:
+        fail(f"{job.manifest.target} passed the gate and lies in {job.run / 'candidate'}, but is not active: {error}")
+    return {"release": ref.release, "overrides": str(overrides)}
 
 
 def _order(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from edged.wire.manifest import ReleaseId, TrainingManifest, TrainingSample
-from trainer.config import Model, TextModel, TrainerConfig
+from trainer.config import Model, TrainerConfig
+from trainer.config_text import TextModel
 from trainer.releases import Registry, ReleaseError
 
 LATEST = "latest.json"  # beside the runs: how the last one that came to its end went

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from edged.engines.base import EngineOptions, GenerateRequest, generate_all, open_engine
+from edged.overrides import read
 from edged.slot import load
 from tests.support.trained import EXAMPLES, run_trainer, summary, text_trainer, write_dataset
 from trainer.config import load_config
@@ -30,7 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, phi: dict[str, Path]) -> Pat
     folder = tmp_path_factory.mktemp("trainer")
     config = text_trainer(folder, phi)
     dataset = write_dataset(folder / "dataset.jsonl", EXAMPLES, "{broken", '{"goal": 3}')
-    done = run_trainer(config, "train", "--strategy", "lora", "--dataset", dataset, "--require-threshold")
+    flags = ("--require-threshold", "--activate", folder / "overrides.toml")
+    done = run_trainer(config, "train", "--strategy", "lora", "--dataset", dataset, *flags)
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -98,6 +99,13 @@ def test_what_is_made_is_an_adapter_release_that_a_device_proves(world: Path) ->
         loaded.engine.close()
 
 
+def test_what_passed_is_registered_and_recorded_for_the_device_here(world: Path) -> None:
+    said = json.loads((world / "stdout").read_text())["activated"]
+    assert said == {"release": "clerk-lora@1.0", "overrides": str(world / "overrides.toml")}
+    folder = Registry(world / "data" / "releases").get("clerk-lora@1.0").folder
+    assert read(world / "overrides.toml") == {"clerk": folder}
+
+
 def test_the_shipped_files_lose_what_the_checkpoint_loses(world: Path, phi: dict[str, Path]) -> None:
     base = Registry(world / "data" / "releases").get("clerk@1.0")
     run = run_of(world)
@@ -122,15 +130,9 @@ def test_the_engine_finds_its_own_greedy_answer_as_likely_as_it_said(world: Path
 
 
 def test_the_same_again_is_refused_once_it_is_released(world: Path) -> None:
-    registry = Registry(world / "data" / "releases")
-    shutil.copytree(run_of(world) / "candidate", world / "released")
-    registry.register(world / "released")
-    try:
-        again = job(world, "again")
-        assert again.manifest.target == "clerk-lora@1.1"
-        result = train(again)
-    finally:
-        shutil.rmtree(registry.folder / "clerk-lora@1.0")
+    again = job(world, "again")
+    assert again.manifest.target == "clerk-lora@1.1"
+    result = train(again)
     assert result["outcome"] == "refused"
     failed = {check["name"] for check in result["gate"]["checks"] if not check["passed"]}
     assert failed == {"new_bytes", "gain (current)"}, "the same data and seed give the same bytes"
