@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer import cli_enroll, cli_hands, cli_ready, cli_train
+from trainer import cli_enroll, cli_hands, cli_ready, cli_train, cli_worker
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
 from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
@@ -38,6 +38,7 @@ app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
 app.command()(cli_train.train)
 app.command()(cli_ready.ready)
+app.command()(cli_worker.worker)
 
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 

@@ -86,7 +86,18 @@ def train(
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it reports every figure that the gate reports
     settings = _ablated(settings, name, ablate)
     job = _job(settings, name, chosen, manifest, dataset, samples, output_dir)
-    _train_here(job, samples_min, dry_run, activate)
+    if parent is None:
+        _train_here(job, samples_min, dry_run, activate)
+        return
+    from trainer.child import EXIT_BUSY, LOCK
+    from trainer.locks import Held, held
+
+    try:
+        with held(job.run / LOCK):
+            _train_here(job, samples_min, dry_run, activate)
+    except Held as error:
+        typer.echo(f"trainer: {error}", err=True)
+        raise typer.Exit(EXIT_BUSY) from None
 
 
 def _ablated(settings: TrainerConfig, name: str, ablate: str) -> TrainerConfig:

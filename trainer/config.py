@@ -13,6 +13,7 @@ from edged.wire.messages import MIRRORS_MAX
 from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, check_rules
 from trainer.config_text import TextModel
 from trainer.core.gate import Rules as GateRules
+from trainer.core.placement import Needs
 from trainer.core.rollout import RolloutRules
 from trainer.core.triggers import TriggerRules
 from trainer.tuners.settings import LoraSettings
@@ -151,6 +152,9 @@ class Model(Section):
     samples_max: Annotated[int, Field(ge=1)] = 5000  # of one job
     claim_s_max: Seconds = 3600.0  # how long devices may take to hand samples over
     training_s_estimate: Seconds = 900.0  # until a job has shown how long it takes
+    needs: dict[
+        Literal["gpu_mib", "memory_mib", "disk_mib"], Annotated[int, Field(ge=0)]
+    ] = {}  # of the host that trains
     gate: dict[str, float] = {}
     # For proving that the gate works, never for use: `train` ships the old weights again, `labels` shuffles the labels.
     ablate: Literal["", "train", "labels"] = ""
@@ -163,6 +167,10 @@ class Model(Section):
     def thresholds(self) -> Thresholds:
         """What a release of this model says about its answers."""
         return Thresholds(score=self.score, iou=self.iou)
+
+    def placement_needs(self) -> Needs:
+        """What `core.placement` needs."""
+        return Needs(**self.needs)
 
     def trigger_rules(self) -> TriggerRules:
         """What `core.triggers` needs."""
@@ -206,6 +214,13 @@ class Rollout(Section):
         return RolloutRules(**self.model_dump(exclude={"failed_grace_s"}))
 
 
+class Worker(Section):
+    """Who trains. `embedded`: `trainer serve` does it itself; False: a `trainer worker` on this host does."""
+
+    embedded: bool = True
+    lease_s: Annotated[float, Field(ge=1, le=3600)] = 60.0  # a worker that is silent for so long has lost its job
+
+
 class Enrolment(Section):
     """The authority that issues everybody's certificates, and the broker that must know whom it issued them to."""
 
@@ -235,6 +250,7 @@ class TrainerConfig(BaseSettings):
     blocks: Blocks = Blocks()
     models: dict[Name, AnyModel] = {}
     rollout: Rollout = Rollout()
+    worker: Worker = Worker()
     enrolment: Enrolment = Enrolment()
     command_resend_s: Seconds = 30.0
     catalogue_refresh_s: Seconds = 3600.0  # ask every device for its whole catalogue this often

@@ -72,9 +72,9 @@ def metrics(evaluation: Mapping[str, Mapping[str, Mapping[str, Any] | None]]) ->
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (name, figure_name, more, figures) in zip(axes.flat, panels, strict=False):
-        sides = [side for side in _SIDES if figures.get(side) is not None]
-        values = [float(figures[side] or 0) for side in sides]
-        bars = axis.bar(sides, values, color=[_SIDES[side] for side in sides], width=0.6)
+        shown = [side for side in _SIDES if figures.get(side) is not None]
+        values = [float(figures[side] or 0) for side in shown]
+        bars = axis.bar(shown, values, color=[_SIDES[side] for side in shown], width=0.6)
         axis.bar_label(bars, labels=[f"{value:.3g}" for value in values], padding=2, fontsize=9)
         axis.set_title(
             f"{name.replace('_', ' ')}: {figure_name}\n({'higher' if more else 'lower'} is better)", fontsize=9

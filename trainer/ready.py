@@ -3,7 +3,6 @@ whatever came of it, never calls for another, and one that is under way is not b
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from trainer.database import Database, jobs, rollouts
 from trainer.files import make_folder
 from trainer.fleet import training_counts
 from trainer.jobfile import JobError, TrainJob, needed
+from trainer.locks import Held, held, is_held
 
 OPEN = ("claiming", "training", "deploying")  # statuses of a job that has not ended
 _DIGEST = 64  # hexadecimal digits of a SHA-256
@@ -90,7 +90,7 @@ def decision(
 def _of_dataset(config: TrainerConfig, job: TrainJob, least: int) -> Ready:
     usable = len({each.sha256 for each in job.manifest.samples})
     new = len(unused(config, job))
-    if _locked(config, job.model):
+    if is_held(_lock_path(config, job.model)):
         return Ready(job.model, False, "a training of this model is under way", new, usable, least)
     if new < least:
         return Ready(job.model, False, f"{new} new samples, {least} are needed", new, usable, least)
@@ -108,14 +108,11 @@ def at_work(config: TrainerConfig, model: str) -> Iterator[None]:
 
     Raises UnderWay.
     """
-    path = _lock_path(config, model)
-    make_folder(path.parent)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UnderWay(f"a training of {model} is under way: wait for its end ({path} is locked)") from None
-        yield
+    try:
+        with held(_lock_path(config, model)):
+            yield
+    except Held as error:
+        raise UnderWay(f"a training of {model} is under way: wait for its end ({error})") from None
 
 
 def mark_used(config: TrainerConfig, model: str, samples: Iterable[str]) -> None:
@@ -137,17 +134,6 @@ def _used(config: TrainerConfig, model: str) -> set[str]:
     except FileNotFoundError:
         return set()
     return {line for line in lines if len(line) == _DIGEST}
-
-
-def _locked(config: TrainerConfig, model: str) -> bool:
-    try:
-        with _lock_path(config, model).open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def _used_path(config: TrainerConfig, model: str) -> Path:
