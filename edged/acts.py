@@ -24,7 +24,7 @@ from edged.fetch import FetchError, WrongContent
 from edged.in_service import InService
 from edged.machine import Memory
 from edged.prove import ProveCancelled, ProveFailed, ProveShort, prove, too_slow
-from edged.releases import BadRelease, Releases, read_manifest, verify
+from edged.releases import BadRelease, Releases, read_manifest, reference, verify
 from edged.room import Refusal, Room
 from edged.slot import Loaded, Slot, SlotStopped, load
 from edged.store import Store, StoreError
@@ -245,6 +245,11 @@ class Acts:
         assert record.candidate is not None
         folder = self._releases.folder(record.candidate)
         try:
+            self._bring_named(record, record.candidate)
+        except (BadRelease, OSError) as error:  # it may be half copied yet
+            self._answer(record, Event.FETCH_FAILED, str(error), passing=True)
+            return
+        try:
             self._carrier.fetch(record.candidate, folder, lambda: self._unwanted(record))
         except (WrongContent, BadRelease) as error:
             self._answer(record, Event.VERIFY_FAILED, str(error))
@@ -258,6 +263,12 @@ class Acts:
             self._answer(record, Event.FETCH_FAILED, str(error), passing=True)
         else:
             self._answer(record, Event.DOWNLOADED)
+
+    def _bring_named(self, record: Record, wanted: ReleaseRef) -> None:
+        """An adapter that the configuration names lies on this machine. Whether it is trusted is asked as of any other."""
+        source = self._configs[record.slot].adapter
+        if record.is_adapter and source is not None and wanted == record.named and reference(source) == wanted:
+            self._releases.install(source)
 
     def _verify(self, record: Record) -> None:
         assert record.candidate is not None

@@ -161,6 +161,19 @@ def slots(look: Look) -> Iterator[Finding]:
             yield Finding(f"slots.{name}", "ok", "no seed: the first model comes from the fleet's desired state")
         else:
             yield _seed(f"slots.{name}", slot, slot.seed, look.proving)
+        if slot.adapter is not None:
+            yield _adapter(name, slot.adapter)
+
+
+def _adapter(name: str, folder: Path) -> Finding:
+    from edged.named import faults
+    from edged.releases import reference
+
+    wrong = "; ".join(faults(name, folder))
+    if wrong:
+        fix = "mend the overrides file or slots.NAME.adapter: the model serves without an adapter"
+        return Finding(f"slots.{name}.adapter", "error", wrong, fix)
+    return Finding(f"slots.{name}.adapter", "ok", f"{reference(folder).release} is there")
 
 
 def _seed(title: str, slot: Slot, seed: Path, proving: bool) -> Finding:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from edged import cli_enroll, cli_orders, cli_profile, cli_requests, cli_samples
-from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, settings_of, store_of
+from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, settings_of, settings_to_start, store_of
 
 app = typer.Typer(
     name="edged",
@@ -70,12 +70,14 @@ def run(
 
     if log_format not in (None, *journal.FORMATS):
         raise fail(f"--log-format {log_format}: write one of {', '.join(journal.FORMATS)}", 2)
-    settings = settings_of(config)
+    settings, without = settings_to_start(config)
     journal.set_up("debug" if verbose else settings.log.level, log_format or settings.log.format)
     try:
         daemon = build(settings, config)
     except (AlreadyRunning, BadCredentials, StoreError, FetchError, OSError) as error:
         raise fail(str(error)) from None
+    if without:
+        daemon.reloader.begun_without(without)
     serve(daemon)
 
 

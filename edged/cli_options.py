@@ -31,6 +31,22 @@ def settings_of(config: Path) -> Settings:
         raise fail(str(error), 2) from None
 
 
+def settings_to_start(config: Path) -> tuple[Settings, str]:
+    """The configuration to start with, and why it does without its overrides; "": it has them. A device whose overrides
+    are wrong serves what it has. Where nothing can be used, what to raise says why, with status 2."""
+    from edged import config as configuration
+
+    try:
+        return configuration.load(config), ""
+    except configuration.BadOverrides as error:
+        try:
+            return configuration.load(config, overridden=False), str(error)
+        except configuration.ConfigError as other:
+            raise fail(str(other), 2) from None
+    except configuration.ConfigError as error:
+        raise fail(str(error), 2) from None
+
+
 def store_of(config: Path) -> Any:
     """The store of the device, to be closed by `with`."""
     from contextlib import closing

@@ -96,6 +96,10 @@ class ConfigError(Exception):
     """The configuration cannot be used; the message names the key, the value and the fix, a line each."""
 
 
+class BadOverrides(ConfigError):
+    """The overrides file cannot be used; without it the configuration can."""
+
+
 class Device(Section):
     """Who this device is. `id` is also the MQTT client id and the common name of its certificate."""
 
@@ -106,6 +110,7 @@ class Device(Section):
     profile: Annotated[str, Field(min_length=1, max_length=4096)] = "generic"
     tier: Name = "device"
     state_dir: Path = Path("/var/lib/edged")
+    overrides: Path | None = None  # a file that names adapters for slots (edged.overrides); it need not be there
 
 
 class Broker(Section):
@@ -140,12 +145,14 @@ Provider = Annotated[str, AfterValidator(_provider)]
 
 
 class Slot(Section):
-    """A place for one live model. `seed` is the release folder that a device starts with before the fleet says more.
+    """A place for one live model. `seed` is the release folder that a device starts with before the fleet says more, and
+    `adapter` that of a LoRA adapter for the model in it, unless the fleet names one.
 
     `isolation`: whether the engine lives in a process of its own or in the daemon; None: in its own for a language model.
     """
 
     seed: Path | None = None
+    adapter: Path | None = None
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     providers: list[Provider] = ["cpu"]
     probation_s: Seconds = 60.0
@@ -361,9 +368,14 @@ class Settings(BaseSettings):
         return env_settings, init_settings
 
 
-def load(path: Path) -> Settings:
-    """Read `path`, lay its profile beneath it, apply the environment, validate; raises ConfigError."""
+def load(path: Path, *, overridden: bool = True) -> Settings:
+    """Read `path`, lay its profile beneath it and its overrides over it, apply the environment, validate.
+
+    `overridden`: False leaves the overrides out. Raises ConfigError, and BadOverrides when they alone are wrong.
+    """
     import tomllib
+
+    from edged.overrides import OverridesError, laid
 
     try:
         if not path.is_file():
@@ -376,7 +388,9 @@ def load(path: Path) -> Settings:
             f"{path}: {error.strerror}; it must be readable by the user that runs edged; or be root"
         ) from None
     try:
-        return _with_profile(path, tables)
+        return _with_profile(path, laid(tables, EnvSettingsSource(Settings)()) if overridden else tables)
+    except OverridesError as error:
+        raise BadOverrides(str(error)) from None
     except SettingsError as error:
         raise ConfigError(f"the environment: {error}") from None
     except ValidationError as error:

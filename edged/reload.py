@@ -47,7 +47,7 @@ class Reloader:
 
     def __init__(self, path: Path | None, daemon: Daemon) -> None:
         """`path`: the file that the settings came from; None: there is none, and nothing is ever loaded again."""
-        self._path, self._daemon = path, daemon
+        self._path, self._daemon = path, daemon  # and beside `path` the overrides that it names
         self._seen = self._pending = self._signature()
         self._looked = daemon.clock.monotonic()
         self._asked = False
@@ -81,12 +81,8 @@ class Reloader:
         finally:
             self._daemon.herald.reloaded()
 
-    def _signature(self) -> Signature | None:
-        try:
-            stat = self._path.stat() if self._path is not None else None
-        except OSError:  # being replaced, or gone
-            return None
-        return None if stat is None else (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    def _signature(self) -> tuple[Signature | None, Signature | None]:
+        return _signature(self._path), _signature(self._daemon.settings.device.overrides)
 
     def _load(self, path: Path) -> None:
         d = self._daemon
@@ -110,12 +106,24 @@ class Reloader:
         d.store.count("configs_loaded")
         d.control.say("config_loaded", f"{path}: {', '.join(change.keys)}", keys=list(change.keys))
 
+    def begun_without(self, reason: str) -> None:
+        """The daemon started without the overrides, because of this."""
+        self._refuse(reason)
+
     def _refuse(self, reason: str) -> None:
         d = self._daemon
         self.refused = reason[:REFUSED_CHARS_MAX]
         d.store.count("configs_refused")
         log.error("configuration: refused, the one before stays in use: %s", reason)
         d.control.say("config_refused", f"the configuration before stays in use: {self.refused}")
+
+
+def _signature(path: Path | None) -> Signature | None:
+    try:
+        stat = path.stat() if path is not None else None
+    except OSError:  # being replaced, or gone
+        return None
+    return None if stat is None else (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
 def decide(old: Settings, new: Settings) -> Change:
@@ -131,10 +139,13 @@ def decide(old: Settings, new: Settings) -> Change:
 
 def _seeds(new: Settings, change: Change) -> Iterator[str]:
     """What can be told of a seed without reading all of it."""
+    from edged.named import faults
     from edged.releases import BadRelease, read_manifest
 
     for name in (*change.slots.begun, *change.slots.adjusted):
         slot = new.slots[name]
+        if slot.adapter is not None:
+            yield from faults(name, slot.adapter)
         if slot.seed is None:
             continue
         try:

@@ -35,6 +35,7 @@ class Record(BaseModel):
     held: ReleaseRef | None = (
         None  # what desired state named when a person rolled back: not again, until it names another
     )
+    named: ReleaseRef | None = None  # what the configuration named: gone from there, it is taken off here
     orders: list[str] = []  # ids of the last orders of people that were carried out, so that none is twice
     awaited: str = ""  # the one of them that is under way
 

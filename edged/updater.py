@@ -20,6 +20,7 @@ from edged.core.repeats import Told
 from edged.core.update import RESTARTS_MAX, SETTLED_S, UNDER_WAY, Effect, Event, State, step
 from edged.holds import Answer
 from edged.machine import Memory
+from edged.named import Named
 from edged.releases import Releases
 from edged.slot import Slot
 from edged.store import KnownBad, Store, StoreError
@@ -56,6 +57,7 @@ class Updater:
         self._begin_at = 0.0  # when that is tried again (monotonic)
         self._seeding: set[str] = set()  # slots whose seed is being installed
         self._told = Told()  # of each target: why its release failed
+        self._named = Named(configs, say)
         self._acts = Acts(
             slots, configs, releases, store, carrier, post, report, say,
             lambda target: self._records.get(target) or Record(target=target),
@@ -171,6 +173,8 @@ class Updater:
             self._bring(name)
         elif load:
             self._acts.reload(self._records[name])
+        self._named.look_again(name)
+        self._reconcile()
 
     def remove(self, name: str) -> None:
         """A slot is gone; what is known of its updates stays on the disk."""
@@ -325,16 +329,24 @@ class Updater:
                 continue  # an adapter waits for its base
             adapter = self._records[name + ADAPTER]
             adapted, idle = self._wanted(adapter), adapter.state not in UNDER_WAY
+            named = self._named.adapter(name)
+            if named is not None and adapter.named != named:
+                adapter.named = named
+                self._save(adapter)
             if adapted is not None:
                 self._want(adapter, adapted)
             elif wanted is not None and self._desired is not None and adapter.active is not None and idle:
                 self._detach(adapter)
+            elif adapter.named is not None:
+                self._forget_named(adapter, idle)
 
     def _desired_for(self, record: Record) -> ReleaseRef | None:
+        """What the fleet says, and of an adapter, where that says nothing, the configuration."""
         desired = self._desired
-        if desired is None:
-            return None
-        return (desired.adapters if record.is_adapter else desired.models).get(record.slot)
+        if not record.is_adapter:
+            return desired.models.get(record.slot) if desired is not None else None
+        told = desired.adapters.get(record.slot) if desired is not None else None
+        return told or self._named.adapter(record.slot)
 
     def _wanted(self, record: Record) -> ReleaseRef | None:
         """The release that a target shall run: a person's word goes before the fleet's."""
@@ -429,6 +441,16 @@ class Updater:
                 setattr(record, name, getattr(kept, name))
             raise
         self._kept[record.target] = record.model_copy()
+
+    def _forget_named(self, adapter: Record, idle: bool) -> None:
+        """The configuration names no adapter any more: the one that it named is taken off, or not gone on with."""
+        if adapter.candidate == adapter.named and adapter.state is not State.COMMITTED:
+            self._apply(adapter, Event.WITHDRAWN, "")
+        elif idle and adapter.active == adapter.named:
+            self._detach(adapter)
+        if adapter.named not in (adapter.active, adapter.candidate) or adapter.state is State.IDLE:
+            adapter.named = None
+            self._save(adapter)
 
     def _detach(self, adapter: Record) -> None:
         """Desired state names no adapter: take it off and forget it."""

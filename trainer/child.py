@@ -13,6 +13,8 @@ from typing import Any, Literal
 METADATA = "metadata.json"
 PROGRESS = "progress.jsonl"
 STOP_S_MAX = 10.0
+EXIT_BUSY = 75  # EX_TEMPFAIL: another process works in this run's folder
+LOCK = "lock"  # in the run's folder, held by the child
 
 
 @dataclass(frozen=True, slots=True)

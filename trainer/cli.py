@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer import cli_enroll, cli_hands
+from trainer import cli_enroll, cli_hands, cli_ready, cli_train, cli_worker
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
 from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
@@ -37,6 +36,9 @@ app.add_typer(fleet_app, name="fleet")
 app.add_typer(samples_app, name="samples")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
+app.command()(cli_train.train)
+app.command()(cli_ready.ready)
+app.command()(cli_worker.worker)
 
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 
@@ -61,52 +63,6 @@ def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verb
         coordinator.run()
     except (BadCredentials, DatabaseError, OSError) as error:
         fail(str(error))
-
-
-@app.command()
-def train(
-    model: Annotated[str, typer.Option(help="The model, as configured under [models.NAME].")],
-    config: Config = CONFIG,
-    manifest: Annotated[
-        Path | None,
-        typer.Option(help="Train this manifest here and now. Without it the running `trainer serve` trains."),
-    ] = None,
-    samples: Annotated[Path | None, typer.Option(help="Folder of pixels, each file named by its SHA-256.")] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one by time.")] = None,
-    ablate: Annotated[
-        str, typer.Option(help="For proving that the gate works: `train` (old weights again) or `labels` (shuffled).")
-    ] = "",
-    require_threshold: Annotated[
-        bool, typer.Option("--require-threshold", help="Leave with status 4 when there are too few samples.")
-    ] = False,
-    min_samples: Annotated[int | None, typer.Option(help="Instead of the configured threshold.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; needs no heavy package.")] = False,
-    wait: Wait = ANSWER_S,
-    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
-) -> None:
-    """Fine-tune a model: a JSON summary on stdout, logs on stderr.
-
-    Status 0: a candidate passed the gate. 3: the gate refused it. 4: too few samples. 1: it failed.
-    """
-    from trainer.cli_train import check_counts, die_with, train_here
-
-    settings = load(config)
-    if model not in settings.models:
-        fail(f"--model {model}: configured are {', '.join(sorted(settings.models)) or 'none'}; add [models.{model}]")
-    if manifest is None:
-        given = {"--samples": samples, "--output-dir": output_dir, "--ablate": ablate or None}
-        for option, value in given.items():
-            if value is not None:
-                fail(f"{option} {value}: needs --manifest; without it the running `trainer serve` trains as configured")
-        if require_threshold or dry_run or min_samples is not None:
-            check_counts(settings, model, require_threshold, min_samples, dry_run)
-        _order(settings, "train", {"model": model}, wait, as_json=True)
-        return
-    if parent is not None:
-        die_with(parent)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it reports every figure that the gate reports
-    train_here(settings, model, manifest, samples, output_dir, ablate, require_threshold, min_samples, dry_run)
 
 
 @rollout_app.command("start")

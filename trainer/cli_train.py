@@ -1,88 +1,248 @@
-"""`trainer train`: a job here and now, and what cron asks before it orders one."""
+"""`trainer train`: a job here and now, or one that the running `trainer serve` carries out; and what cron asks before."""
 
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.terminal import EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_FEW, fail, open_database, show
+from trainer.terminal import CONFIG, EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_FEW, Config, fail, load, open_database, show
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
+    from trainer.jobfile import TrainJob
+
+WAIT_S = 15.0
+SHOWN = ("job", "model", "strategy", "source", "target", "outcome", "reason", "summary", "timings_s")
+Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 
 
-def train_here(
-    settings: TrainerConfig,
-    model: str,
-    manifest: Path,
-    samples: Path | None,
-    output_dir: Path | None,
-    ablate: str,
-    require_threshold: bool,
-    min_samples: int | None,
-    dry_run: bool,
+def train(
+    model: Annotated[
+        str | None, typer.Option(help="The model, as configured under [models.NAME]. Default: the only one that fits.")
+    ] = None,
+    config: Config = CONFIG,
+    strategy: Annotated[
+        str | None, typer.Option(help="lora or dpo for a language model, yolo for a vision model.")
+    ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="Train on this here and now: a dataset.jsonl, or for a vision model a labelled folder."),
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="Train this manifest here and now. Without both the running `trainer serve` trains."),
+    ] = None,
+    samples: Annotated[Path | None, typer.Option(help="Folder of pixels, each file named by its SHA-256.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one by time.")] = None,
+    ablate: Annotated[
+        str, typer.Option(help="For proving that the gate works: `train` (old weights again) or `labels` (shuffled).")
+    ] = "",
+    require_threshold: Annotated[
+        bool, typer.Option("--require-threshold", help="Leave with status 4 when there are too few samples.")
+    ] = False,
+    min_samples: Annotated[
+        int | None, typer.Option(min=1, help="Leave with status 4 below this; instead of the configured threshold.")
+    ] = None,
+    activate: Annotated[
+        Path | None,
+        typer.Option(help="Record an adapter that passed the gate in this overrides file of an `edged` here."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and do nothing; needs no heavy package.")
+    ] = False,
+    wait: Wait = WAIT_S,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Train one manifest, print the summary, and end with the status that says how it went."""
+    """Fine-tune a model: a JSON summary on stdout, logs and progress on stderr.
+
+    Status 0: a candidate passed the gate. 3: the gate refused it. 4: too few samples. 1: it failed.
+    """
+    from trainer.config import ConfigError
+    from trainer.jobfile import JobError, choose_model
+
+    settings = load(config)
+    try:
+        name, chosen = choose_model(settings, model, strategy)
+    except (JobError, ConfigError) as error:
+        fail(str(error))
+    samples_min = min_samples if min_samples is not None else -1 if require_threshold else None
+    if manifest is None and dataset is None:
+        _order(settings, name, {"--samples": samples, "--output-dir": output_dir, "--ablate": ablate or None,
+                                "--activate": activate}, samples_min, dry_run, wait)  # fmt: skip
+        return
+    if manifest is not None and dataset is not None:
+        fail("--manifest and --dataset: give one of them")
+    if parent is not None:
+        die_with(parent)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it reports every figure that the gate reports
+    settings = _ablated(settings, name, ablate)
+    job = _job(settings, name, chosen, manifest, dataset, samples, output_dir)
+    if parent is None:
+        _train_here(job, samples_min, dry_run, activate)
+        return
+    from trainer.child import EXIT_BUSY, LOCK
+    from trainer.locks import Held, held
+
+    try:
+        with held(job.run / LOCK):
+            _train_here(job, samples_min, dry_run, activate)
+    except Held as error:
+        typer.echo(f"trainer: {error}", err=True)
+        raise typer.Exit(EXIT_BUSY) from None
+
+
+def _ablated(settings: TrainerConfig, name: str, ablate: str) -> TrainerConfig:
+    if ablate not in ("", "train", "labels"):
+        fail(f"--ablate {ablate}: use train or labels")
+    own = settings.any_model(name)
+    if not ablate:
+        return settings
+    if own.kind == "llm":
+        fail(f"--ablate {ablate}: only for vision models")
+    return settings.model_copy(
+        update={"models": {**settings.models, name: own.model_copy(update={"ablate": ablate})}}
+    )  # fmt: skip
+
+
+def _job(
+    settings: TrainerConfig, name: str, strategy: str, manifest: Path | None, dataset: Path | None,
+    samples: Path | None, output_dir: Path | None,
+) -> TrainJob:  # fmt: skip
     from pydantic import ValidationError
 
     from edged.wire.manifest import TrainingManifest
-    from trainer.config import ConfigError
+    from trainer.datasets import DatasetError
+    from trainer.jobfile import JobError, TrainJob, dataset_job
+    from trainer.releases import ReleaseError
 
-    if ablate not in ("", "train", "labels"):
-        fail(f"--ablate {ablate}: use train or labels")
+    now = datetime.datetime.now(datetime.UTC)
+    run = output_dir or _new_folder(settings.runs, f"{name}-{now.strftime('%Y%m%dT%H%M%SZ')}")
+    run = run.absolute()
     try:
+        if dataset is not None:
+            created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+            return dataset_job(settings, name, strategy, dataset.absolute(), run, created=created, job=run.name)
+        assert manifest is not None
         parsed = TrainingManifest.model_validate_json(manifest.read_bytes())
-        own = settings.model(model)
-    except (OSError, ValidationError) as error:
-        fail(f"manifest {manifest}: {error}")
-    except ConfigError as error:
+    except (JobError, ReleaseError, DatasetError) as error:
         fail(str(error))
-    if ablate:
-        changed = own.model_copy(update={"ablate": ablate})
-        settings = settings.model_copy(update={"models": {**settings.models, model: changed}})
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
-    from trainer.jobfile import TrainJob, plan
+    except (OSError, ValidationError) as error:
+        fail(f"{manifest or dataset}: {error}")
+    return TrainJob(settings, name, parsed, samples or settings.samples, run, strategy)
 
-    job = TrainJob(
-        settings, model, parsed, samples or settings.samples, output_dir or settings.runs / f"{model}-{stamp}"
-    )
-    needed = (min_samples - 1 if min_samples is not None else own.threshold) if require_threshold else None
+
+def _new_folder(runs: Path, name: str) -> Path:
+    """A folder that no other run has, also when two begin in one second."""
+    number = 1
+    while (runs / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return runs / (name if number == 1 else f"{name}-{number}")
+
+
+def _train_here(job: TrainJob, samples_min: int | None, dry_run: bool, activate: Path | None) -> None:
+    """Train, print the summary, and end with the status that says how it went."""
+    from trainer.jobfile import needed, plan
+    from trainer.ready import UnderWay, at_work, mark_used, unused
+
+    least = None if samples_min is None else needed(job.settings, samples_min if samples_min > 0 else None)
     if dry_run:
-        show(plan(job), as_json=True)
+        try:
+            said = plan(job)
+        except (ValueError, OSError) as error:
+            fail(str(error))
+        if job.dataset is not None:
+            said["samples_new"] = len(unused(job.config, job))
+        if least is not None and said.get("samples_new", said["samples_usable"]) < least:
+            show({**said, "needed": least, "outcome": "too_few_samples"}, as_json=True)
+            raise typer.Exit(EXIT_TOO_FEW)
+        show(said, as_json=True)
         return
+    if activate is not None and job.kind != "llm":
+        fail("--activate: only adapters of language models are activated by an overrides file")
+    if job.dataset is not None and least is not None and (new := len(unused(job.config, job))) < least:
+        reason = f"{new} new samples, {least} are needed: what a training has had does not count again"
+        show({"outcome": "too_few_samples", "reason": reason, "samples_new": new, "needed": least}, as_json=True)
+        raise typer.Exit(EXIT_TOO_FEW)
+    from trainer.progress import shown, stdout_kept_clean
     from trainer.train import TooFewSamples
     from trainer.train import train as run
 
     try:
-        result = run(job, require_more_than=needed)
+        with stdout_kept_clean(), shown() as hear, at_work(job.config, job.model) if job.dataset else nullcontext():
+            result = run(job, samples_min=least, hear=hear)
+            if job.dataset is not None:
+                mark_used(job.config, job.model, (each.sha256 for each in job.manifest.samples))
+    except UnderWay as error:
+        fail(str(error))
     except TooFewSamples as error:
-        show({"outcome": "too_few_samples", "reason": str(error)}, as_json=True)
+        show({"outcome": "too_few_samples", "reason": str(error), "needed": least}, as_json=True)
         raise typer.Exit(EXIT_TOO_FEW) from None
-    shown = ("job", "model", "source", "target", "outcome", "reason", "summary", "timings_s")
-    show({**{key: result[key] for key in shown}, "run": str(job.run)}, as_json=True)
+    said = {**{key: result[key] for key in SHOWN}, "run": str(job.run)}
+    if activate is not None and result["outcome"] == "passed":
+        said["activated"] = _activate(job, activate)
+    show(said, as_json=True)
     raise typer.Exit({"passed": 0, "refused": EXIT_REFUSED}.get(result["outcome"], EXIT_FAILED))
 
 
-def check_counts(settings: TrainerConfig, model: str, required: bool, min_samples: int | None, dry_run: bool) -> None:
-    """For cron: leave early when the samples known are too few, or say what would be trained on."""
-    from trainer.config import ConfigError
-    from trainer.fleet import training_counts
+def _activate(job: TrainJob, overrides: Path) -> dict[str, str]:
+    """Register what passed the gate, and record it as what an `edged` here shall use; ends the program when it cannot."""
+    from trainer.keys import TrustError
+    from trainer.overrides import OverridesError
+    from trainer.overrides import activate as record
+    from trainer.releases import Registry, ReleaseError
+    from trainer.signing import register
 
+    registry = Registry(job.config.releases)
     try:
-        own = settings.model(model)
-    except ConfigError as error:
-        fail(str(error))
+        ref = register(job.config, registry, job.run / "candidate")
+        record(overrides, job.model, registry.get(ref.release).folder)
+    except (OverridesError, ReleaseError, TrustError, OSError) as error:
+        fail(f"{job.manifest.target} passed the gate and lies in {job.run / 'candidate'}, but is not active: {error}")
+    return {"release": ref.release, "overrides": str(overrides)}
+
+
+def _order(
+    settings: TrainerConfig, model: str, given: dict[str, Any], samples_min: int | None, dry_run: bool, wait: float
+) -> None:
+    """Have the running `trainer serve` train, when there is enough to train on."""
+    from trainer.orders import await_answer, place
+
+    for option, value in given.items():
+        if value is not None:
+            fail(f"{option} {value}: needs --manifest or --dataset; without, `trainer serve` trains as configured")
+    if settings.any_model(model).kind == "llm":
+        fail(f"model {model} learns from a data set: name its dataset.jsonl with --dataset")
+    if samples_min is not None or dry_run:
+        _check_counts(settings, model, samples_min, dry_run)
+    database = open_database(settings)
+    answer = await_answer(database, place(database, "train", {"model": model}), wait)
+    if answer is None:
+        fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will carry the order out when it does.")
+    if "error" in answer:
+        fail(answer["error"])
+    show(answer, as_json=True)
+
+
+def _check_counts(settings: TrainerConfig, model: str, samples_min: int | None, dry_run: bool) -> None:
+    """For cron: leave early when the samples known are too few, or say what would be trained on."""
+    from trainer.fleet import training_counts
+    from trainer.jobfile import needed
+
+    own = settings.model(model)
     with open_database(settings).read() as connection:
         new, usable = training_counts(connection, model, own.label_confidence_min)
-    needed = min_samples if min_samples is not None else own.threshold + 1
-    found = {"model": model, "samples_new": new, "samples_usable": usable, "needed": needed}
-    if (required or min_samples is not None) and new < needed:
+    least = needed(own, samples_min if samples_min is not None and samples_min > 0 else None)
+    found = {"model": model, "samples_new": new, "samples_usable": usable, "needed": least}
+    if samples_min is not None and new < least:
         show({**found, "outcome": "too_few_samples"}, as_json=True)
         raise typer.Exit(EXIT_TOO_FEW)
     if dry_run:

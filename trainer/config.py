@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from edged.wire.manifest import Thresholds
 from edged.wire.messages import MIRRORS_MAX
+from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, check_rules
+from trainer.config_text import TextModel
 from trainer.core.gate import Rules as GateRules
+from trainer.core.placement import Needs
 from trainer.core.rollout import RolloutRules
 from trainer.core.triggers import TriggerRules
-from trainer.tuners.settings import LoraSettings, SettingsError
+from trainer.tuners.settings import LoraSettings
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Days = Annotated[float, Field(gt=0, le=3650)]
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the key, the value and the fix, a line each."""
-
-
-class Section(BaseModel):
-    """Base of every table: an unknown key is a typing mistake and is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Tls(Section):
@@ -143,7 +135,7 @@ class Model(Section):
     holdout_clean: Path
     calibration: Path
     tier: str = ""  # only devices of this tier are the model's fleet; empty: all that run it
-    lora: LoraSettings = LoraSettings()
+    lora: LoraTable = LoraSettings()
     epochs: Annotated[int, Field(ge=1, le=10000)] = 10
     batch: Annotated[int, Field(ge=1, le=4096)] = 32
     lr: Annotated[float, Field(gt=0, lt=1)] = 0.002
@@ -160,32 +152,25 @@ class Model(Section):
     samples_max: Annotated[int, Field(ge=1)] = 5000  # of one job
     claim_s_max: Seconds = 3600.0  # how long devices may take to hand samples over
     training_s_estimate: Seconds = 900.0  # until a job has shown how long it takes
+    needs: dict[
+        Literal["gpu_mib", "memory_mib", "disk_mib"], Annotated[int, Field(ge=0)]
+    ] = {}  # of the host that trains
     gate: dict[str, float] = {}
     # For proving that the gate works, never for use: `train` ships the old weights again, `labels` shuffles the labels.
     ablate: Literal["", "train", "labels"] = ""
 
-    @field_validator("lora", mode="before")
-    @classmethod
-    def _lora(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            try:
-                return LoraSettings.parse(value)
-            except SettingsError as error:
-                raise ValueError(str(error)) from None
-        return value
-
     @field_validator("gate")
     @classmethod
     def _gate(cls, value: dict[str, float]) -> dict[str, float]:
-        known = [field.name for field in fields(GateRules)]
-        unknown = sorted(set(value) - set(known))
-        if unknown:
-            raise ValueError(f"unknown rule {', '.join(unknown)}; known: {', '.join(known)}")
-        return value
+        return check_rules(GateRules, value)
 
     def thresholds(self) -> Thresholds:
         """What a release of this model says about its answers."""
         return Thresholds(score=self.score, iou=self.iou)
+
+    def placement_needs(self) -> Needs:
+        """What `core.placement` needs."""
+        return Needs(**self.needs)
 
     def trigger_rules(self) -> TriggerRules:
         """What `core.triggers` needs."""
@@ -197,6 +182,16 @@ class Model(Section):
         # Counts come as floats out of a table of numbers.
         values = {name: type(getattr(defaults, name))(value) for name, value in self.gate.items()}
         return GateRules(**values)
+
+
+def _text_or_vision(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "text" if kind == "llm" else "vision"
+
+
+AnyModel = Annotated[
+    Annotated[Model, Tag("vision")] | Annotated[TextModel, Tag("text")], Discriminator(_text_or_vision)
+]
 
 
 class Rollout(Section):
@@ -217,6 +212,13 @@ class Rollout(Section):
     def rules(self) -> RolloutRules:
         """What `core.rollout` needs."""
         return RolloutRules(**self.model_dump(exclude={"failed_grace_s"}))
+
+
+class Worker(Section):
+    """Who trains. `embedded`: `trainer serve` does it itself; False: a `trainer worker` on this host does."""
+
+    embedded: bool = True
+    lease_s: Annotated[float, Field(ge=1, le=3600)] = 60.0  # a worker that is silent for so long has lost its job
 
 
 class Enrolment(Section):
@@ -246,8 +248,9 @@ class TrainerConfig(BaseSettings):
     http: Http = Http()
     trust: Trust = Trust()
     blocks: Blocks = Blocks()
-    models: dict[Name, Model] = {}
+    models: dict[Name, AnyModel] = {}
     rollout: Rollout = Rollout()
+    worker: Worker = Worker()
     enrolment: Enrolment = Enrolment()
     command_resend_s: Seconds = 30.0
     catalogue_refresh_s: Seconds = 3600.0  # ask every device for its whole catalogue this often
@@ -277,18 +280,32 @@ class TrainerConfig(BaseSettings):
         """The folder of the releases' trainable weights, `name@version.pt`."""
         return self.data_dir / "checkpoints"
 
-    def model(self, name: str) -> Model:
-        """The settings of a model; raises ConfigError naming those that are there."""
+    def any_model(self, name: str) -> Model | TextModel:
+        """The settings of a model of whatever kind; raises ConfigError naming those that are there."""
         try:
             return self.models[name]
         except KeyError:
             known = ", ".join(sorted(self.models)) or "none"
             raise ConfigError(f"models.{name}: no such model; configured: {known}") from None
 
+    def model(self, name: str) -> Model:
+        """The settings of a vision model; raises ConfigError."""
+        found = self.any_model(name)
+        if not isinstance(found, Model):
+            raise ConfigError(f"models.{name} is of kind {found.kind}: name a vision model here")
+        return found
+
+    def text(self, name: str) -> TextModel:
+        """The settings of a language model; raises ConfigError."""
+        found = self.any_model(name)
+        if not isinstance(found, TextModel):
+            raise ConfigError(f'models.{name} is of kind {found.kind}: name a language model (kind = "llm") here')
+        return found
+
     def checkpoint(self, release: str, model: str) -> Path:
         """The trainable weights of a release: its own where a job made it, else the configured first ones."""
         own = self.checkpoints / f"{release}.pt"
-        return own if own.is_file() else self.model(model).checkpoint
+        return own if own.is_file() else self.any_model(model).checkpoint
 
 
 _FIXES = {
@@ -337,7 +354,9 @@ def load_config(path: Path) -> TrainerConfig:
 
 
 def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"]) or "configuration"
+    # pydantic puts the tag of a model behind its name; the file has no such table.
+    parts = [part for place, part in enumerate(item["loc"]) if not (item["loc"][0] == "models" and place == 2)]
+    key = ".".join(map(str, parts)) or "configuration"
     if item["type"] == "missing":
         return f"{key} is missing: add it"
     value = item.get("input")

@@ -35,6 +35,7 @@ from trainer.rollouts import Rollouts
 from trainer.server import Server, ServerOptions
 from trainer.signing import Signing, repository_of
 from trainer.status import status
+from trainer.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Coordinator:
         config.data_dir.mkdir(parents=True, exist_ok=True)
         database = Database(config.database)
         self.host = Host(config, config_path.resolve(), database, Registry(config.releases))
-        self.jobs = Jobs(self.host)
+        self.jobs = Jobs(self.host, Worker(self.host, config.name) if config.worker.embedded else None)
         self.rollouts = Rollouts(self.host)
         self.orders = Orders(self.host, self.jobs, self.rollouts)
         self.signing = Signing(self.host)

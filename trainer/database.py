@@ -1,6 +1,6 @@
 """The trainer's database: what must outlive the process, in SQLite with a write-ahead log.
 
-One process writes (`trainer serve`); command lines add rows to `requests` and read the rest.
+`trainer serve` writes, and workers their leases; command lines add rows to `requests` and read the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sqlalchemy import (
     update,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: leases, workers
 BUSY_MS_MAX = 10_000
 
 metadata = MetaData()
@@ -120,6 +120,26 @@ jobs = Table(
     Column("result", JSON, nullable=False, default=dict),  # the run's metadata.json, shortened
     Column("rollout", String),
     Index("jobs_by_model", "model", "created"),
+)
+
+leases = Table(  # of jobs in training; changed by `trainer.leases` alone
+    "leases",
+    metadata,
+    Column("job", String, primary_key=True),
+    Column("worker", String, nullable=False),
+    Column("token", String, nullable=False),  # of this lease: who does not have it any more changes nothing
+    Column("taken", Float, nullable=False),
+    Column("expires", Float, nullable=False),
+    Column("ended", Integer),  # the child's exit status; null: it runs
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("facts", JSON, nullable=False),  # core.placement.HostFacts
+    Column("seen", Float, nullable=False),
+    Column("job", String),
 )
 
 rollouts = Table(

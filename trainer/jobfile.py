@@ -2,40 +2,216 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edged.wire.manifest import TrainingManifest
-from trainer.config import TrainerConfig
+from edged.wire.manifest import ReleaseId, TrainingManifest, TrainingSample
+from trainer.config import Model, TrainerConfig
+from trainer.config_text import TextModel
+from trainer.releases import Registry, ReleaseError
+
+LATEST = "latest.json"  # beside the runs: how the last one that came to its end went
+STRATEGIES = {"vision": ("yolo",), "text": ("lora", "dpo")}  # the first is what is taken unless another one is named
+_LABELS, _IMAGES = "labels.jsonl", "images"
+
+
+class JobError(ValueError):
+    """A job cannot be made of what was given; the message names what is wrong and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """What to train. `samples` holds the pixels, each file named by its SHA-256; `run` is the folder to write."""
+    """What to train. `samples` holds the pixels, each file named by its SHA-256; `run` is the folder to write. `dataset`:
+    the dataset.jsonl of a language job, or the labelled folder whose pixels are still to be put into `samples`."""
 
     config: TrainerConfig
     model: str
     manifest: TrainingManifest
     samples: Path
     run: Path
+    strategy: str = "yolo"
+    dataset: Path | None = None
+
+    @property
+    def settings(self) -> Model | TextModel:
+        """The model's table of the configuration."""
+        return self.config.any_model(self.model)
+
+    @property
+    def kind(self) -> str:
+        """The kind of model that is trained."""
+        return self.settings.kind
+
+    def describe(self) -> dict[str, Any]:
+        """The job as metadata.json says it."""
+        return {
+            "job": self.manifest.job,
+            "model": self.model,
+            "kind": self.kind,
+            "strategy": self.strategy,
+            "dataset": str(self.dataset) if self.dataset else None,
+            "source": self.manifest.source,
+            "target": self.manifest.target,
+            "config": self.settings.model_dump(mode="json"),
+            "seed": self.settings.seed,
+        }
+
+    def command(self) -> str:
+        """How to train the same again."""
+        given = f"--dataset {self.dataset}" if self.dataset else f"--manifest {self.run / 'manifest.json'}"
+        return f"trainer train --model {self.model} --strategy {self.strategy} {given}"
+
+
+def strategies(settings: Model | TextModel) -> tuple[str, ...]:
+    """What improves such a model, the usual one first."""
+    return STRATEGIES["text" if isinstance(settings, TextModel) else "vision"]
+
+
+def choose_model(config: TrainerConfig, name: str | None, strategy: str | None) -> tuple[str, str]:
+    """The model and the strategy that a command line means, where that is clear. Raises JobError, ConfigError."""
+    if name is None:
+        fitting = [each for each, settings in config.models.items() if strategy in (None, *strategies(settings))]
+        if len(fitting) != 1:
+            known = ", ".join(sorted(fitting)) or "none"
+            raise JobError(f"--model is missing: name one of those that could be meant: {known}")
+        name = fitting[0]
+    known_strategies = strategies(config.any_model(name))
+    if strategy is not None and strategy not in known_strategies:
+        raise JobError(f"--strategy {strategy}: model {name} is improved by {', '.join(known_strategies)}")
+    return name, strategy or known_strategies[0]
+
+
+def needed(settings: Model | TextModel, samples_min: int | None) -> int:
+    """How many usable samples call for a training: `samples_min`, else more than the configured threshold."""
+    return samples_min if samples_min is not None else settings.threshold + 1
+
+
+def dataset_job(
+    config: TrainerConfig, model: str, strategy: str, dataset: Path, run: Path, *, created: str, job: str
+) -> TrainJob:
+    """A job on a data set that lies here: a labelled folder, or the dataset.jsonl of a language model.
+
+    Raises JobError, and ReleaseError when there is no release to begin with.
+    """
+    settings = config.any_model(model)
+    registry = Registry(config.releases)
+    if isinstance(settings, TextModel):
+        if not dataset.is_file():
+            raise JobError(f"--dataset {dataset}: no such file; a language model learns from a dataset.jsonl")
+        source = settings.base or _newest(registry, model, "llm")
+        target = str(registry.next_version(settings.adapter or f"{model}-lora"))
+        rows = _examples(dataset, strategy)
+    else:
+        if not (dataset / _LABELS).is_file():
+            raise JobError(f"--dataset {dataset}: no {_LABELS} is there; a vision model learns from a labelled folder")
+        source, target = _newest(registry, model, settings.kind), str(registry.next_version(model))
+        rows = [sample for sample, _ in _labelled(dataset)]
+    registry.get(source)
+    manifest = TrainingManifest(
+        job=job, model=model, source=source, target=target, created=created,
+        config=settings.model_dump(mode="json"), samples=rows,
+    )  # fmt: skip
+    return TrainJob(config, model, manifest, run / "samples", run, strategy, dataset)
+
+
+def bring_samples(job: TrainJob) -> None:
+    """Put the pixels of a labelled folder where the job expects them; raises OSError."""
+    if job.dataset is None or job.kind == "llm":
+        return
+    job.samples.mkdir(parents=True, exist_ok=True)
+    for sample, image in _labelled(job.dataset):
+        target = job.samples / sample.sha256
+        if not target.is_file():
+            try:
+                os.link(image, target)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(image, target)
 
 
 def plan(job: TrainJob) -> dict[str, Any]:
-    """What `train` would do, from the manifest and the configuration alone (for --dry-run)."""
-    settings = job.config.model(job.model)
-    there = [each for each in job.manifest.samples if (job.samples / each.sha256).is_file()]
-    sure = [each for each in there if each.label.get("confidence", 0.0) >= settings.label_confidence_min]
-    return {
+    """What `train` would do, from the data and the configuration alone (for --dry-run)."""
+    settings = job.settings
+    said: dict[str, Any] = {
         "action": "dry_run",
         "job": job.manifest.job,
+        "model": job.model,
+        "strategy": job.strategy,
         "source": job.manifest.source,
         "target": job.manifest.target,
+        "output_dir": str(job.run),
+    }
+    if isinstance(settings, TextModel):
+        return said | _text_plan(job, settings)
+    here = {sample.sha256 for sample, image in _labelled(job.dataset) if image.is_file()} if job.dataset else set()
+    there = [each for each in job.manifest.samples if each.sha256 in here or (job.samples / each.sha256).is_file()]
+    sure = [each for each in there if each.label.get("confidence", 0.0) >= settings.label_confidence_min]
+    return said | {
         "samples": len(job.manifest.samples),
         "samples_here": len(there),
         "samples_usable": len(sure),
         "checkpoint": str(job.config.checkpoint(job.manifest.source, job.model)),
         "epochs": settings.epochs,
         "lora": settings.lora.model_dump(mode="json"),
-        "output_dir": str(job.run),
     }
+
+
+def _text_plan(job: TrainJob, settings: TextModel) -> dict[str, Any]:
+    from trainer.kinds.tuning import reader, tuner_for
+
+    assert job.dataset is not None
+    examples, bad = reader(job.strategy)(job.dataset)
+    tuning = tuner_for(job.strategy, "llm").settings.model_validate(settings.asked())
+    return {
+        "dataset": str(job.dataset),
+        "samples": len(examples) + len(bad),
+        "samples_usable": len(examples),
+        "bad_lines": [f"line {number}: {reason}" for number, reason in bad],
+        "checkpoint": str(settings.checkpoint),
+        "settings": tuning.model_dump(mode="json"),
+    }
+
+
+def _examples(dataset: Path, strategy: str) -> list[TrainingSample]:
+    """The examples of a dataset.jsonl as samples, each named by what is said in it."""
+    from trainer.kinds.texts import read
+
+    return [
+        TrainingSample(
+            id=each.identity[:16], device="", sha256=each.identity, label={"text": each.wanted, "other": each.other},
+            provenance={"kind": each.provenance},
+        )
+        for each in read(dataset, strategy)[0]
+    ]  # fmt: skip
+
+
+def _newest(registry: Registry, model: str, kind: str) -> str:
+    stored = [each for each in registry.list(model) if each.manifest.kind == kind]
+    if not stored:
+        raise ReleaseError(
+            f"no release of {model} of kind {kind} is registered, so there is none to improve: make the first one "
+            "(`trainer release make`, `trainer release make-phi`) and add it (`trainer release add`)"
+        )
+    return str(max((each.ref.release for each in stored), key=ReleaseId))
+
+
+def _labelled(folder: Path) -> Iterator[tuple[TrainingSample, Path]]:
+    """The lines of a labelled folder (`trainer.datasets`) as samples, with the files of their pixels; raises JobError."""
+    path = folder / _LABELS
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            said = row.get("provenance") or {}
+            label = {"boxes": row["boxes"], "confidence": float(said.get("confidence", 1.0))}
+            sample = TrainingSample(
+                id=row["file"], device=str(said.get("device", "")), sha256=row["sha256"], label=label, provenance=said
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise JobError(f"{path}, line {number}: {type(error).__name__}: {error}: correct the line") from None
+        yield sample, folder / _IMAGES / Path(sample.id).name

@@ -1,10 +1,10 @@
-"""The life of a training job: claim samples, wait for their pixels, train in a child process, release or give back.
+"""The life of a training job: claim samples, wait for their pixels, have a worker train, release or give back.
 
     claiming -> training -> deploying -> completed | rolled_back
              -> failed   -> refused | failed
 
-Each step is one transaction, and what it asks of devices (claim, used, release) are rows in it. A job that was training
-when the trainer stopped starts its child again, or takes the result that the child left.
+Each step is one transaction, and what it asks of devices (claim, used, release) are rows in it. Training is a worker's
+(`trainer.worker`), who leases the job; here the result is taken that its child left.
 """
 
 from __future__ import annotations
@@ -19,37 +19,41 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from edged.wire.manifest import TrainingManifest, TrainingSample
-from trainer.child import Child, Outcome, read_outcome
+from trainer import leases
+from trainer.child import Outcome, read_outcome
+from trainer.config import Model
 from trainer.core.rollout import Phase, Rollout
-from trainer.core.triggers import Fire, Wait, decide
+from trainer.core.triggers import Fire, Wait
 from trainer.database import commands, jobs, rollouts, samples
-from trainer.files import write_whole
-from trainer.fleet import ENDED, current_release, members, trainable, training_counts
+from trainer.fleet import ENDED, current_release, members, trainable
 from trainer.host import Host, new_id
 from trainer.keys import TrustError
+from trainer.ready import OPEN, decision
 from trainer.releases import ReleaseError
 from trainer.rollouts import start_rollout
 from trainer.signing import register
+from trainer.worker import Worker
 
 log = logging.getLogger(__name__)
 
-OPEN = ("claiming", "training", "deploying")
-STARTS_MAX = 3  # of a training child, when it was killed or the trainer was
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
 
 class Jobs:
     """Drives every job; `tick` is called about once a second by the coordinator's thread."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._child: Child | None = None
+    def __init__(self, host: Host, worker: Worker | None = None) -> None:
+        """`worker`: trains in this process's own child; None: others lease the jobs."""
+        self._host, self._worker = host, worker
         self._waits: dict[str, str] = {}  # model -> why it does not train; said once
 
     def tick(self) -> None:
         """Start what a trigger asks for, and move every open job on by what has happened."""
-        for model in self._host.config.models:
-            self._trigger(model)
+        for model, settings in self._host.config.models.items():
+            if isinstance(settings, Model):  # a language model learns from a data set: `trainer train --dataset`
+                self._trigger(model)
+        if self._worker is not None:
+            self._worker.tick()
         with self._host.database.read() as connection:
             rows = [dict(row._mapping) for row in connection.execute(select(jobs).where(jobs.c.status.in_(OPEN)))]
         for row in sorted(rows, key=lambda row: row["created"]):
@@ -61,10 +65,9 @@ class Jobs:
                 self._deploying(row)
 
     def stop(self) -> None:
-        """End the training child; its job starts again with the next `trainer serve`."""
-        if self._child is not None:
-            self._child.stop()
-            self._child = None
+        """End the training child; its job is leased again, by another worker or with the next `trainer serve`."""
+        if self._worker is not None:
+            self._worker.stop()
 
     def train_now(self, model: str) -> dict[str, Any]:
         """Train at an operator's wish; the answer to show (L16), or an `error`."""
@@ -87,23 +90,8 @@ class Jobs:
     def _decide(self, model: str, *, operator: bool) -> Fire | Wait:
         settings = self._host.config.model(model)
         with self._host.database.read() as connection:
-            new, usable = training_counts(connection, model, settings.label_confidence_min)
-            rows = connection.execute(select(jobs.c.created, jobs.c.status).where(jobs.c.model == model)).all()
-            # A rollout by hand counts too: while two releases are about, there is no one to improve.
-            rolling = connection.execute(
-                select(rollouts.c.id).where(
-                    rollouts.c.model == model, rollouts.c.phase.notin_((Phase.DONE.value, Phase.ABORTED.value))
-                )
-            ).first()
-        return decide(
-            new,
-            usable,
-            settings.trigger_rules(),
-            last_started=max((row.created for row in rows), default=None),
-            job_open=rolling is not None or any(row.status in OPEN for row in rows),
-            operator=operator,
-            now=self._host.now(),
-        )
+            rules = settings.trigger_rules()
+            return decision(connection, model, settings, rules, operator=operator, now=self._host.now())
 
     def _open_job(self, model: str, reason: str) -> dict[str, Any]:
         """Write the manifest, claim its samples, and return the answer to a trigger (L16), or an `error`."""
@@ -195,38 +183,27 @@ class Jobs:
             host.announce(connection, "training_samples_missing", text, job=row["id"])
 
     def _training(self, row: dict[str, Any]) -> None:
-        run = self._host.config.runs / row["id"]
+        """A worker trains it (`trainer.worker`); here is seen what came of it."""
+        run, now = self._host.config.runs / row["id"], self._host.now()
+        with self._host.database.read() as connection:
+            lease = leases.of(connection, row["id"])
+        if lease is not None and lease.ended is None and lease.expires > now:
+            return
         outcome = read_outcome(run)
-        if self._child is not None and self._child.job == row["id"]:
-            code = self._child.poll()
-            if code is None:
-                return
-            self._child = None
-            if outcome is None:
-                self._child_ended(row, run, code)
-                return
         if outcome is not None:
             self._finish(row, run, outcome)
-        elif self._child is None:
-            self._start(row, run)
-
-    def _start(self, row: dict[str, Any], run: Path) -> None:
-        host = self._host
-        if row["starts"] >= STARTS_MAX:
-            with host.database.write() as connection:
-                self._end(
-                    connection, row, "failed", f"the training was started {STARTS_MAX} times and never ended; see {run}"
-                )
-            return
-        write_whole(run / "manifest.json", TrainingManifest.model_validate(row["manifest"]).model_dump_json().encode())
-        with host.database.write() as connection:
-            _set(connection, row["id"], starts=row["starts"] + 1, started=host.now())
-            host.announce(connection, "training_started", f"{row['id']} -> {row['target']}", job=row["id"])
-        self._child = Child(row["id"], row["model"], host.config_path, host.config.samples, run)
+        elif lease is not None and lease.ended is not None:
+            self._child_ended(row, run, lease.ended)
+        elif row["starts"] >= leases.STARTS_MAX:
+            text = f"the training was started {leases.STARTS_MAX} times and never ended; see {run}"
+            with self._host.database.write() as connection:
+                self._end(connection, row, "failed", text)
 
     def _child_ended(self, row: dict[str, Any], run: Path, code: int) -> None:
         if code < 0:  # killed, by hand or for memory: it may go better another time
-            log.warning("training %s was ended by signal %d; starting it again", row["id"], -code)
+            log.warning("training %s was ended by signal %d; it is started again", row["id"], -code)
+            with self._host.database.write() as connection:
+                leases.drop(connection, row["id"])
             return
         last = self._log_end(run)
         with self._host.database.write() as connection:
@@ -262,6 +239,7 @@ class Jobs:
                 return
             changes = {"status": "deploying", "rollout": started.id, "finished": host.now(), "result": outcome.summary}
             _set(connection, row["id"], **changes)
+            leases.drop(connection, row["id"])
             host.announce(
                 connection, "training_passed", f"{ref.release} passed the gate", job=row["id"], **outcome.summary
             )
@@ -298,6 +276,7 @@ class Jobs:
     ) -> None:
         """A job that changes nothing in the fleet: its samples may train again."""
         manifest = TrainingManifest.model_validate(row["manifest"])
+        leases.drop(connection, row["id"])
         self._end_claims(connection, row["id"])
         self._give_back(connection, row["id"], manifest.samples)
         changes: dict[str, Any] = {"status": status, "detail": reason, "finished": row["finished"] or self._host.now()}

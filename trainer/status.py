@@ -8,7 +8,7 @@ from sqlalchemy import Connection, select
 
 from trainer.child import read_progress
 from trainer.config import TrainerConfig
-from trainer.database import desired, devices, events, jobs, rollouts
+from trainer.database import desired, devices, events, jobs, rollouts, workers
 from trainer.enrolment import revoked_names
 from trainer.fleet import sample_counts
 from trainer.host import Host
@@ -28,6 +28,7 @@ def status(host: Host, counters: dict[str, int], connected: bool) -> dict[str, A
             "devices": fleet_status(connection),
             "samples": sample_counts(connection),
             "jobs": [job_status(connection, host.config, row) for row in _latest(connection, jobs)],
+            "workers": [dict(row._mapping) for row in connection.execute(select(workers).order_by(workers.c.name))],
             "rollouts": [progress(connection, row) for row in _latest(connection, rollouts)],
             "events": [
                 {"ts": row.ts, "source": row.source, "kind": row.kind, "text": row.text}

@@ -13,9 +13,9 @@ from typing import Any
 Tables = Mapping[str, Any]
 
 # Applied while the daemon runs, with everything below them.
-LIVE = ("device.group", "device.tier", "host", "delivery", "store", "slots", "pipelines", "responders")
+LIVE = ("device.group", "device.tier", "device.overrides", "host", "delivery", "store", "slots", "pipelines", "responders")
 # Of a slot: read when they are next needed. Any other option of a slot is its engine's, which is loaded anew.
-SLOT_READ_LATER = frozenset({"seed", "probation_s", "prove_s_max", "swap"})
+SLOT_READ_LATER = frozenset({"seed", "adapter", "probation_s", "prove_s_max", "swap"})
 PIPELINE_READ_LATER = frozenset({"policy"})
 RESPONDER_READ_LATER = frozenset({"policy", "wait_s", "escalate_to"})
 

@@ -14,7 +14,7 @@ from edged.wire.manifest import TrainingManifest, TrainingSample
 from trainer.config import Model, TrainerConfig
 from trainer.datasets import DatasetError, LabelledBox, LabelledImage, write_folder
 from trainer.jobfile import TrainJob
-from trainer.train import _read_sets, _untrained
+from trainer.kinds.detect import read_sets, untrained
 
 BOXES = (LabelledBox("a", (1.0, 2.0, 5.0, 6.5)),)
 
@@ -59,7 +59,7 @@ def hashes(items: list[LabelledImage]) -> set[str]:
 def test_no_image_is_in_two_sets(tmp_path: Path) -> None:
     """Devices send old acquaintances: images of the holdouts, the calibration and the replay."""
     samples = [image(value) for value in range(0, 100, 2)]
-    sets = _read_sets(*job(tmp_path, samples))
+    sets = read_sets(*job(tmp_path, samples))
     calibrates, trains = hashes(sets.calibration), hashes(sets.selected.training) | hashes(sets.replay)
     judges = hashes(sets.target) | hashes(sets.base)
     assert not calibrates & trains
@@ -74,12 +74,12 @@ def test_a_calibration_that_is_not_apart_is_refused(tmp_path: Path, other: str, 
     given = {"replay": 31, "holdout": 3}[other]
     task = job(tmp_path, [image(99)], calibration=[image(given), image(21)])
     with pytest.raises(DatasetError, match=rf"calibration: 1 of its images.*{image(given).sha256[:12]}.*{said}"):
-        _read_sets(*task)
+        read_sets(*task)
 
 
 def test_the_same_pixels_in_another_file_do_not_calibrate(tmp_path: Path) -> None:
     _, settings = job(tmp_path, [])
     trained, again = image(7, compression=0), image(7, compression=9)
     assert trained.sha256 != again.sha256
-    left = _untrained([again, image(8)], [trained], settings)
+    left = untrained([again, image(8)], [trained], settings)
     assert [item.image[0, 0, 0] for item in left] == [8]

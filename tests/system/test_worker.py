@@ -1,0 +1,151 @@
+"""`trainer worker` as processes of their own: a killed worker's job goes to another, and none runs twice at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sqlalchemy import insert, select
+
+from edged.wire.manifest import TrainingManifest
+from tests.support.device import until
+from trainer.child import LOCK, METADATA
+from trainer.config import TrainerConfig, load_config
+from trainer.database import Database, events, jobs, leases
+from trainer.locks import held
+
+LEASE_S = 2.0
+
+
+class Hall:
+    """A trainer's folder with a job to train, and workers. The job fails in the end: its checkpoint is missing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "trainer.toml"
+        self.path.write_text(
+            f'data_dir = "data"\n[worker]\nlease_s = {LEASE_S}\n[models.digits]\ncheckpoint = "missing.pt"\n'
+            'labels = ["1"]\nholdout = "h"\nholdout_clean = "hc"\ncalibration = "c"\n'
+        )
+        self.config: TrainerConfig = load_config(self.path)
+        self.database = Database(self.config.database)
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def add(self, job: str) -> Path:
+        manifest = TrainingManifest(
+            job=job, model="digits", source="digits@1.0", target="digits@1.1", created="", config={}, samples=[]
+        )
+        row = {"source": "digits@1.0", "target": "digits@1.1", "reason": "operator", "status": "training"}
+        with self.database.write() as connection:
+            values = {"created": 0.0, "claim_until": 0.0, "manifest": manifest.model_dump(mode="json")}
+            connection.execute(insert(jobs).values(id=job, model="digits", **row, **values))
+        return self.config.runs / job
+
+    def worker(self, name: str, *flags: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "trainer", "worker", "--name", name, "--config", str(self.path), *flags]
+        with (self.folder / f"{name}.log").open("a") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        self.processes.append(process)
+        return process
+
+    def lease(self, job: str) -> Any:
+        with self.database.read() as connection:
+            return connection.execute(select(leases).where(leases.c.job == job)).first()
+
+    def children(self, run: Path) -> list[int]:
+        """Processes that train in `run`."""
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline", "status"]):
+            line = process.info["cmdline"] or []
+            if str(run) in line and "train" in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(int(process.info["pid"]))
+        return found
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+        self.database.close()
+
+
+@pytest.fixture
+def hall(tmp_path: Path) -> Iterator[Hall]:
+    found = Hall(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.mark.timeout(180)
+def test_a_killed_workers_job_goes_to_another_and_never_runs_twice_at_once(hall: Hall) -> None:
+    run, workers = hall.add("j1"), {name: hall.worker(name) for name in ("a", "b")}
+    first = until(
+        "one has leased it, and its child runs", lambda: hall.lease("j1") and hall.children(run) and hall.lease("j1")
+    )
+    (child,) = hall.children(run)
+    workers[first.worker].send_signal(signal.SIGKILL)
+    until("the child went with its worker", lambda: not psutil.pid_exists(child) or child not in hall.children(run))
+    assert not (run / METADATA).exists(), "it was killed before its end, or this test shows nothing"
+    other = "b" if first.worker == "a" else "a"
+    most = 0
+
+    def ended() -> Any:
+        nonlocal most
+        most = max(most, len(hall.children(run)))
+        lease = hall.lease("j1")
+        return lease if lease.ended is not None else None
+
+    last = until("the other has trained it", ended, 60)
+    assert (last.worker, last.ended) == (other, 1)
+    assert last.taken >= first.taken + LEASE_S, "nobody took it while the lease held"
+    assert most <= 1
+    assert json.loads((run / METADATA).read_text())["outcome"] == "failed"
+    with hall.database.read() as connection:
+        assert connection.execute(select(jobs.c.starts)).scalar_one() == 2
+        told = [row.detail["worker"] for row in connection.execute(select(events).order_by(events.c.ts))]
+    assert told == [first.worker, other]
+
+
+@pytest.mark.timeout(180)
+def test_a_run_that_another_process_still_works_in_is_left_to_it(hall: Hall) -> None:
+    """As when a worker stood still for longer than its lease: its child goes on, and holds the folder."""
+    run = hall.add("j1")
+    with held(run / LOCK):
+        hall.worker("late")
+        until("it has given the job back", lambda: "still being run by another process" in hall.log("late"))
+        assert not (run / METADATA).exists()
+    ended = until("then it may", lambda: (lease := hall.lease("j1")) and lease.ended is not None and lease, 60)
+    assert ended.ended == 1
+    with hall.database.read() as connection:
+        assert connection.execute(select(jobs.c.starts)).scalar_one() == 1, "what never began does not count"
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_says_what_the_host_has_and_an_orderly_end_gives_the_job_back(hall: Hall) -> None:
+    idle = hall.worker("idle", "--once", "--json")
+    out, _ = idle.communicate(timeout=60)
+    assert idle.returncode == 0
+    facts = json.loads(out)
+    assert facts["name"] == "idle"
+    assert {"cores", "memory_bytes", "memory_free_bytes", "disk_free_bytes", "gpus"} <= facts.keys()
+    run = hall.add("j1")
+    stopped = hall.worker("stopped")
+    until("its child runs", lambda: hall.children(run))
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=60)
+    assert stopped.returncode == 0
+    assert hall.children(run) == []
+    assert hall.lease("j1") is None
+    once = hall.worker("once", "--once")
+    once.communicate(timeout=120)
+    assert once.returncode == 0
+    assert hall.lease("j1").ended == 1

@@ -1,0 +1,96 @@
+"""A detector learns from a labelled folder, a step after another as `trainer.train` takes them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from bench.demo.scenes import LABELS, encode_png, make_scenes
+from trainer.config import load_config
+from trainer.datasets import LabelledBox, LabelledImage, read_folder, write_folder
+from trainer.jobfile import TrainJob, dataset_job
+from trainer.kinds import begin
+from trainer.package import package_detector
+from trainer.releases import Registry, read_manifest
+from trainer.run import Run
+from trainer.train import train
+from trainer.tuners.yolo import TrainSettings, train_full, write_yolo_dataset
+
+DEVICE = Path("build/venv-device/bin/edged").absolute()
+
+
+def labelled(part: str, count: int, seed: int) -> list[LabelledImage]:
+    images = []
+    for scene in make_scenes(part, count, seed=seed):
+        png = encode_png(scene.image)
+        boxes = tuple(
+            LabelledBox(LABELS[k], tuple(float(v) for v in box))  # type: ignore[arg-type]
+            for box, k in zip(scene.boxes, scene.classes, strict=True)
+        )
+        images.append(LabelledImage(sha256(png).hexdigest(), png, boxes, {"kind": "person", "who": "ann"}))
+    return images
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trainer with `digits@1.0`, which has learned next to nothing, and labelled folders."""
+    folder = tmp_path_factory.mktemp("trainer")
+    scenes = make_scenes("train", 8, seed=1)
+    items = ((f"s{i}", encode_png(s.image), s.boxes, s.classes) for i, s in enumerate(scenes))
+    data = write_yolo_dataset(folder / "set", items, LABELS)
+    train_full(data, "yolo11n.yaml", folder / "base.pt", TrainSettings(epochs=1, imgsz=64, batch=8, seed=3))
+    parts = {"calibration": "calibration", "holdout": "holdout", "clean": "holdout"}
+    for number, (name, part) in enumerate(parts.items()):
+        write_folder(folder / name, labelled(part, 8, 20 + number))
+    write_folder(folder / "new", labelled("train", 8, 9))
+    (folder / "trainer.toml").write_text(
+        f'data_dir = "data"\n[models.digits]\ncheckpoint = "base.pt"\nlabels = {list(LABELS)}\nimgsz = 64\nscore = 0.01\n'
+        'holdout = "holdout"\nholdout_clean = "clean"\ncalibration = "calibration"\nepochs = 1\nbatch = 8\n'
+    )
+    first = folder / "digits-1.0"
+    calibration = [each.decode(LABELS) for each in read_folder(folder / "calibration")]
+    package_detector(folder / "base.pt", first, "digits@1.0", labels=LABELS, imgsz=64, calibration=calibration)
+    Registry(folder / "data" / "releases").register(first)
+    return folder
+
+
+def job(world: Path, run: str) -> TrainJob:
+    config = load_config(world / "trainer.toml")
+    return dataset_job(config, "digits", "yolo", world / "new", world / run, created="2026", job=run)
+
+
+def test_the_gate_refuses_what_has_learned_nothing_and_the_card_says_why(world: Path) -> None:
+    result = train(job(world, "refused"))
+    assert result["outcome"] == "refused"
+    assert result["samples"]["provenance"] == {"person ann": 8}
+    run = world / "refused"
+    assert sorted(path.name for path in run.iterdir() if path.suffix == ".png") == ["loss.png", "metrics.png"]
+    assert not (run / "candidate" / "release.json").exists()
+    card = (run / "README.md").read_text()
+    for said in ("The gate refused it", "images in the target holdout (at least): 8", "| person ann |", "AGPL-3.0",
+                 "`digits@1.0`", "map50"):  # fmt: skip
+        assert said in card
+    assert json.loads((run / "manifest.json").read_text())["source"] == "digits@1.0"
+
+
+def test_what_passes_becomes_a_release_that_a_device_proves(world: Path) -> None:
+    whole = job(world, "passed")
+    own = whole.config.model("digits").model_copy(update={"ablate": "train"})  # its weights do not matter here
+    run = Run(replace(whole, config=whole.config.model_copy(update={"models": {"digits": own}})))
+    run.folder.mkdir()
+    training = begin(run, "detect")
+    assert training.read() == 8
+    for step in (training.tune, training.export, training.calibrate, training.evaluate):
+        step()
+    training.complete(training.judge())
+    manifest = read_manifest(run.candidate)
+    assert (manifest.release, manifest.kind) == ("digits@1.1", "detect")
+    assert manifest.lineage["parent"]["release"] == "digits@1.0"
+    assert manifest.evaluation["gate"]["checks"]
+    done = subprocess.run([DEVICE, "models", "verify", run.candidate], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,92 @@
+"""The gate for adapters, row by row: it passes what is better and was measured, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.core.gate_text import Evidence, Rules, Scores, judge
+
+NAMES = tuple(f"e{number}" for number in range(20))
+LENGTHS = tuple(3 + number % 3 for number in range(20))
+
+
+def scores(each: float, release: str = "a@1.0", names: tuple[str, ...] = NAMES, margin: float | None = None) -> Scores:
+    """A model that loses `each` nats a token, with some spread from example to example."""
+    losses = tuple(each * tokens + 0.01 * (place % 5) for place, tokens in enumerate(LENGTHS[: len(names)]))
+    margins = () if margin is None else tuple(margin + 0.01 * (place % 5) for place in range(len(names)))
+    return Scores(release, names, LENGTHS[: len(names)], losses, margins)
+
+
+GOOD = Evidence(
+    held_out=frozenset(NAMES), trained=frozenset({"t1", "t2"}), candidate=scores(0.5), base=scores(2.0),
+    adapter_sha256="new", checkpoint_base=2.0, checkpoint_adapter=0.5, shipped_base=2.01, shipped_adapter=0.52,
+)  # fmt: skip
+AGAIN = replace(GOOD, has_current=True, current=scores(1.0), current_sha256="old")
+PAIRS = replace(GOOD, pairs=True, candidate=scores(2.0, margin=3.0), base=scores(2.0, margin=-1.0))
+KEEPS = replace(GOOD, keeps=True, kept=scores(1.0), kept_base=scores(1.0))
+
+
+def verdict(found: Evidence) -> Any:
+    return judge(found, Rules(), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("found", [GOOD, AGAIN, PAIRS, KEEPS])
+def test_what_is_better_passes(found: Evidence) -> None:
+    assert verdict(found).reasons == []
+
+
+@pytest.mark.parametrize(
+    ("found", "check"),
+    [
+        (replace(GOOD, candidate=None), "measured (candidate)"),
+        (replace(GOOD, base=None), "measured (base)"),
+        (replace(GOOD, held_out=frozenset()), "holdout_examples"),
+        (replace(GOOD, held_out=frozenset(NAMES[:9]), candidate=scores(0.5, names=NAMES[:9]),
+                 base=scores(2.0, names=NAMES[:9])), "holdout_examples"),
+        (replace(GOOD, trained=frozenset()), "training_known"),
+        (replace(GOOD, trained=frozenset({"t1", "e3"})), "disjoint"),
+        (replace(GOOD, candidate=scores(0.5, names=NAMES[:19])), "measured (candidate)"),
+        (replace(GOOD, candidate=scores(math.nan)), "gain"),
+        (replace(GOOD, candidate=scores(math.inf)), "gain"),
+        (replace(GOOD, candidate=scores(2.0)), "gain"),
+        (replace(GOOD, candidate=scores(2.2)), "gain"),
+        (replace(GOOD, shipped_adapter=0.6), "export"),
+        (replace(GOOD, shipped_adapter=None), "export"),
+        (replace(GOOD, checkpoint_adapter=math.nan), "export"),
+        (replace(GOOD, shipped_base=3.0, shipped_adapter=1.5), "base_parity"),
+        (replace(GOOD, checkpoint_base=None), "base_parity"),
+        (replace(AGAIN, adapter_sha256="old"), "new_bytes"),
+        (replace(AGAIN, current_sha256=""), "new_bytes"),
+        (replace(AGAIN, current=None), "gain (current)"),
+        (replace(AGAIN, current=scores(0.5)), "gain (current)"),
+        (replace(PAIRS, candidate=scores(2.0, margin=-1.0)), "gain"),
+        (replace(PAIRS, candidate=scores(2.0)), "gain"),
+        (replace(PAIRS, candidate=scores(2.5, margin=3.0)), "wanted"),
+        (replace(KEEPS, kept=scores(1.2)), "forgetting"),
+        (replace(KEEPS, kept=None), "forgetting"),
+    ],
+)  # fmt: skip
+def test_what_is_not_measured_or_not_better_fails_and_says_which(found: Evidence, check: str) -> None:
+    judged = verdict(found)
+    assert not judged.passed
+    assert check in [each.name for each in judged.checks if not each.passed]
+
+
+def test_a_gain_that_chance_explains_is_none() -> None:
+    luck = np.random.default_rng(3).normal(0, 1, 20)
+    noisy = replace(scores(2.0), losses=tuple(float(loss - 0.05 + jump) for loss, jump in zip(
+        scores(2.0).losses, luck - luck.mean(), strict=True)))  # fmt: skip
+    judged = verdict(replace(GOOD, candidate=noisy))
+    gain = next(each for each in judged.checks if each.name == "gain")
+    assert noisy.loss < scores(2.0).loss
+    assert not gain.passed
+    assert "no better than the bare base" in gain.reason
+
+
+def test_nothing_measured_at_all_fails() -> None:
+    assert not verdict(Evidence(frozenset(), frozenset(), None, None)).passed

@@ -1,0 +1,207 @@
+"""The gate for adapters of language models. Pure, and it fails closed: what was not measured did not pass.
+
+What counts is the loss, in nats a token, of answers that were held out: how improbable the model that ships finds what it
+should say. exp(loss) is the perplexity. For pairs (DPO) it is how much likelier the wanted answer is than the other one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.core.gate import Check, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The bounds; losses and margins in nats."""
+
+    examples_min: int = 10
+    gain_confidence: float = 0.95  # of the one-sided bootstrap interval of the gain
+    bootstrap_draws: int = 2000
+    parity_max: float = 0.05  # a token: the shipped adapter may be so much worse than the trained one on the checkpoint
+    base_parity_max: float = (
+        0.25  # a token: between the base that devices run, which may be quantised, and the checkpoint
+    )
+    wanted_drop_max: float = 0.2  # a token: pairs may make the wanted answer itself so much less likely
+    forget_max: float = 0.05  # a token: so much worse may the answers become that must not be forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a model makes of the examples of a set, in order. `losses` are the nats of each whole wanted answer and
+    `tokens` its length, the end of text included; `margins`: log p(wanted) - log p(unwanted), of pairs only."""
+
+    release: str
+    examples: tuple[str, ...]  # identities
+    tokens: tuple[int, ...]
+    losses: tuple[float, ...]
+    margins: tuple[float, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Nats a token over the set; NaN without a token."""
+        return sum(self.losses) / sum(self.tokens) if sum(self.tokens) else math.nan
+
+    def summary(self) -> dict[str, Any]:
+        """The figures without the lists, JSON-able (what is no number becomes None)."""
+        loss = self.loss
+        values = {
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,  # beyond it the double overflows
+            "margin": float(np.mean(self.margins)) if self.margins else math.nan,
+            "preferred": float(np.mean(np.asarray(self.margins) > 0)) if self.margins else math.nan,
+        }
+        return {
+            "release": self.release,
+            "examples": len(self.examples),
+            "tokens": sum(self.tokens),
+            **{name: value if math.isfinite(value) else None for name, value in values.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that was measured. `base` is the whole model without adapter, `current` the adapter that was released last, if
+    any. `kept_*` are the scores on what must not be forgotten, where such a set is configured (`keeps`). None means: not
+    measured. Hashes are of the adapters' files; `checkpoint_*` are losses a token of the checkpoint on some examples, and
+    `shipped_*` those of the shipped files on the same."""
+
+    held_out: frozenset[str]
+    trained: frozenset[str]
+    candidate: Scores | None
+    base: Scores | None
+    current: Scores | None = None
+    pairs: bool = False
+    has_current: bool = False
+    adapter_sha256: str = ""
+    current_sha256: str = ""
+    checkpoint_base: float | None = None
+    checkpoint_adapter: float | None = None
+    shipped_base: float | None = None
+    shipped_adapter: float | None = None
+    keeps: bool = False
+    kept: Scores | None = None
+    kept_base: Scores | None = None
+
+
+def judge(found: Evidence, rules: Rules, rng: np.random.Generator) -> Verdict:
+    """Judge the adapter that would ship against the bare base and, where there is one, the adapter before it.
+
+    `rng` drives the paired bootstrap over examples (Efron & Tibshirani 1993, chapter 13).
+    """
+    checks = [
+        _minimum("holdout_examples", len(found.held_out), rules.examples_min, "held-out examples"),
+        _minimum("training_known", len(found.trained), 1, "examples known to have been trained on"),
+        _maximum("disjoint", len(found.held_out & found.trained), 0, "held-out examples that were trained on"),
+        _measured("candidate", found.candidate, found.held_out),
+        _measured("base", found.base, found.held_out),
+        _gain("gain", "the bare base", found.candidate, found.base, found.pairs, rules, rng),
+        _maximum("base_parity", _distance(found.shipped_base, found.checkpoint_base), rules.base_parity_max,
+                 "nats a token between the base release and the checkpoint that the adapter was trained on"),
+        _maximum("export", _less(found.shipped_adapter, _moved(found)), rules.parity_max,
+                 "nats a token lost between the trained adapter and the one that ships"),
+    ]  # fmt: skip
+    if found.pairs:
+        drop = _less(_loss(found.candidate), _loss(found.base))
+        checks.append(
+            _maximum("wanted", drop, rules.wanted_drop_max, "nats a token lost on the wanted answers themselves")
+        )
+    if found.has_current:
+        known = bool(found.adapter_sha256) and bool(found.current_sha256)
+        text = f"adapter {found.adapter_sha256[:12]!r} against the current {found.current_sha256[:12]!r}"
+        checks += [
+            Check("new_bytes", known and found.adapter_sha256 != found.current_sha256, found.adapter_sha256 or None,
+                  found.current_sha256 or None, f"{text}: must be known and differ"),
+            _measured("current adapter", found.current, found.held_out),
+            _gain("gain (current)", "the current adapter", found.candidate, found.current, found.pairs, rules, rng),
+        ]  # fmt: skip
+    if found.keeps:
+        same = (
+            found.kept is not None and found.kept_base is not None and found.kept.examples == found.kept_base.examples
+        )
+        drop = _less(_loss(found.kept), _loss(found.kept_base)) if same else None
+        checks.append(_maximum("forgetting", drop, rules.forget_max, "nats a token lost on what must not be forgotten"))
+    return Verdict(tuple(checks))
+
+
+def gain_interval(gains: Sequence[float], weights: Sequence[float], rules: Rules, rng: np.random.Generator) -> Any:
+    """(gain, lower end of its one-sided interval) of sum(gains) / sum(weights), both over the same examples."""
+    above, below = np.asarray(gains, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    count = len(above)
+    drawn: NDArray[np.int64] = rng.multinomial(count, np.full(count, 1 / count), size=rules.bootstrap_draws)
+    low = np.quantile((drawn @ above) / (drawn @ below), 1 - rules.gain_confidence)
+    return float(above.sum() / below.sum()), float(low)
+
+
+def _gain(
+    name: str, other: str, new: Scores | None, old: Scores | None, pairs: bool, rules: Rules, rng: np.random.Generator
+) -> Check:
+    what = "margin of the wanted answer over the other" if pairs else "nats a token on held-out answers"
+    text = f"no better than {other}: gain in {what}"
+    if new is None or old is None or not new.examples:
+        return Check(name, False, None, 0.0, f"{text}: not measured")
+    if (new.examples, new.tokens) != (old.examples, old.tokens):
+        return Check(name, False, None, 0.0, f"{text}: the two were not scored on the same answers")
+    if pairs:
+        if not len(new.margins) == len(old.margins) == len(new.examples):
+            return Check(name, False, None, 0.0, f"{text}: not measured")
+        gains, weights = [a - b for a, b in zip(new.margins, old.margins, strict=True)], [1.0] * len(new.margins)
+    else:
+        gains = [b - a for a, b in zip(new.losses, old.losses, strict=True)]
+        weights = [float(count) for count in new.tokens]
+    if not all(math.isfinite(each) for each in gains) or not all(each > 0 for each in weights):
+        return Check(name, False, None, 0.0, f"{text}: a score is no number")
+    gain, low = gain_interval(gains, weights, rules, rng)
+    said = text if low <= 0 else f"gain over {other} in {what}"
+    sure = f"{rules.gain_confidence:.0%} sure of more than {low:+.4f}, must be above 0"
+    return Check(name, low > 0, low, 0.0, f"{said} {gain:+.4f}, {sure}")
+
+
+def _measured(what: str, scores: Scores | None, held_out: frozenset[str]) -> Check:
+    """Every held-out example was scored, once, and nothing else."""
+    name = f"measured ({what})"
+    if scores is None or not held_out:
+        return Check(name, False, None, len(held_out), f"{what}: not scored, or nothing is held out")
+    odd = len(set(scores.examples) ^ held_out)
+    whole = len(scores.examples) == len(scores.losses) == len(scores.tokens) == len(held_out)
+    finite = math.isfinite(scores.loss)
+    text = f"{what}: {odd} examples differ between what is held out and what was scored; loss {scores.loss:.4g}"
+    return Check(name, odd == 0 and whole and finite, odd, 0, text)
+
+
+def _moved(found: Evidence) -> float | None:
+    """What the trained adapter's loss would be on the base that devices run: its gain on the checkpoint, there."""
+    values = found.checkpoint_adapter, found.checkpoint_base, found.shipped_base
+    if any(value is None for value in values):
+        return None
+    adapter, base, shipped = (float(value) for value in values if value is not None)
+    return adapter - base + shipped
+
+
+def _loss(scores: Scores | None) -> float | None:
+    return None if scores is None else scores.loss
+
+
+def _less(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first - second
+
+
+def _distance(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else abs(first - second)
+
+
+def _minimum(name: str, value: int, bound: int, text: str) -> Check:
+    return Check(name, value >= bound, value, bound, f"{text} (at least): {value}, bound {bound}")
+
+
+def _maximum(name: str, value: float | None, bound: float, text: str) -> Check:
+    """What is missing or not finite fails, whatever the comparison says."""
+    if value is None or not math.isfinite(value):
+        return Check(name, False, None, bound, f"{text} (at most): not measured ({value}), bound {bound:g}")
+    return Check(name, value <= bound, value, bound, f"{text} (at most): {value:.4g}, bound {bound:g}")

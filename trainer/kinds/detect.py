@@ -1,0 +1,317 @@
+"""Detectors: YOLO checkpoints fine-tuned with LoRA, exported to ONNX and int8."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from edged.core.confidence import accept_threshold
+from edged.wire.manifest import Calibration, ReleaseManifest
+from trainer import calibrate
+from trainer.candidate import candidate_manifest, complete_candidate, detector, export_int8
+from trainer.config import Model
+from trainer.core.evaluation import Evaluation
+from trainer.core.gate import Evidence, Holdout, Verdict, judge
+from trainer.datasets import (
+    DatasetError,
+    LabelledImage,
+    Selected,
+    check_frozen,
+    choose_replay,
+    read_folder,
+    select_samples,
+    shuffle_labels,
+)
+from trainer.evaluate import Labelled, calibration_items, evaluate, evaluate_release, image_sha256, observe
+from trainer.files import sha256_of
+from trainer.jobfile import TrainJob, bring_samples
+from trainer.releases import Registry
+from trainer.run import Run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Sets:
+    """All images of a job, apart from each other."""
+
+    selected: Selected
+    replay: list[LabelledImage]
+    calibration: list[LabelledImage]
+    target: list[LabelledImage]
+    base: list[LabelledImage]
+    holdout_sha256: dict[str, str]
+
+
+def begin(run: Run) -> Detection:
+    """The training of a detector; raises DatasetError when the weights to begin with are not there."""
+    return Detection(run)
+
+
+class Detection:
+    """`trainer.kinds.base.Training` of a detector."""
+
+    sets: Sets
+    trained_on: list[LabelledImage]
+    calibration: list[Labelled]  # decoded, without what was trained on
+    manifest: ReleaseManifest  # of the candidate, calibrated
+    ece: float | None  # expected calibration error on items not fitted
+    target: list[Labelled]
+    base: list[Labelled]
+    new: Evidence
+    old: Evidence
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.job = run, run.job
+        self.settings = self.job.config.model(self.job.model)
+        registry = Registry(self.job.config.releases)
+        self.current = registry.get(self.job.manifest.source)
+        self.checkpoint = self.job.config.checkpoint(self.job.manifest.source, self.job.model)
+        first = registry.list(self.job.model)[0].ref.release
+        if self.checkpoint == self.settings.checkpoint and self.job.manifest.source != first:
+            raise DatasetError(
+                f"models.{self.job.model}.checkpoint belongs to {first}, the first release; the weights of "
+                f"{self.job.manifest.source} are wanted: put its .pt at "
+                f"{self.job.config.checkpoints / (self.job.manifest.source + '.pt')}"
+            )
+        if not self.checkpoint.is_file():
+            raise DatasetError(
+                f"checkpoint {self.checkpoint} of {self.job.manifest.source} does not exist; "
+                f"set models.{self.job.model}.checkpoint to the .pt file that the release was exported from"
+            )
+
+    def read(self) -> int:
+        bring_samples(self.job)
+        self.sets = read_sets(self.job, self.settings)
+        selected = self.sets.selected
+        self.run.facts["samples"] = {
+            "named": len(self.job.manifest.samples),
+            "training": len(selected.training),
+            "calibration": len(selected.calibration),
+            "left_out": selected.left_out,
+            "replay": len(self.sets.replay),
+            "provenance": provenance([*selected.training, *selected.calibration]),
+        }
+        return len(selected.training) + len(selected.calibration)
+
+    def tune(self) -> None:
+        if not self.sets.selected.training:
+            left_out = self.sets.selected.left_out
+            raise DatasetError(f"none of {len(self.job.manifest.samples)} samples is usable: {left_out}")
+        items = [*self.sets.selected.training, *self.sets.replay]
+        self.trained_on = items
+        self.run.facts["ablate"] = self.settings.ablate
+        if self.settings.ablate == "train":
+            log.warning("ablate = train: the release gets the weights of %s again", self.job.manifest.source)
+            shutil.copyfile(self.checkpoint, self.run.folder / "model.pt")
+            return
+        if self.settings.ablate == "labels":
+            log.warning("ablate = labels: every image gets another image's labels")
+            items = shuffle_labels(items, self.settings.seed)
+        self._tune_lora(items)
+
+    def _tune_lora(self, items: list[LabelledImage]) -> None:
+        from trainer.tuners.yolo import TrainSettings, tune_lora, write_yolo_dataset
+
+        settings, dataset = self.settings, self.run.folder / "dataset"
+        shutil.rmtree(dataset, ignore_errors=True)
+        decoded = [(item, item.decode(settings.labels)) for item in items]
+        rows = [(item.sha256, each.image, each.boxes, each.classes) for item, each in decoded]
+        yaml = write_yolo_dataset(dataset, rows, settings.labels)
+        trained = tune_lora(
+            self.checkpoint,
+            yaml,
+            self.run.folder / "model.pt",
+            settings.lora,
+            TrainSettings(
+                epochs=settings.epochs,
+                imgsz=settings.imgsz,
+                batch=settings.batch,
+                lr=settings.lr,
+                seed=settings.seed,
+                threads=settings.threads,
+            ),
+            lambda epoch, epochs, metrics: self.run.epoch({"epoch": epoch, "epochs": epochs, **metrics}),
+        )
+        counts = {"trainable": trained.trainable, "parameters": trained.parameters}
+        self.run.facts["training"] = {**counts, **trained.metrics}
+        shutil.rmtree(dataset)  # the manifest says what was in it; the devices keep the images
+
+    def export(self) -> None:
+        self.calibration = untrained(self.sets.calibration, self.trained_on, self.settings)
+        export_int8(
+            self.run.folder / "model.pt",
+            self.run.folder / "fp32",
+            self.run.candidate,
+            lambda folder: candidate_manifest(self.job, folder),
+            self.calibration,
+            imgsz=self.settings.imgsz,
+            seed=self.settings.seed,
+        )
+
+    def calibrate(self) -> None:
+        settings, items = self.settings, self.calibration
+        thresholds = settings.thresholds()
+        folder = self.run.candidate
+        with detector(folder, candidate_manifest(self.job, folder)) as engine:
+            observed = observe(engine, [item.image for item in items])
+        rows = calibration_items(observed, items, thresholds)
+        fitted: Calibration = calibrate.fit(rows, thresholds)
+        self.ece = None
+        if len(rows) >= calibrate.ITEMS_MIN:
+            report = calibrate.cross_validate(rows, thresholds)
+            threshold = accept_threshold(fitted, settings.target_risk)
+            found = {**report.to_dict(), "target_risk": settings.target_risk, "threshold": threshold}
+            self.run.facts["calibration"] = found
+            self.ece = report.ece
+            if threshold > 1:
+                log.warning(
+                    "no answer of this release may be accepted at a target risk of %g: its errors among %d images bound "
+                    "the risk at %.3f at best; calibrate on more images, or allow more risk",
+                    settings.target_risk, len(rows), min(fitted.risk.bounds) if fitted.risk else 1.0,
+                )  # fmt: skip
+        self.manifest = candidate_manifest(self.job, folder, calibration=fitted)
+
+    def evaluate(self) -> None:
+        from trainer.tuners.yolo import weights_sha256
+
+        self.target = [item.decode(self.settings.labels) for item in self.sets.target]
+        self.base = [item.decode(self.settings.labels) for item in self.sets.base]
+        manifest, current = self.manifest, self.current
+        self.run.progress("evaluate", what="the file before quantisation")
+        before = evaluate_release(self.run.folder / "fp32", manifest, self.target).map50
+        self.run.progress("evaluate", what="the candidate")
+        new_target, new_base = self._scored(self.run.candidate, manifest)
+        self.run.progress("evaluate", what="the current release")
+        old_target, old_base = self._scored(current.folder, current.manifest)
+        method, model = manifest.calibration.method, sha256_of(self.run.candidate / manifest.files["model"].path)
+        trained, source = weights_sha256(self.run.folder / "model.pt"), weights_sha256(self.checkpoint)
+        self.new = Evidence(model, trained, new_target, new_base, method, self.ece, before, new_target.map50)
+        self.old = Evidence(current.manifest.files["model"].sha256, source, old_target, old_base)
+        self.run.facts["evaluation"] = _evaluations(self.new, self.old)
+        shutil.rmtree(self.run.folder / "fp32")  # only what ships is kept
+
+    def _scored(self, folder: Any, manifest: ReleaseManifest) -> tuple[Evaluation, Evaluation]:
+        """A release on the target and the base holdout."""
+        with detector(folder, manifest) as engine:
+            return (
+                evaluate(engine, self.target, manifest.thresholds, manifest.release),
+                evaluate(engine, self.base, manifest.thresholds, manifest.release),
+            )
+
+    def judge(self) -> Verdict:
+        settings, seen = self.settings, [*self.trained_on, *self.sets.calibration]
+        holdout = Holdout(
+            target=frozenset(image_sha256(item.image) for item in self.target),
+            base=frozenset(image_sha256(item.image) for item in self.base),
+            training=frozenset(image_sha256(item.decode(settings.labels).image) for item in seen),
+        )
+        return judge(self.new, self.old, holdout, settings.gate_rules(), np.random.default_rng(settings.seed))
+
+    def summary(self) -> dict[str, Any]:
+        """F1 on the holdouts, after and before."""
+        new, old = self.new, self.old
+        assert new.target is not None and old.target is not None
+        assert new.base is not None and old.base is not None
+        selected = self.sets.selected
+        return {
+            "accuracy": round(new.target.f1, 4),
+            "accuracy_before": round(old.target.f1, 4),
+            "accuracy_clean": round(new.base.f1, 4),
+            "accuracy_clean_before": round(old.base.f1, 4),
+            "samples_used": len(selected.training) + len(selected.calibration),
+        }
+
+    def complete(self, verdict: Verdict) -> None:
+        holdouts = {"holdout_sha256": self.sets.holdout_sha256, "gate": verdict.to_dict()}
+        evaluation = self.run.facts["evaluation"] | holdouts
+        complete_candidate(
+            self.job, self.manifest, self.calibration, evaluation=evaluation, lineage=self._lineage()
+        )  # fmt: skip
+
+    def _lineage(self) -> dict[str, Any]:
+        """Where a release comes from: its parent, its data, how it was trained, and what its export cost."""
+        settings, new = self.settings, self.new
+        return {
+            "job": self.job.manifest.job,
+            "parent": self.current.ref.model_dump(mode="json"),
+            "samples": self.run.facts["samples"],
+            "training_manifest_sha256": sha256(self.job.manifest.model_dump_json().encode()).hexdigest(),
+            "training": {
+                **{
+                    name: getattr(settings, name) for name in ("imgsz", "epochs", "batch", "lr", "replay_ratio", "seed")
+                },
+                "lora": settings.lora.model_dump(mode="json"),
+                "weights_sha256": new.weights_sha256,
+            },
+            # The same weights on the target holdout, in float32 and as they ship.
+            "export": {"precision": "int8", "map50_float32": new.export_before, "map50": new.export_after},
+        }
+
+
+def read_sets(job: TrainJob, settings: Model) -> Sets:
+    """All images of a job, no image in two sets; raises DatasetError where the configured folders overlap."""
+    target, base = read_folder(settings.holdout), read_folder(settings.holdout_clean)
+    frozen = job.config.data_dir / "holdouts.json"
+    hashes = {
+        "target": check_frozen(frozen, f"{job.model}/target", target),
+        "base": check_frozen(frozen, f"{job.model}/base", base),
+    }
+    held_out = frozenset(item.sha256 for item in (*target, *base))
+    folder = read_folder(settings.calibration)
+    shared = [item for item in folder if item.sha256 in held_out]
+    if shared:
+        raise DatasetError(
+            f"{settings.calibration}: {len(shared)} of its images are in a holdout ({shared[0].sha256[:12]}...): "
+            "what calibrates cannot judge; take them out of one of the two"
+        )
+    past = read_folder(settings.replay) if settings.replay is not None else []
+    trained = {item.sha256 for item in past}.intersection(item.sha256 for item in folder)
+    if trained:
+        raise DatasetError(
+            f"{settings.calibration}: {len(trained)} of its images are in {settings.replay} ({min(trained)[:12]}...): "
+            "on what the weights have learned they look surer than they are; take them out of the calibration"
+        )
+    selected = select_samples(
+        job.manifest,
+        job.samples,
+        labels=settings.labels,
+        confidence_min=settings.label_confidence_min,
+        held_out=held_out | frozenset(item.sha256 for item in folder),
+        calibration_share=settings.calibration_share,
+    )
+    count = round(settings.replay_ratio * len(selected.training))
+    excluded = held_out | frozenset(item.sha256 for item in selected.calibration)
+    replay = choose_replay(past, count, settings.seed, excluded)
+    return Sets(selected, replay, [*folder, *selected.calibration], target, base, hashes)
+
+
+def untrained(items: list[LabelledImage], trained: list[LabelledImage], settings: Model) -> list[Labelled]:
+    """The calibration's images, decoded, without those whose pixels were trained on under another file's hash."""
+    known = {image_sha256(item.decode(settings.labels).image) for item in trained}
+    decoded = [item.decode(settings.labels) for item in items]
+    fresh = [item for item in decoded if image_sha256(item.image) not in known]
+    if len(fresh) < len(decoded):
+        log.warning("%d calibration images are left out: their pixels are trained on", len(decoded) - len(fresh))
+    return fresh
+
+
+def provenance(items: list[LabelledImage]) -> dict[str, int]:
+    """How many labels came from whom: "person ann", "model yolo-big"."""
+    counts: dict[str, int] = {}
+    for item in items:
+        who = f"{item.provenance.get('kind', 'unknown')} {item.provenance.get('who', '')}".strip()
+        counts[who] = counts.get(who, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _evaluations(new: Evidence, old: Evidence) -> dict[str, Any]:
+    def summaries(first: Evaluation | None, second: Evaluation | None) -> dict[str, Any]:
+        return {"candidate": first.summary() if first else None, "current": second.summary() if second else None}
+
+    return {"target": summaries(new.target, old.target), "base": summaries(new.base, old.base)}

@@ -1,0 +1,144 @@
+"""Whether a model should be trained now, for cron and for programs. Only new samples count: what a training has had once,
+whatever came of it, never calls for another, and one that is under way is not begun twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection, select
+
+from trainer.config import Model, TrainerConfig
+from trainer.core.rollout import Phase
+from trainer.core.triggers import Fire, TriggerRules, Wait, decide
+from trainer.database import Database, jobs, rollouts
+from trainer.files import make_folder
+from trainer.fleet import training_counts
+from trainer.jobfile import JobError, TrainJob, needed
+from trainer.locks import Held, held, is_held
+
+OPEN = ("claiming", "training", "deploying")  # statuses of a job that has not ended
+_DIGEST = 64  # hexadecimal digits of a SHA-256
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Whether to train now, why or why not, and the counts that this follows from."""
+
+    model: str
+    ready: bool
+    reason: str
+    samples_new: int
+    samples_usable: int
+    needed: int
+
+
+class UnderWay(JobError):
+    """This model is being trained already."""
+
+
+def ready(
+    config: TrainerConfig, model: str, *, now: float, dataset: TrainJob | None = None, samples_min: int | None = None
+) -> Ready:
+    """Whether to train `model` at `now` (seconds since the epoch): on the fleet's samples, or on a data set that lies here.
+
+    `samples_min` replaces the configured threshold. Raises ConfigError, DatabaseError, and JobError for a language model
+    without a data set.
+    """
+    settings = config.any_model(model)
+    least = needed(settings, samples_min)
+    if dataset is not None:
+        return _of_dataset(config, dataset, least)
+    if not isinstance(settings, Model):
+        raise JobError(f"model {model} learns from a data set: name its dataset.jsonl with --dataset")
+    database = Database(config.database)
+    try:
+        with database.read() as connection:
+            new, usable = training_counts(connection, model, settings.label_confidence_min)
+            rules = TriggerRules(least - 1, settings.minimum_interval_s)
+            decided = decision(connection, model, settings, rules, operator=False, now=now)
+    finally:
+        database.close()
+    return Ready(model, isinstance(decided, Fire), decided.reason, new, usable, least)
+
+
+def decision(
+    connection: Connection, model: str, settings: Model, rules: TriggerRules, *, operator: bool, now: float
+) -> Fire | Wait:
+    """Whether to train a model on the fleet's samples now."""
+    new, usable = training_counts(connection, model, settings.label_confidence_min)
+    rows = connection.execute(select(jobs.c.created, jobs.c.status).where(jobs.c.model == model)).all()
+    # A rollout by hand counts too: while two releases are about, there is no one to improve.
+    ended = (Phase.DONE.value, Phase.ABORTED.value)
+    rolling = connection.execute(
+        select(rollouts.c.id).where(rollouts.c.model == model, rollouts.c.phase.notin_(ended))
+    ).first()
+    return decide(
+        new,
+        usable,
+        rules,
+        last_started=max((row.created for row in rows), default=None),
+        job_open=rolling is not None or any(row.status in OPEN for row in rows),
+        operator=operator,
+        now=now,
+    )
+
+
+def _of_dataset(config: TrainerConfig, job: TrainJob, least: int) -> Ready:
+    usable = len({each.sha256 for each in job.manifest.samples})
+    new = len(unused(config, job))
+    if is_held(_lock_path(config, job.model)):
+        return Ready(job.model, False, "a training of this model is under way", new, usable, least)
+    if new < least:
+        return Ready(job.model, False, f"{new} new samples, {least} are needed", new, usable, least)
+    return Ready(job.model, True, "sample_threshold", new, usable, least)
+
+
+def unused(config: TrainerConfig, job: TrainJob) -> set[str]:
+    """The samples (SHA-256) of a job's data set that no training of its model has had."""
+    return {each.sha256 for each in job.manifest.samples} - _used(config, job.model)
+
+
+@contextmanager
+def at_work(config: TrainerConfig, model: str) -> Iterator[None]:
+    """Nobody else trains this model on a data set here while the block runs, also not when it ends by a kill.
+
+    Raises UnderWay.
+    """
+    try:
+        with held(_lock_path(config, model)):
+            yield
+    except Held as error:
+        raise UnderWay(f"a training of {model} is under way: wait for its end ({error})") from None
+
+
+def mark_used(config: TrainerConfig, model: str, samples: Iterable[str]) -> None:
+    """Remember that a training of `model` has had these samples (SHA-256)."""
+    path = _used_path(config, model)
+    make_folder(path.parent)
+    fresh = sorted(set(samples) - _used(config, model))
+    # Behind a line that was cut off by a crash: a half digest is nobody's.
+    text = "\n" + "".join(f"{digest}\n" for digest in fresh)
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _used(config: TrainerConfig, model: str) -> set[str]:
+    try:
+        lines = _used_path(config, model).read_text().split()
+    except FileNotFoundError:
+        return set()
+    return {line for line in lines if len(line) == _DIGEST}
+
+
+def _used_path(config: TrainerConfig, model: str) -> Path:
+    return config.data_dir / "trained" / f"{model}.txt"
+
+
+def _lock_path(config: TrainerConfig, model: str) -> Path:
+    return config.data_dir / "trained" / f"{model}.lock"
