@@ -1,4 +1,4 @@
-"""The ultralytics training loop as this project runs it, LoRA included; imported after `yolo.prepare_process`.
+"""The ultralytics training loop as this project runs it, LoRA included; imported after `process.prepare_process`.
 
 What differs from ultralytics: the data set is handed over instead of looked up, nothing is validated, plotted or saved
 on the way, all cores are used, and the averaged (EMA) weights are saved once, in full precision.
@@ -21,7 +21,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER, SETTINGS
 
 from trainer.tuners.settings import LoraSettings, SettingsError
-from trainer.tuners.yolo import OnEpoch, Trained
+from trainer.tuners.yolo.settings import OnEpoch, Trained
 
 _INTEGRATIONS = ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
 
