@@ -1,174 +1,267 @@
-"""The ultralytics training loop as this project runs it, LoRA included; imported after `process.prepare_process`.
+"""The ultralytics training loop as this project runs it; imported after `process.prepare_process`.
 
-What differs from ultralytics: the data set is handed over instead of looked up, nothing is validated, plotted or saved
-on the way, all cores are used, and the averaged (EMA) weights are saved once, in full precision.
+What differs from ultralytics: the data set is handed over instead of looked up; nothing is plotted; an epoch's chance
+depends on the seed and its number alone and its last batch ends with a step, so that an epoch can be repeated and a
+training continued exactly; validation is the loss on the held-out images; the state is saved whole after each epoch.
 """
 
 from __future__ import annotations
 
-import logging
+import random
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
-import ultralytics
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from ultralytics.data import ClassificationDataset
+from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import LOGGER, SETTINGS
+from ultralytics.models.yolo.segment import SegmentationTrainer
+from ultralytics.nn.tasks import guess_model_task
+from ultralytics.utils.torch_utils import unwrap_model
 
-from trainer.tuners.settings import LoraSettings, SettingsError
-from trainer.tuners.yolo.settings import OnEpoch, Trained
+from trainer.tuners.base import Report
+from trainer.tuners.settings import SettingsError
+from trainer.tuners.yolo import methods
+from trainer.tuners.yolo.data import class_folder
+from trainer.tuners.yolo.process import Place
+from trainer.tuners.yolo.settings import YoloSettings
+from trainer.tuners.yolo.state import States
 
-_INTEGRATIONS = ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a loop is given before ultralytics' constructor needs it."""
+
+    settings: YoloSettings
+    data: dict[str, Any]
+    seed: int
+    threads: int
+    place: Place
+    states: States
+    report: Report
 
 
-class Loop(DetectionTrainer):
-    """One run; `data`, `threads` and `lora` are set by `run_training` before ultralytics' constructor needs them."""
+class _Loop:
+    """What the loops of all tasks share; mixed in before ultralytics' trainer of the task."""
 
-    def __init__(
-        self, data: dict[str, Any], overrides: dict[str, Any], threads: int, lora: LoraSettings | None
-    ) -> None:
-        self._given, self._threads, self._lora = data, threads, lora
-        super().__init__(overrides=overrides)
+    def __init__(self, run: Run, overrides: dict[str, Any], state: dict[str, Any] | None) -> None:
+        self.run, self.history, self._state = run, cast(list[dict[str, float]], []), state
+        self._fresh: set[str] = set()
+        self._still: list[nn.Module] = []
+        self._micro, self._waiting, self._seen = 1, 0, 0
+        self.resumed_at = 0
+        super().__init__(overrides=overrides)  # type: ignore[call-arg]
+        self.world_size = run.place.count if run.place.launched else 0
+        self.args.val = self._validates
+        self.add_callback("on_train_epoch_start", _Loop._begin_epoch)
+        self.add_callback("on_fit_epoch_end", _Loop._tell)
+
+    @property
+    def _validates(self) -> bool:
+        return bool(self.run.data["held_out"])
 
     def get_dataset(self) -> dict[str, Any]:
-        return self._given
+        return self.run.data
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
-        model: nn.Module = super().get_model(cfg, weights, verbose)
-        if self._lora is not None:
-            _inject(model, self._lora)
+        settings = self.run.settings
+        found = guess_model_task(cfg)
+        if found != settings.task:
+            raise SettingsError(f"yolo.task = {settings.task!r}: {self.args.model} is made to {found}; use one for it")
+        model: nn.Module = super().get_model(cfg, weights, verbose)  # type: ignore[misc]
+        if weights is None:
+            if settings.method != "full":
+                raise SettingsError(
+                    f"yolo.method = {settings.method!r}: {self.args.model} has no weights to keep; "
+                    'begin from a .pt file, or use method = "full"'
+                )
+            return model
+        self._fresh = methods.fresh_layers(model, weights)
+        if settings.task == "classify":
+            methods.copy_class_rows(model, weights, self.run.data["names"])
+        if settings.method == "lora":
+            methods.inject(model, settings.lora, self._fresh)
         return model
 
+    def _setup_ddp(self) -> None:
+        """Nothing: `tune` has joined the processes, on a CPU too."""
+
     def _setup_train(self) -> None:
-        super()._setup_train()
-        model = cast(nn.Module, self.model)  # a path until here
+        processes, self.world_size = self.world_size, 0  # ultralytics wraps only models on GPUs
+        super()._setup_train()  # type: ignore[misc]
+        self.world_size = processes
+        model = self.model
         # Ultralytics leaves a core idle and switches every parameter's gradient on; both are put right only here.
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self.run.threads)
         # Channels last: a step takes three quarters of the time on a CPU, with the same result.
         model.to(memory_format=torch.channels_last)
-        if self._lora is not None:
-            _freeze_base(model, self._lora)
+        methods.freeze(model, self.run.settings.method, self.run.settings.lora, self._fresh)
+        self._still = methods.still_norms(model, self.run.settings.method)
+        self._restore(self._state)
+        if processes > 1:
+            on_gpu = self.device.type == "cuda"
+            self.model = DistributedDataParallel(
+                model,
+                device_ids=[self.device.index] if on_gpu else None,
+                find_unused_parameters=True,
+                broadcast_buffers=False,
+            )
+
+    def _build_train_pipeline(self) -> None:
+        super()._build_train_pipeline()  # type: ignore[misc]
+        # Ultralytics carries gradients over the end of an epoch; here `optimizer_step` counts the batches of a step.
+        self._micro, self.accumulate = self.accumulate, 1
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         if mode == "val":
-            return self.train_loader  # asked for, but never read: nothing is validated here
+            if not self._validates or self.run.place.rank != 0:
+                return self.train_loader  # asked for, but never read
+            rank = -1  # one process sees all of them
+        elif self.run.place.count > 1:
+            batch_size = max(1, batch_size // self.run.place.count)
         with redirect_stdout(StringIO()):  # the one progress bar that its settings do not silence
-            return super().get_dataloader(dataset_path, batch_size, rank, mode)
+            return super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = super().preprocess_batch(batch)
+        batch = super().preprocess_batch(batch)  # type: ignore[misc]
         batch["img"] = batch["img"].contiguous(memory_format=torch.channels_last)
         return batch
 
-    def validate(self) -> tuple[dict[str, float], None]:
-        return {}, None
+    def _model_train(self) -> None:
+        super()._model_train()  # type: ignore[misc]
+        for layer in self._still:
+            layer.eval()
+
+    def _begin_epoch(self) -> None:
+        self._waiting = self._seen = 0
+        self._oom_retries = 3  # none left: `tune` answers, from the last state and in every epoch
+        seed_epoch(self.train_loader, self.run.seed, self.epoch, self.run.place.rank)
+
+    def optimizer_step(self) -> None:
+        """Step when enough batches wait and at the epoch's end; a classifier's loss is a mean, not a sum of images."""
+        self._waiting, self._seen = self._waiting + 1, self._seen + 1
+        if self._waiting < self._micro and self._seen < len(self.train_loader):
+            return
+        if self.run.settings.task == "classify" and self._waiting > 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= self._waiting
+        self._waiting = 0
+        super().optimizer_step()  # type: ignore[misc]
+
+    def validate(self) -> tuple[dict[str, float], float | None]:
+        """The averaged weights' loss an image on the held-out images; what is lower is fitter."""
+        if not self._validates or self.run.place.rank != 0:
+            return {}, None
+        seed_epoch(self.test_loader, 0, 0, 0)
+        average, total, images = self.ema.ema, 0.0, 0
+        with torch.no_grad():
+            for given in self.test_loader:
+                batch = self.preprocess_batch(given)
+                count = len(batch["img"])
+                _, items = average.loss(batch, average(batch["img"]))
+                total += sum(float(value) for value in items.values()) * count
+                images += count
+        loss = total / images
+        return {"held_out_loss": loss}, -loss
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        if self.loss is not None and not torch.isfinite(self.loss).all():
+            raise ValueError(
+                f"training on {self.run.data['path']} diverged in epoch {epoch + 1}: the loss is not finite; "
+                f"lower lr={self.run.settings.lr}"
+            )
+        return False
 
     def save_model(self) -> bool:
-        return False
+        """The state after an epoch, whole; then `_tell` reports what can no longer be lost."""
+        row = {"epoch": float(self.epoch + 1), "epochs": float(self.epochs)}
+        row |= {name: float(value) for name, value in self.tloss.items()}
+        row["loss"] = sum(float(value) for value in self.tloss.values())
+        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        row |= {name: float(value) for name, value in self.metrics.items() if name == "held_out_loss"}
+        self.history.append(row)
+        if self.run.settings.patience and self.stopper.best_epoch == self.epoch + 1:
+            self.run.states.save_best(self.ema.ema.state_dict())
+        self.run.states.save({
+            "epoch": self.epoch,
+            "finished": bool(self.stop),
+            "batch": self.batch_size,
+            "model": unwrap_model(self.model).state_dict(),
+            "ema": self.ema.ema.state_dict(),
+            "updates": self.ema.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "stopper": {"best_fitness": float(self.stopper.best_fitness), "best_epoch": self.stopper.best_epoch},
+            "history": self.history,
+        })  # fmt: skip
+        return True
+
+    def _tell(self) -> None:
+        if self.run.place.rank == 0:
+            self.run.report(dict(self.history[-1]))
 
     def final_eval(self) -> None:
         """Nothing: it would fuse layers that LoRA has replaced."""
 
-
-def run_training(
-    data: dict[str, Any],
-    overrides: dict[str, Any],
-    threads: int,
-    lora: LoraSettings | None,
-    out: Path,
-    on_epoch: OnEpoch | None,
-) -> Trained:
-    """Train as `overrides` (ultralytics' keys) say and save the result to `out`, whole or not at all."""
-    LOGGER.setLevel(logging.ERROR)
-    SETTINGS.update(dict.fromkeys(_INTEGRATIONS, False))
-    loop = Loop(data, overrides, threads, lora)
-    metrics: dict[str, float] = {}
-
-    def report(trainer: Any) -> None:
-        metrics.update({name: float(value) for name, value in trainer.tloss.items()})
-        metrics["loss"] = sum(float(value) for value in trainer.tloss.values())
-        metrics["lr"] = float(trainer.optimizer.param_groups[0]["lr"])
-        if on_epoch is not None:
-            on_epoch(trainer.epoch + 1, trainer.epochs, dict(metrics))
-
-    loop.add_callback("on_fit_epoch_end", report)
-    loop.train()
-    live = cast(nn.Module, loop.model)
-    trainable = sum(p.numel() for p in live.parameters() if p.requires_grad)
-    average: Any = loop.ema
-    model = average.ema.to(memory_format=torch.contiguous_format)
-    if lora is not None:
-        _merge(model)
-    model.criterion = None
-    model.args = {key: value for key, value in overrides.items() if key not in ("project", "name")}
-    model.requires_grad_(False)
-    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-        raise ValueError(f"training on {data['path']} diverged: weights are not finite; lower lr={overrides['lr0']}")
-    checkpoint = {"epoch": -1, "model": model, "train_args": model.args, "version": ultralytics.__version__}
-    beside = out.with_name(out.name + ".part")
-    torch.save(checkpoint, beside)
-    beside.replace(out)
-    return Trained(out, trainable, sum(p.numel() for p in model.parameters()), metrics)
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        self._state = None
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.ema.ema.load_state_dict(state["ema"])
+        self.ema.updates = state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stopper.__dict__.update(state["stopper"])
+        self.history = list(state["history"])
+        self.start_epoch = self.resumed_at = state["epoch"] + 1
+        self.scheduler.last_epoch = self.start_epoch - 1
+        criterion = self.model.init_criterion()
+        if hasattr(criterion, "update"):  # an end-to-end head's, whose parts change their weight with the epochs
+            criterion.updates = self.start_epoch - 1
+            criterion.update()
+            self.model.criterion = criterion
 
 
-def _is_adaptable(name: str, module: nn.Module) -> bool:
-    # The DFL "convolution" holds the constants 0..15 of the box decoder and must not learn.
-    return isinstance(module, nn.Conv2d) and module.groups == 1 and ".dfl." not in f".{name}"
+def shared_state(run: Run) -> dict[str, Any] | None:
+    """The first process's state, in every process; None for a training that begins."""
+    found = [run.states.load() if run.place.rank == 0 else None]
+    if run.place.count > 1:
+        torch.distributed.broadcast_object_list(found, 0)
+    return found[0]
 
 
-def _targets(model: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
-    """Full names of the layers to adapt; raises SettingsError when there is none or one that LoRA cannot adapt."""
-    adaptable = [name for name, module in model.named_modules() if _is_adaptable(name, module)]
-    if wanted == "all":
-        return adaptable
-    chosen = [
-        name
-        for name, _ in model.named_modules()
-        if any(name == ending or name.endswith(f".{ending}") for ending in wanted)
-    ]
-    fix = f'name convolutions such as {adaptable[0]!r}, or use "all"'
-    if not chosen:
-        raise SettingsError(f"lora.target_modules = {wanted!r}: no layer of the model is called so; fix: {fix}")
-    for name in chosen:
-        if name not in adaptable:
-            raise SettingsError(
-                f"lora.target_modules = {wanted!r}: {name!r} is no ungrouped convolution that learns; fix: {fix}"
-            )
-    return chosen
+def seed_epoch(loader: Any, seed: int, epoch: int, rank: int) -> None:
+    """Make what an epoch draws depend on these numbers alone: order, augmentation, dropout."""
+    drawn = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+    random.seed(drawn)
+    np.random.seed(drawn)
+    torch.manual_seed(drawn)
+    loader.generator.manual_seed(drawn)
+    if hasattr(loader.sampler, "set_epoch"):  # several processes share one order
+        loader.sampler.seed = seed
+        loader.sampler.set_epoch(epoch)
+    loader.reset()
 
 
-def _inject(model: nn.Module, lora: LoraSettings) -> None:
-    keys = lora.model_dump(exclude={"target_modules"})
-    inject_adapter_in_model(LoraConfig(target_modules=_targets(model, lora.target_modules), **keys), model)
-    # Ultralytics warns once a frozen parameter; `_freeze_base` freezes them after its set-up.
-    model.requires_grad_(True)
+class _Detect(_Loop, DetectionTrainer):
+    """Boxes."""
 
 
-def _freeze_base(model: nn.Module, lora: LoraSettings) -> None:
-    """Leave only LoRA's matrices, batch-norm and the biases that `lora.bias` names to learn."""
-    model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(True)
-        elif isinstance(module, BaseTunerLayer):
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(name.startswith("lora_"))
-            base = module.get_base_layer()
-            if lora.bias == "lora_only" and base.bias is not None:
-                base.bias.requires_grad_(True)
-        elif lora.bias == "all" and isinstance(module, nn.Conv2d) and module.bias is not None:
-            module.bias.requires_grad_(True)
+class _Segment(_Loop, SegmentationTrainer):
+    """Boxes and outlines."""
 
 
-def _merge(model: nn.Module) -> None:
-    """Add every LoRA product to its base layer's weights and put the base layer back in its place."""
-    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, layer in adapted:
-        layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+class _Classify(_Loop, ClassificationTrainer):
+    """Whole images."""
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: Any = None) -> Any:
+        folders = {index: class_folder(index) for index in self.run.data["names"]}
+        return ClassificationDataset(img_path, self.args, augment=mode == "train", prefix=mode, names=folders)
+
+
+LOOPS: dict[str, type[Any]] = {"detect": _Detect, "segment": _Segment, "classify": _Classify}
