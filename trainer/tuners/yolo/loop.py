@@ -11,7 +11,7 @@ import random
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,16 +46,23 @@ class Run:
     report: Report
 
 
-class _Loop:
+_Untyped: Any = object  # ultralytics has no types: what its trainers bring is known when they are mixed in
+
+
+class _Loop(_Untyped):
     """What the loops of all tasks share; mixed in before ultralytics' trainer of the task."""
 
+    model: Any
+    accumulate: int
+
     def __init__(self, run: Run, overrides: dict[str, Any], state: dict[str, Any] | None) -> None:
-        self.run, self.history, self._state = run, cast(list[dict[str, float]], []), state
+        self.run, self._state = run, state
+        self.history: list[dict[str, float]] = []
         self._fresh: set[str] = set()
         self._still: list[nn.Module] = []
         self._micro, self._waiting, self._seen = 1, 0, 0
         self.resumed_at = 0
-        super().__init__(overrides=overrides)  # type: ignore[call-arg]
+        super().__init__(overrides=overrides)
         self.world_size = run.place.count if run.place.launched else 0
         self.args.val = self._validates
         self.add_callback("on_train_epoch_start", _Loop._begin_epoch)
@@ -73,7 +80,7 @@ class _Loop:
         found = guess_model_task(cfg)
         if found != settings.task:
             raise SettingsError(f"yolo.task = {settings.task!r}: {self.args.model} is made to {found}; use one for it")
-        model: nn.Module = super().get_model(cfg, weights, verbose)  # type: ignore[misc]
+        model: nn.Module = super().get_model(cfg, weights, verbose)
         if weights is None:
             if settings.method != "full":
                 raise SettingsError(
@@ -93,7 +100,7 @@ class _Loop:
 
     def _setup_train(self) -> None:
         processes, self.world_size = self.world_size, 0  # ultralytics wraps only models on GPUs
-        super()._setup_train()  # type: ignore[misc]
+        super()._setup_train()
         self.world_size = processes
         model = self.model
         # Ultralytics leaves a core idle and switches every parameter's gradient on; both are put right only here.
@@ -113,7 +120,7 @@ class _Loop:
             )
 
     def _build_train_pipeline(self) -> None:
-        super()._build_train_pipeline()  # type: ignore[misc]
+        super()._build_train_pipeline()
         # Ultralytics carries gradients over the end of an epoch; here `optimizer_step` counts the batches of a step.
         self._micro, self.accumulate = self.accumulate, 1
 
@@ -125,15 +132,15 @@ class _Loop:
         elif self.run.place.count > 1:
             batch_size = max(1, batch_size // self.run.place.count)
         with redirect_stdout(StringIO()):  # the one progress bar that its settings do not silence
-            return super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
+            return super().get_dataloader(dataset_path, batch_size, rank, mode)
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        batch = super().preprocess_batch(batch)  # type: ignore[misc]
+        batch = super().preprocess_batch(batch)
         batch["img"] = batch["img"].contiguous(memory_format=torch.channels_last)
         return batch
 
     def _model_train(self) -> None:
-        super()._model_train()  # type: ignore[misc]
+        super()._model_train()
         for layer in self._still:
             layer.eval()
 
@@ -152,7 +159,7 @@ class _Loop:
                 if parameter.grad is not None:
                     parameter.grad /= self._waiting
         self._waiting = 0
-        super().optimizer_step()  # type: ignore[misc]
+        super().optimizer_step()
 
     def validate(self) -> tuple[dict[str, float], float | None]:
         """The averaged weights' loss an image on the held-out images; what is lower is fitter."""

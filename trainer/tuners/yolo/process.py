@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 
+_LAUNCHED = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE")
+
 
 def prepare_process() -> None:
     """Keep ultralytics from the network and from the user's home; call before the first import of it or of torch."""
@@ -37,8 +39,8 @@ class Place:
         """As the launcher's environment says it."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
-        numbers = [int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "GROUP_RANK")]
-        return cls(*numbers, count=int(os.environ["WORLD_SIZE"]))
+        rank, local, host, count = (int(os.environ.get(name, "0")) for name in _LAUNCHED)
+        return cls(rank, local, host, count)
 
     @property
     def launched(self) -> bool:

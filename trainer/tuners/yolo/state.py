@@ -55,7 +55,8 @@ class States:
     def clear(self) -> None:
         """Forget the training."""
         for name in (_STATE, _BEST):
-            (self._folder / name).unlink(missing_ok=True)
+            for path in (self._folder / name, *self._folder.glob(f".{name}.*")):  # with what a kill left half written
+                path.unlink(missing_ok=True)
 
     def _write(self, name: str, state: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()

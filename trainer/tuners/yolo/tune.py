@@ -186,10 +186,10 @@ def _joined(place: Place, settings: YoloSettings) -> Iterator[tuple[str, Callabl
         distributed.init_process_group("gloo" if device == "cpu" else "nccl")
 
     def share(make: Callable[[], Files]) -> Files:
-        files = [make() if place.local_rank == 0 else None]
         everywhere: list[Any] = [None] * place.count
-        distributed.all_gather_object(everywhere, files[0])
-        return next(each for each in everywhere[place.rank - place.local_rank :] if each is not None)
+        distributed.all_gather_object(everywhere, make() if place.local_rank == 0 else None)
+        mine: Files = everywhere[place.rank - place.local_rank]  # made by the first process of this host
+        return mine
 
     try:
         yield device, share
