@@ -142,7 +142,8 @@ def test_examples_beyond_the_context_are_counted_not_cut(base: Path, tmp_path: P
     made = run(base, tmp_path / "out", LoraSettings(r=2), [*EXAMPLES, long])
     assert (made.facts["examples"], made.facts["left_out"]) == (4, 1)
     longer = Example(prompt="the line reads 1 " * 3, answer="y")
-    for context, left_out in ((40, 0), (20, 1)):
+    tokens = len(AutoTokenizer.from_pretrained(base)(longer["prompt"] + "y<|endoftext|>")["input_ids"])
+    for context, left_out in ((tokens, 0), (tokens - 1, 1)):
         made = run(base, tmp_path / "out", LoraSettings(r=2), [*EXAMPLES, longer], context=context)
         assert made.facts["left_out"] == left_out
     with pytest.raises(ValueError, match="none of 1 examples fits the context of 64 tokens"):

@@ -1,4 +1,4 @@
-"""What each epoch of a training gave, from the log that it wrote on its way."""
+"""A training's learning rate, and what each epoch gave, from the log that it wrote on its way."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ _NAMES = {
     "eval_rewards/accuracies": "held_out_accuracy",
 }
 _MEANS = ("loss", "margin", "accuracy")  # over the steps of an epoch
+
+
+def warm_then_decay(step: int, total: int) -> float:
+    """Factor of the learning rate for a step (from 0): up over the first 5 % of the steps, then down in a line to a tenth."""
+    warm = max(1, total // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 1.0 - 0.9 * (min(step, total) - warm) / max(1, total - warm)
 
 
 def named(row: Mapping[str, float]) -> dict[str, float]:

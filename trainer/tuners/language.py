@@ -85,9 +85,18 @@ def adapted(base: Base, settings: LanguageSettings) -> Any:
     return PeftModel.from_pretrained(base.model, settings.adapter, is_trainable=True)
 
 
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """The configuration of a PEFT adapter; raises SettingsError when the folder holds none."""
+    try:
+        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"adapter = {str(adapter)!r}: no PEFT adapter is there ({error})") from None
+    return config
+
+
 def _check_same(adapter: Path, lora: LoraSettings) -> None:
     """An adapter that is trained further keeps its shape: what is set must be what it has."""
-    has = json.loads((adapter / "adapter_config.json").read_bytes())
+    has = adapter_config(adapter)
     has["target_modules"] = sorted(has["target_modules"] or [])
     for key in lora.model_fields_set:
         asked = getattr(lora, key)

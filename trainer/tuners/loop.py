@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from trainer.core.batching import Batching, shared
-from trainer.core.curves import by_epoch, named
+from trainer.core.curves import by_epoch, named, warm_then_decay
 from trainer.tuners.base import Report, Tuned, Work
+from trainer.tuners.language import adapter_config
 from trainer.tuners.lora.settings import LanguageSettings
 from trainer.tuners.scratch import Scratch, fingerprint, replace_folder
 from trainer.tuners.settings import SettingsError
@@ -59,6 +62,10 @@ def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
     Out of memory: half as many examples at once, and so many more passes for one step; the steps stay the same. Raises
     SettingsError when one example is too much, ValueError when nothing is left to train on.
     """
+    if not (work.base / "config.json").is_file():
+        raise SettingsError(f"base = {str(work.base)!r}: no Hugging Face checkpoint is there (config.json)")
+    if settings.adapter is not None:
+        adapter_config(settings.adapter)
     state = device()
     try:
         batching = shared(settings.batch, state.num_processes)
@@ -111,8 +118,6 @@ def arguments(work: Work, settings: LanguageSettings, batching: Batching, scratc
         "gradient_accumulation_steps": batching.passes,
         "gradient_checkpointing": False,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_ratio": 0.05,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": work.seed,
@@ -174,9 +179,18 @@ class Watch(TrainerCallback):
 
 
 class Checkpoints:
-    """For a Trainer: checkpoints hold the adapter alone, and count when every process has written its part."""
+    """For a Trainer: checkpoints hold the adapter alone, and count when every process has written its part. The learning
+    rate rises at once: transformers' own schedules waste the first step, which may be the only one."""
 
     scratch: Scratch
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Up over the first 5 % of the steps, then down in a line to a tenth."""
+        if self.lr_scheduler is None:
+            factor = partial(warm_then_decay, total=num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)  # type: ignore[attr-defined]
+        return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir  # type: ignore[attr-defined]
