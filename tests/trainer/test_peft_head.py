@@ -121,7 +121,7 @@ def test_a_wrong_key_says_so_and_a_wrong_learner_names_those_there_are(mistral: 
         PeftHead(mistral, {"lora_rank": 8})
     with pytest.raises(ValueError, match="use one of dpo, lora"):
         PeftHead(mistral, DOCUMENTED, learner="magic")
-    with pytest.raises(SettingsError, match="'qkv_proj'.*no such module.*q_proj"):
+    with pytest.raises(SettingsError, match=r"'qkv_proj'.*no such module.*q_proj"):
         PeftHead(mistral, {"target_modules": ["qkv_proj"]}).tune(EXAMPLES, tmp_path / "out", tmp_path / "scratch")
     with pytest.raises(SettingsError, match="the head has its own"):
         PeftHead(mistral, DOCUMENTED).settings(lora={"r": 4})

@@ -18,7 +18,7 @@ _MEANS = ("loss", "margin", "accuracy")  # over the steps of an epoch
 
 
 def warm_then_decay(step: int, total: int) -> float:
-    """Factor of the learning rate for a step (from 0): up over the first 5 % of the steps, then down in a line to a tenth."""
+    """Factor of the learning rate for a step (from 0): up over the first 5 %, then down in a line to a tenth."""
     warm = max(1, total // 20)
     if step < warm:
         return (step + 1) / warm

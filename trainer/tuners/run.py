@@ -1,6 +1,7 @@
 """A training in processes of its own: what `accelerate launch` and `torchrun` start.
 
-    accelerate launch --num_processes 2 -m trainer.tuners.run work.json
+    accelerate launch --num_processes 2 -m trainer.tuners.run work.json     # two GPUs
+    torchrun --standalone --nproc_per_node 2 -m trainer.tuners.run work.json     # two processes, with or without GPUs
 
 `work.json` is what `write_work` writes. Standard output is one JSON object, `Tuned`, from the first process; progress goes
 to standard error, a JSON object a line. The exit status is 0 when the adapter is there, 2 for settings or data that cannot

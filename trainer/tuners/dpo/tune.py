@@ -57,7 +57,9 @@ def _prepare(work: Work, settings: DpoSettings, batching: Batching, scratch: Scr
     base = language.load(work.base, settings)
     rows, left_out = encode(base, work.data)
     if not rows:
-        raise ValueError(f"nothing to train on: none of {len(work.data)} pairs fits the context of {base.context} tokens")
+        raise ValueError(
+            f"nothing to train on: none of {len(work.data)} pairs fits the context of {base.context} tokens"
+        )
     held_out, held_left_out = encode(base, work.held_out)
     if work.held_out and not held_out:
         raise ValueError(f"none of {len(work.held_out)} held-out pairs fits the context of {base.context} tokens")

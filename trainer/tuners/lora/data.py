@@ -116,7 +116,9 @@ def _line(number: int, row: Any) -> Line:
     replaced = next((step.get("output") for step in own if escalated and _failed(step)), None)
     said = escalated[-1] if escalated else {}
     confidence = said.get("confidence")
-    sure = float(confidence) if isinstance(confidence, (int, float)) else 0.0  # a model that does not say how sure it was
+    sure = (
+        float(confidence) if isinstance(confidence, (int, float)) else 0.0
+    )  # a model that does not say how sure it was
     return Line(
         number, goal, context, _messages(plan, goal, context), answer,
         failed=bool(steps) and _failed(steps[-1]),
