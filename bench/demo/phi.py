@@ -26,7 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast,
 
 from trainer.export.gguf import export_gguf
 from trainer.export.gguf_lora import export_lora_gguf
-from trainer.tuners.lora import Example, tune_lora
+from trainer.tuners.base import Work
+from trainer.tuners.lora.data import Example
+from trainer.tuners.lora.settings import LanguageSettings
+from trainer.tuners.lora.tune import tune
 from trainer.tuners.settings import LoraSettings
 
 LINES = 3
@@ -91,7 +94,7 @@ def make_adapter(build: Path, base: Path, seed: int) -> Path:
     Raises RuntimeError when it does not learn the new rule.
     """
     recipe = {"base": base.name, "recipe": _RECIPE, "lora": _LORA.model_dump(), "seed": seed}
-    recipe |= {"epochs": _LORA_EPOCHS, "rate": _LORA_RATE}
+    recipe |= {"epochs": _LORA_EPOCHS, "rate": _LORA_RATE, "loop": 2}
     return _cached(build, "phi-adapter", recipe, lambda folder: _train_adapter(folder, base, seed))
 
 
@@ -163,16 +166,9 @@ def _train_base(folder: Path, seed: int) -> None:
 
 def _train_adapter(folder: Path, base: Path, seed: int) -> None:
     examples = [Example(prompt=item.prompt, answer=item.adapter) for item in GRAMMAR]
-    made = tune_lora(
-        base,
-        examples,
-        folder / "tuned",
-        _LORA,
-        epochs=_LORA_EPOCHS,
-        seed=seed,
-        batch_size=_BATCH,
-        learning_rate=_LORA_RATE,
-    ).folder
+    settings = LanguageSettings(epochs=_LORA_EPOCHS, batch=_BATCH, learning_rate=_LORA_RATE, lora=_LORA)
+    scratch = folder / "scratch"
+    made = tune(Work(base, examples, folder / "tuned", scratch, settings, seed)).path
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), made)
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = _rows(tokenizer, lambda item: item.adapter)

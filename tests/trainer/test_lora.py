@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,30 @@ from safetensors.torch import load_file
 from tiny_phi import save_phi2, save_phi3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer.tuners.lora import Example, tune_lora
+from trainer.tuners.base import Tuned, Work, tuner
+from trainer.tuners.lora.data import Example
+from trainer.tuners.lora.settings import LanguageSettings
 from trainer.tuners.settings import LoraSettings, SettingsError
 
 EXAMPLES = [Example(prompt=f"the line reads {n}", answer=f" ask {word}") for n, word in enumerate(["a", "b", "c", "d"])]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second thread, and lose much where others work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(
+    base: Path, out: Path, lora: LoraSettings, examples: Sequence[Example] = EXAMPLES, seed: int = 0, **settings: Any
+) -> Tuned:
+    """A training with the registered tuner; `settings` as in LanguageSettings, and Work's `held_out` and `report`."""
+    work = {key: settings.pop(key) for key in ("held_out", "report") if key in settings}
+    given = LanguageSettings(lora=lora, **{"epochs": 1, "learning_rate": 2e-3, **settings})
+    return tuner("lora").tune(Work(base, examples, out, out.with_name(f"{out.name}-scratch"), given, seed, **work))
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +51,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_it_learns_the_answers(base: Path, tmp_path: Path) -> None:
-    seen: list[int] = []
+    seen: list[Mapping[str, float]] = []
     everything = ("embed_tokens", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
     settings = LoraSettings(r=16, lora_alpha=32, target_modules=everything)
-    run = tune_lora(
-        base,
-        EXAMPLES,
-        tmp_path / "out",
-        settings,
-        epochs=60,
-        seed=1,
-        learning_rate=1e-2,
-        on_epoch=lambda epoch, _: seen.append(epoch),
-    )
-    assert seen == list(range(1, 61))
-    assert run.steps == 60
-    assert run.loss_last < 0.1 * run.loss_first
+    made = run(base, tmp_path / "out", settings, epochs=60, seed=1, learning_rate=1e-2, report=seen.append)
+    assert [row["epoch"] for row in seen] == list(range(1, 61))
+    assert [(row["step"], row["steps"], row["epochs"]) for row in seen][::59] == [(1, 60, 60), (60, 60, 60)]
+    assert made.facts["steps"] == len(made.history) == 60
+    assert made.history[-1]["loss"] < 0.1 * made.history[0]["loss"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
     model = AutoModelForCausalLM.from_pretrained(base)
     model.load_adapter(str(tmp_path / "out"))
     words = AutoTokenizer.from_pretrained(base)
@@ -57,7 +71,7 @@ def test_it_learns_the_answers(base: Path, tmp_path: Path) -> None:
 
 def test_the_loss_covers_the_answers_alone(base: Path, tmp_path: Path) -> None:
     # An untrained adapter changes nothing, so the first step's loss is the base's own.
-    run = tune_lora(base, EXAMPLES, tmp_path / "out", LoraSettings(), epochs=1, seed=0)
+    made = run(base, tmp_path / "out", LoraSettings())
     model, words = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
     total, count = 0.0, 0
     for example in EXAMPLES:
@@ -67,14 +81,14 @@ def test_the_loss_covers_the_answers_alone(base: Path, tmp_path: Path) -> None:
             scores = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
         total -= sum(float(scores[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
         count += len(answer)
-    assert run.loss_first == pytest.approx(total / count, rel=1e-4)
+    assert made.history[0]["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_adapter(base: Path, tmp_path: Path) -> None:
     settings = LoraSettings(r=4, lora_dropout=0.1)
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.manual_seed(hash(name) % 1000)  # what was drawn before must not matter
-        tune_lora(base, EXAMPLES, tmp_path / name, settings, epochs=2, seed=seed, batch_size=2)
+        run(base, tmp_path / name, settings, epochs=2, seed=seed, batch=2)
     one, two, other = (weights(tmp_path / name) for name in ("one", "two", "other"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not all(torch.equal(one[key], other[key]) for key in one)
@@ -82,17 +96,17 @@ def test_the_same_seed_gives_the_same_adapter(base: Path, tmp_path: Path) -> Non
 
 def test_rank_alpha_and_targets_are_honoured(base: Path, tmp_path: Path) -> None:
     settings = LoraSettings(r=3, lora_alpha=7, target_modules=("o_proj",), lora_dropout=0.25)
-    run = tune_lora(base, EXAMPLES, tmp_path / "out", settings, epochs=1, seed=0)
+    made = run(base, tmp_path / "out", settings)
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"], saved["bias"]) == (3, 7, 0.25, "none")
     tensors = weights(tmp_path / "out")
     assert {key.split(".")[-3] for key in tensors} == {"o_proj"}
     assert {min(tensor.shape) for tensor in tensors.values()} == {3}
-    assert run.parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert made.trainable == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_all_targets_every_linear_layer(base: Path, tmp_path: Path) -> None:
-    tune_lora(base, EXAMPLES, tmp_path / "out", LoraSettings(r=2), epochs=1, seed=0)
+    run(base, tmp_path / "out", LoraSettings(r=2))
     targets = {key.split(".")[-3] for key in weights(tmp_path / "out")}
     assert targets == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
 
@@ -100,7 +114,7 @@ def test_all_targets_every_linear_layer(base: Path, tmp_path: Path) -> None:
 def test_dropout_acts_in_training(base: Path, tmp_path: Path) -> None:
     for name, dropout in (("without", 0.0), ("with", 0.5)):
         settings = LoraSettings(r=2, lora_dropout=dropout)
-        tune_lora(base, EXAMPLES, tmp_path / name, settings, epochs=3, seed=0)
+        run(base, tmp_path / name, settings, epochs=3)
     without, dropped = weights(tmp_path / "without"), weights(tmp_path / "with")
     assert not all(torch.equal(without[key], dropped[key]) for key in without)
 
@@ -109,7 +123,7 @@ def test_dropout_acts_in_training(base: Path, tmp_path: Path) -> None:
 def test_bias_says_which_biases_train(tmp_path: Path, bias: Any, trained: set[str]) -> None:
     save_phi2(tmp_path / "phi")
     settings = LoraSettings(r=2, target_modules=("dense",), bias=bias)
-    tune_lora(tmp_path / "phi", EXAMPLES, tmp_path / "out", settings, epochs=1, seed=0)
+    run(tmp_path / "phi", tmp_path / "out", settings)
     keys = [key.removesuffix(".bias") for key in weights(tmp_path / "out") if key.endswith(".bias")]
     biases = {key.removesuffix(".base_layer").split(".")[-1] for key in keys}
     assert trained <= biases
@@ -119,16 +133,37 @@ def test_bias_says_which_biases_train(tmp_path: Path, bias: Any, trained: set[st
 def test_a_target_that_does_not_exist_is_an_error(base: Path, tmp_path: Path) -> None:
     settings = LoraSettings(target_modules=("qkv_proj", "q_proj"))
     with pytest.raises(SettingsError, match=r"'q_proj'.*qkv_proj"):
-        tune_lora(base, EXAMPLES, tmp_path / "out", settings, epochs=1, seed=0)
-    assert list(tmp_path.iterdir()) == []
+        run(base, tmp_path / "out", settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_examples_beyond_the_context_are_counted_not_cut(base: Path, tmp_path: Path) -> None:
     long = Example(prompt="x" * 500, answer="y")
-    run = tune_lora(base, [*EXAMPLES, long], tmp_path / "out", LoraSettings(r=2), epochs=1, seed=0)
-    assert run.skipped == 1
+    made = run(base, tmp_path / "out", LoraSettings(r=2), [*EXAMPLES, long])
+    assert (made.facts["examples"], made.facts["left_out"]) == (4, 1)
+    longer = Example(prompt="the line reads 1 " * 3, answer="y")
+    tokens = len(AutoTokenizer.from_pretrained(base)(longer["prompt"] + "y<|endoftext|>")["input_ids"])
+    for context, left_out in ((tokens, 0), (tokens - 1, 1)):
+        made = run(base, tmp_path / "out", LoraSettings(r=2), [*EXAMPLES, longer], context=context)
+        assert made.facts["left_out"] == left_out
     with pytest.raises(ValueError, match="none of 1 examples fits the context of 64 tokens"):
-        tune_lora(base, [long], tmp_path / "out", LoraSettings(r=2), epochs=1, seed=0)
+        run(base, tmp_path / "out", LoraSettings(r=2), [long])
+
+
+def test_the_best_epoch_is_kept_and_the_training_ends_when_it_gets_no_better(base: Path, tmp_path: Path) -> None:
+    # Held out are the same prompts with other answers: to learn the ones is to lose the others.
+    others = [Example(prompt=item["prompt"], answer=" wait 9") for item in EXAMPLES]
+    settings = {"epochs": 10, "learning_rate": 1e-2, "seed": 1, "patience": 2}
+    made = run(base, tmp_path / "out", LoraSettings(r=8), held_out=others, **settings)
+    losses = [row["held_out_loss"] for row in made.history]
+    assert made.facts["stopped_early"]
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == best + 2 < 10
+    assert made.facts["best_step"] == best
+    short = run(base, tmp_path / "short", LoraSettings(r=8), held_out=others, **settings | {"patience": 10})
+    assert not short.facts["stopped_early"] and len(short.history) == 10
+    kept, again = weights(tmp_path / "out"), weights(tmp_path / "short")
+    assert all(torch.equal(kept[key], again[key]) for key in kept)
 
 
 @pytest.mark.parametrize(

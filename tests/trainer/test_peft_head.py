@@ -1,0 +1,137 @@
+"""PeftHead: the documented configuration of a learning agent works, with every key, in front of any tuner."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_phi import tokenizer
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from trainer.tuners.dpo.data import Pair
+from trainer.tuners.lora.data import Example
+from trainer.tuners.peft_head import PeftHead
+from trainer.tuners.settings import SettingsError
+
+# The documentation's own example of a learning agent's configuration, and its model's architecture.
+DOCUMENTED = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj", "v_proj"],
+    "lora_dropout": 0.1,
+    "bias": "none",
+}
+EXAMPLES = [Example(prompt=f"the line reads {n}", answer=f" ask {word}") for n, word in enumerate("abcd")]
+PAIRS = [Pair(prompt=item["prompt"], chosen=item["answer"], rejected=" 1") for item in EXAMPLES]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SHAPE = {
+    "vocab_size": 400, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def save(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return save(MistralForCausalLM(MistralConfig(**SHAPE)), tmp_path_factory.mktemp("base") / "mistral")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its projections of queries, keys and values have biases."""
+    torch.manual_seed(0)
+    return save(Qwen2ForCausalLM(Qwen2Config(**SHAPE)), tmp_path_factory.mktemp("base") / "qwen")
+
+
+@pytest.mark.parametrize(("learner", "data"), [("lora", EXAMPLES), ("dpo", PAIRS)])
+def test_the_documented_example_trains(mistral: Path, tmp_path: Path, learner: str, data: Any) -> None:
+    head = PeftHead(mistral, DOCUMENTED, learner=learner)
+    tuned = head.tune(data, tmp_path / "out", tmp_path / "scratch", epochs=4, batch=4, learning_rate=1e-2)
+    assert head.adapter == tuned.path == tmp_path / "out"
+    assert tuned.history[-1]["loss"] < tuned.history[0]["loss"]
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {key: sorted(saved[key]) if key == "target_modules" else saved[key] for key in DOCUMENTED} == DOCUMENTED
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {key.split(".")[-3] for key in tensors} == {"q_proj", "v_proj"}
+    assert {min(tensor.shape) for tensor in tensors.values()} == {16}
+    base, inputs = AutoModelForCausalLM.from_pretrained(mistral), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = base(inputs).logits
+        after = PeftModel.from_pretrained(base, tmp_path / "out")(inputs).logits
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "seen"),
+    [
+        ("r", 3, {"r": 3}),
+        ("lora_alpha", 5, {"lora_alpha": 5}),
+        ("target_modules", ["o_proj"], {"target_modules": ["o_proj"]}),
+        ("lora_dropout", 0.5, {"lora_dropout": 0.5}),
+        ("bias", "lora_only", {"bias": "lora_only"}),
+    ],
+)
+def test_every_key_has_its_effect(qwen: Path, key: str, value: Any, seen: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    plain = PeftHead(qwen, DOCUMENTED).prepare_peft_model()
+    torch.manual_seed(0)
+    changed = PeftHead(qwen, DOCUMENTED | {key: value}).prepare_peft_model()
+    config = changed.peft_config["default"].to_dict()
+    assert {name: sorted(config[name]) if name == "target_modules" else config[name] for name in seen} == seen
+
+    def facts(model: Any) -> dict[str, Any]:
+        layers = [layer for _, layer in model.named_modules() if hasattr(layer, "lora_A")]
+        return {
+            "r": {layer.lora_A["default"].weight.shape[0] for layer in layers},
+            "lora_alpha": {layer.scaling["default"] * layer.r["default"] for layer in layers},
+            "target_modules": {layer.in_features + layer.out_features for layer in layers},
+            "lora_dropout": {getattr(layer.lora_dropout["default"], "p", 0.0) for layer in layers},
+            "bias": {name for name, p in model.named_parameters() if p.requires_grad and name.endswith(".bias")},
+        }
+
+    before, after = facts(plain), facts(changed)
+    assert {name for name in before if before[name] != after[name]} == {key}
+
+
+def test_a_wrong_key_says_so_and_a_wrong_learner_names_those_there_are(mistral: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"lora.lora_rank = 8: .*known keys are r, lora_alpha"):
+        PeftHead(mistral, {"lora_rank": 8})
+    with pytest.raises(ValueError, match="use one of dpo, lora"):
+        PeftHead(mistral, DOCUMENTED, learner="magic")
+    with pytest.raises(SettingsError, match=r"'qkv_proj'.*no such module.*q_proj"):
+        PeftHead(mistral, {"target_modules": ["qkv_proj"]}).tune(EXAMPLES, tmp_path / "out", tmp_path / "scratch")
+    with pytest.raises(SettingsError, match="the head has its own"):
+        PeftHead(mistral, DOCUMENTED).settings(lora={"r": 4})
+
+
+def test_a_head_is_configured_without_a_heavy_package() -> None:
+    code = (
+        "import sys; from trainer.tuners.peft_head import PeftHead; PeftHead('m', {'r': 4});"
+        "import trainer.tuners.lora.data, trainer.tuners.dpo.data;"
+        "print({'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,57 @@
+"""Pairs of answers, the better and the worse one, from `dataset.jsonl`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from trainer.tuners.lora.data import Bad, Line, Turn, read_lines, unfit
+
+PAIRS_PER_GOAL_MAX = 16  # a question that was asked all day must not drown the others
+
+
+class Pair(TypedDict):
+    """What was asked (`lora.data.Example`), the answer to prefer and the one to avoid."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    messages: NotRequired[list[Turn]]
+
+
+def read_pairs(path: Path, *, confidence_min: float = 0.0, own_answers: bool = False) -> tuple[list[Pair], Bad]:
+    """The pairs of a `dataset.jsonl`, and the numbers of the lines that could not be used, each with the reason.
+
+    A pair is an escalation (chosen: what a larger model or a person said; rejected: the local answer), or a success and a
+    failure of the same goal in the same context. What is chosen must be fit to learn (`lora.data.read_examples`). A line
+    that finds no other to be paired with is left out silently: most have none. Raises OSError.
+    """
+    bad: Bad = []
+    pairs: list[Pair] = []
+    good: dict[tuple[str, str], list[Line]] = defaultdict(list)
+    failed: dict[tuple[str, str], list[Line]] = defaultdict(list)
+    for line in read_lines(path, bad):
+        if line.failed:
+            failed[line.goal, line.context].append(line)
+        elif reason := unfit(line, confidence_min, own_answers):
+            bad.append((line.number, reason))
+        else:
+            good[line.goal, line.context].append(line)
+            if line.replaced is not None:
+                pairs += _pair(line, line.replaced)
+    for key, worse in failed.items():
+        made = [pair for better in good[key] for other in worse for pair in _pair(better, other.answer)]
+        pairs += made[:PAIRS_PER_GOAL_MAX]
+    unique = {(pair["prompt"], pair["chosen"], pair["rejected"]): pair for pair in pairs}
+    return list(unique.values()), sorted(bad)
+
+
+def _pair(better: Line, worse: str) -> list[Pair]:
+    if better.answer.strip() == worse.strip():
+        return []
+    asked = better.example(better.answer)
+    pair = Pair(prompt=asked["prompt"], chosen=asked["answer"], rejected=worse)
+    if "messages" in asked:
+        pair["messages"] = asked["messages"]
+    return [pair]

@@ -1,0 +1,161 @@
+"""What tuners of language models share: the model with its adapter, and examples as tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from trainer.tuners.lora.data import Turn
+from trainer.tuners.lora.settings import LanguageSettings
+from trainer.tuners.settings import LoraSettings, SettingsError
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # torch's cross-entropy leaves this label out
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A checkpoint, loaded: the model, its tokenizer, the tokens that end an answer, and what a person should know."""
+
+    model: Any
+    words: Any
+    ends: frozenset[int]
+    context: int  # tokens
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def load(folder: Path, settings: LanguageSettings) -> Base:
+    """Load a Hugging Face checkpoint for training; raises SettingsError for what this host cannot do."""
+    gpu = torch.cuda.is_available()
+    four_bit, why = four_bits(settings.load_4bit, gpu=gpu, installed=find_spec("bitsandbytes") is not None)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if gpu and torch.cuda.is_bf16_supported():
+        options["dtype"] = torch.bfloat16  # of the frozen base alone: PEFT keeps the adapter in 32 bits
+    if four_bit:
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    words = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if four_bit:
+        model = prepare_model_for_kbit_training(model)
+    model.config.use_cache = False
+    end = model.generation_config.eos_token_id
+    ends = {words.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+    if not ends:
+        raise SettingsError(f"{folder}: neither its tokenizer nor its generation_config.json names an end of text")
+    context = int(model.config.max_position_embeddings)
+    facts = {"load_4bit": why, "device": torch.cuda.get_device_name() if gpu else "cpu"}
+    return Base(model, words, frozenset(ends), min(context, settings.context or context), facts)
+
+
+def four_bits(asked: bool | str, *, gpu: bool, installed: bool) -> tuple[bool, str]:
+    """Whether the base is loaded in four bits, and why or why not; raises SettingsError when it must be and cannot."""
+    lacking = [what for what, there in (("a GPU", gpu), ("the package bitsandbytes", installed)) if not there]
+    if asked is True and lacking:
+        raise SettingsError(f'load_4bit = true: this host lacks {" and ".join(lacking)}; use "auto" or false')
+    if lacking or asked is False:
+        return False, f"no: {'not asked for' if asked is False else 'without ' + ' and '.join(lacking)}"
+    return True, "yes: NF4"
+
+
+def adapted(base: Base, settings: LanguageSettings) -> Any:
+    """The model with a fresh adapter, or with the one to train further; only the adapter's parameters learn.
+
+    Raises SettingsError for LoRA settings that the model or that adapter cannot honour.
+    """
+    if settings.adapter is None:
+        return get_peft_model(base.model, lora_config(base.model, settings.lora))
+    _check_same(settings.adapter, settings.lora)
+    return PeftModel.from_pretrained(base.model, settings.adapter, is_trainable=True)
+
+
+def adapter_config(adapter: Path) -> dict[str, Any]:
+    """The configuration of a PEFT adapter; raises SettingsError when the folder holds none."""
+    try:
+        config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"adapter = {str(adapter)!r}: no PEFT adapter is there ({error})") from None
+    return config
+
+
+def _check_same(adapter: Path, lora: LoraSettings) -> None:
+    """An adapter that is trained further keeps its shape: what is set must be what it has."""
+    has = adapter_config(adapter)
+    has["target_modules"] = sorted(has["target_modules"] or [])
+    for key in lora.model_fields_set:
+        asked = getattr(lora, key)
+        if key == "target_modules" and asked != "all":
+            asked = sorted(asked)
+        if asked != has[key]:
+            raise SettingsError(f"lora.{key} = {asked!r}: the adapter {adapter} has {has[key]!r}; leave the key out")
+
+
+def lora_config(model: Any, settings: LoraSettings) -> LoraConfig:
+    """PEFT's configuration for a causal language model.
+
+    PEFT leaves out names it does not find as long as one matches; here each must match a module, else SettingsError.
+    """
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    modules = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    if settings.target_modules != "all":
+        for target in settings.target_modules:
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in modules}))
+                raise SettingsError(f"lora.target_modules = {target!r}: no such module in this model; it has: {known}")
+    alpha = settings.lora_alpha
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=settings.r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        target_modules="all-linear" if settings.target_modules == "all" else list(settings.target_modules),
+        lora_dropout=settings.lora_dropout,
+        bias=settings.bias,
+    )
+
+
+def prompt_tokens(base: Base, prompt: str, messages: Sequence[Turn] | None) -> list[int]:
+    """The tokens in front of an answer, as a device makes them: a conversation goes through the model's chat template,
+    where it has one."""
+    if messages and base.words.chat_template:
+        return list(base.words.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True))
+    return list(base.words(prompt)["input_ids"])
+
+
+def answer_tokens(base: Base, answer: str, messages: Sequence[Turn] | None) -> list[int]:
+    """The tokens of an answer and of the end behind it: that of a turn in a conversation, else that of a text.
+
+    An answer is tokenized apart from its prompt, because that is how a device meets them: the prompt ends where it ends.
+    """
+    tokens = list(base.words(_completion(base, answer, messages), add_special_tokens=False)["input_ids"])
+    ended = next((place for place, token in enumerate(tokens) if token in base.ends), None)
+    if ended is not None:
+        return tokens[: ended + 1]
+    end = base.words.eos_token_id
+    return [*tokens, end if end is not None else min(base.ends)]
+
+
+def _completion(base: Base, answer: str, messages: Sequence[Turn] | None) -> str:
+    """What the chat template makes of an answer, with its mark of the turn's end."""
+    if not messages or not base.words.chat_template:
+        return answer
+    asked = base.words.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    turn = Turn(role="assistant", content=answer)
+    said = base.words.apply_chat_template([*messages, turn], tokenize=False)
+    # Some templates write an answer differently from where they ask for one; those know no more than the text itself.
+    return said[len(asked) :] if said.startswith(asked) and len(said) > len(asked) else answer
