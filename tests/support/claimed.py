@@ -29,7 +29,7 @@ SCORE = 0.25
 GOLDEN = 2  # images of a golden set
 ROOT = Path(__file__).parents[2]
 RECIPE = ("tests/support/claimed.py", "trainer/export/quantize.py", "trainer/export/uint8.py", "trainer/golden.py",
-          "trainer/releases.py", "edged/wire/manifest.py")  # fmt: skip
+          "trainer/releases.py", "edged/wire/manifest.py", "edged/wire/blocks.py")  # fmt: skip
 
 
 def vision_release(kind: str, model: str, precision: str, size: int) -> Path:
