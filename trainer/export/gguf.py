@@ -37,6 +37,10 @@ __all__ = ["ARCHITECTURES", "Config", "ExportError", "architecture_of", "export_
 OutType = Literal["f16", "f32"]
 
 
+class NotFinite(ExportError):
+    """A weight is not a number in the type that it is written as."""
+
+
 def export_gguf(checkpoint: Path, out: Path, outtype: OutType = "f16") -> Path:
     """Write the Hugging Face checkpoint in folder `checkpoint` (config.json, *.safetensors, tokenizer.json) to `out`.
 
@@ -97,6 +101,21 @@ def quantize_gguf(source: Path, out: Path, kind: str = "Q8_0") -> Path:
         if code != 0:
             raise ExportError(f"{source}: cannot be quantised to {kind}{log_reason()}; give an f16 or f32 GGUF")
     return out
+
+
+def unsuitable(source: Path, kind: str) -> str:
+    """What of the f16 or f32 GGUF `source` does not become `kind`, because its rows are no whole blocks of it; llama.cpp
+    stores that with more bits. Empty when all of it does."""
+    block = 256 if kind.endswith(("_K", "_K_S", "_K_M", "_K_L")) or kind.startswith(("IQ", "TQ")) else 32
+    matrices = [tensor for tensor in gguf.GGUFReader(source).tensors if sum(int(n) > 1 for n in tensor.shape) > 1]
+    odd = [tensor for tensor in matrices if int(tensor.shape[0]) % block]
+    if not odd:
+        return ""
+    lengths = ", ".join(str(length) for length in sorted({int(tensor.shape[0]) for tensor in odd}))
+    return (
+        f"{len(odd)} of {len(matrices)} matrices have rows of {lengths} numbers, no multiple of {block}: llama.cpp stores "
+        f"them with more bits than {kind}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,5 +214,5 @@ def _cast(name: str, tensor: torch.Tensor, dtype: type[np.float16] | type[np.flo
         cast = array.astype(dtype)
     if not np.isfinite(cast).all():
         fix = "train again" if not np.isfinite(array).all() else 'use outtype "f32"'
-        raise ExportError(f"tensor {name}: values are not finite as {np.dtype(dtype).name}; {fix}")
+        raise NotFinite(f"tensor {name}: values are not finite as {np.dtype(dtype).name}; {fix}")
     return cast

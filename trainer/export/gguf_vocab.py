@@ -74,7 +74,8 @@ def model_name(checkpoint: Path) -> str:
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
     """The pairs that are merged, first the first; older files write a pair as one text."""
-    return [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+    return [(left, right) for left, right in pairs]
 
 
 def _write_sentencepiece(
@@ -103,16 +104,16 @@ def _write_sentencepiece(
 
 def _check_spaces(path: Path, content: dict[str, Any]) -> None:
     """Raises ValueError for a treatment of spaces that llama.cpp does not have."""
-    normal, step = content.get("normalizer") or {}, content.get("pre_tokenizer")
+    normal, step = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
     steps = normal.get("normalizers", [normal] if normal else [])
     kinds = [item.get("type") for item in steps]
     if kinds and (set(kinds) - {"Prepend", "Replace"} or kinds.count("Replace") != 1):
         raise ValueError(f"{path}: its normalizer does {kinds}; llama.cpp does Prepend and Replace of spaces alone")
-    if not kinds and (step or {}).get("type") != "Metaspace":
+    if not kinds and step.get("type") != "Metaspace":
         raise ValueError(f"{path}: spaces do not become {_SPACE}: neither its normalizer nor its pre_tokenizer says so")
-    if kinds and step is not None:
+    if kinds and step:
         raise ValueError(f"{path}: its pre_tokenizer {step.get('type')} is not applied by llama.cpp; save it without")
-    if not kinds and step["prepend_scheme"] == "first":
+    if not kinds and step.get("prepend_scheme") == "first":
         raise ValueError(
             f'{path}: prepend_scheme "first" puts a space before the first word of a text only, llama.cpp before the first '
             'after each special token; set it to "always" and check your prompts, or "never"'

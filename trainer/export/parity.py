@@ -203,6 +203,7 @@ def _checkpoint_answers(checkpoint: Path, manifest: ReleaseManifest, images: Seq
     assert manifest.input_size is not None
     settings: dict[str, Any] = {
         "imgsz": list(manifest.input_size), "conf": FLOOR, "iou": manifest.thresholds.iou, "rect": False,
+        "nms": False,  # of an end-to-end network the head that is exported; others are suppressed all the same
         "verbose": False, "save": False,
     }  # fmt: skip
     return [_told(network.predict(image, **settings)[0], manifest) for image in images]
