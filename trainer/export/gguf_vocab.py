@@ -36,13 +36,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path, vocab_size: int)
     `vocab_size` is the number of rows of the model's embedding; rows beyond the tokenizer's become unused tokens.
     Raises ValueError for a tokenizer of another kind, OSError when its files are missing.
     """
-    path = checkpoint / "tokenizer.json"
-    if not path.is_file() and (checkpoint / "tokenizer.model").is_file():
-        raise ValueError(
-            f"{path} is missing, there is only a tokenizer.model; write it with "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        )
-    content = json.loads(path.read_text(encoding="utf-8"))
+    path, content = _read(checkpoint)
     model = content["model"]
     if model.get("type") != "BPE":
         raise ValueError(
@@ -61,10 +55,20 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Path, vocab_size: int)
     _write_special(writer, checkpoint, {token: index for index, token in enumerate(tokens)})
 
 
+def _read(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    path = checkpoint / "tokenizer.json"
+    if not path.is_file() and (checkpoint / "tokenizer.model").is_file():
+        raise ValueError(
+            f"{path} is missing, there is only a tokenizer.model; write it with "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return path, json.loads(path.read_text(encoding="utf-8"))
+
+
 def model_name(checkpoint: Path) -> str:
     """The name for the file. llama.cpp goes by it: special tokens take the spaces behind them where it has "phi-3" in it,
     and such a file does not load without the tokens that Phi-3 has."""
-    content = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    _, content = _read(checkpoint)
     added = content.get("added_tokens", [])
     known = {*content["model"].get("vocab", {}), *(token["content"] for token in added)}
     plain = re.sub(r"phi-?3", "phi", checkpoint.name, flags=re.IGNORECASE)
