@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer import cli_enroll, cli_hands, cli_ready, cli_train, cli_worker
+from trainer import cli_enroll, cli_export, cli_hands, cli_ready, cli_train, cli_worker
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
 from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
@@ -39,6 +39,7 @@ cli_hands.register(fleet_app)
 app.command()(cli_train.train)
 app.command()(cli_ready.ready)
 app.command()(cli_worker.worker)
+cli_export.register(app)
 
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 

@@ -17,7 +17,8 @@ from typing import Any
 from edged.engines.base import EngineOptions, GenerateRequest, Generator, generate_all, open_engine
 from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef, Thresholds
 from trainer import calibrate
-from trainer.candidate import ENGINE, MODEL_FILE, detector, export_int8, golden_images
+from trainer.candidate import detector, golden_images
+from trainer.core.parity import PARITY_KEY, Exported
 from trainer.evaluate import Labelled, calibration_items, observe
 from trainer.files import sha256_of, write_whole
 from trainer.golden import write_detect_golden, write_prompt_golden
@@ -33,6 +34,48 @@ GOLDEN_TOKENS = 32  # of an answer: as many as a device asks for when it checks 
 Expected = tuple[str, str]  # a prompt, and the one right answer to it
 
 
+def package_vision(
+    checkpoint: Path,
+    folder: Path,
+    release: str,
+    *,
+    labels: Sequence[str],
+    imgsz: int,
+    calibration: Sequence[Labelled],
+    thresholds: Thresholds | None = None,
+    lineage: dict[str, Any] | None = None,
+    seed: int = 0,
+    precision: str = "int8",
+) -> ReleaseManifest:
+    """Export a YOLO checkpoint (detect, segment or classify) as a release into `folder` (made anew).
+
+    `calibration` are labelled images that trained nothing: they set the activations' ranges, fit the confidence and
+    give the golden set, on which parity is judged. Of a classifier each has one box around the whole image. The lineage
+    says the parity. Raises EngineError, ExportError, ReleaseError, ParityFailed, or ValueError for other labels than the
+    checkpoint's.
+    """
+    from trainer.export.vision import export_vision, vision_manifest, vision_model
+
+    thresholds = thresholds or Thresholds()
+    model = vision_model(checkpoint)
+    if tuple(labels) != model.labels:
+        raise ValueError(f"labels {list(labels)}: {checkpoint} has {list(model.labels)}; name them in its order")
+    beside = _beside(folder)
+    golden, images = golden_images(calibration), [item.image for item in calibration]
+    exported = export_vision(
+        checkpoint, beside, precision, golden=golden, calibration=images, imgsz=imgsz, thresholds=thresholds, seed=seed
+    ).check()
+    common: dict[str, Any] = {"labels": labels, "imgsz": imgsz, "thresholds": thresholds}
+    with detector(beside, vision_manifest(beside, release, model.kind, **common)) as engine:
+        observed = observe(engine, images)
+        fitted = calibrate.fit(calibration_items(observed, calibration, thresholds), thresholds)
+        roles = write_detect_golden(beside, engine, golden, thresholds.score)
+    told = {"checkpoint": checkpoint.name, "checkpoint_sha256": sha256_of(checkpoint), "seed": seed}
+    told = (lineage or told) | {PARITY_KEY: exported.lineage()}
+    manifest = vision_manifest(beside, release, model.kind, roles=roles, calibration=fitted, lineage=told, **common)
+    return _finish(beside, folder, manifest)
+
+
 def package_detector(
     checkpoint: Path,
     folder: Path,
@@ -45,34 +88,11 @@ def package_detector(
     lineage: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> ReleaseManifest:
-    """Export a YOLO checkpoint as an int8 release into `folder` (made anew).
-
-    `calibration` are labelled images that trained nothing: they set the activations' ranges, fit the confidence and
-    give the golden set. Raises EngineError, ReleaseError or ValueError.
-    """
-    thresholds = thresholds or Thresholds()
-    beside = _beside(folder)
-    common: dict[str, Any] = {"kind": "detect", "engine": ENGINE, "labels": list(labels),
-                              "input_size": (imgsz, imgsz), "thresholds": thresholds}  # fmt: skip
-    roles = {"model": MODEL_FILE}
-    single = beside.with_name(beside.name + ".fp32")
-    export_int8(
-        checkpoint,
-        single,
-        beside,
-        lambda where: build_manifest(where, release, roles=roles, **common),
-        calibration,
-        imgsz=imgsz,
-        seed=seed,
-    )
-    shutil.rmtree(single)
-    with detector(beside, build_manifest(beside, release, roles=roles, **common)) as engine:
-        observed = observe(engine, [item.image for item in calibration])
-        fitted = calibrate.fit(calibration_items(observed, calibration, thresholds), thresholds)
-        roles |= write_detect_golden(beside, engine, golden_images(calibration), thresholds.score)
-    told = {"checkpoint": checkpoint.name, "checkpoint_sha256": sha256_of(checkpoint), "seed": seed}
-    manifest = build_manifest(beside, release, roles=roles, calibration=fitted, lineage=lineage or told, **common)
-    return _finish(beside, folder, manifest)
+    """`package_vision` as int8."""
+    return package_vision(
+        checkpoint, folder, release, labels=labels, imgsz=imgsz, calibration=calibration, thresholds=thresholds,
+        lineage=lineage, seed=seed,
+    )  # fmt: skip
 
 
 def package_language(
@@ -111,14 +131,16 @@ def package_phi(
     """Export a Phi checkpoint (a Hugging Face folder) as an ONNX release into `folder` (made anew).
 
     The golden set are `prompts` with what the exported file answers on the device's engine; `calibration` as in
-    `answers_calibration`. Raises ExportError, EngineError, ReleaseError, or ValueError for a prompt without an answer.
+    `answers_calibration`. Raises ExportError, EngineError, ReleaseError, ParityFailed, or ValueError for a prompt without
+    an answer.
     """
     from trainer.export.onnx_phi import ENGINE as ONNX_PHI
-    from trainer.export.onnx_phi import export_phi
+    from trainer.export.onnx_phi import export_phi_as
 
     beside = _beside(folder)
-    roles = export_phi(checkpoint, beside, int8=int8)
-    return _finish_language(beside, folder, release, ONNX_PHI, roles, prompts, calibration, lineage)
+    roles, report = export_phi_as(checkpoint, beside, "int8-dynamic" if int8 else "fp32")
+    exported = Exported(roles, (report,)).check()
+    return _finish_language(beside, folder, release, ONNX_PHI, exported, prompts, calibration, lineage)
 
 
 def package_gguf(
@@ -131,20 +153,18 @@ def package_gguf(
     calibration: Sequence[Expected] = (),
     lineage: dict[str, Any] | None = None,
 ) -> ReleaseManifest:
-    """Export a Phi checkpoint (a Hugging Face folder) as a quantised GGUF release into `folder` (made anew).
+    """Export a Phi, Llama, Mistral or Qwen checkpoint (a Hugging Face folder) as a GGUF release into `folder` (made anew).
 
     The golden set are `prompts` with what the quantised file answers on the device's engine; `calibration` as in
-    `answers_calibration`. Raises ExportError, EngineError, ReleaseError, or ValueError for a prompt without an answer.
+    `answers_calibration`. Raises ExportError, EngineError, ReleaseError, ParityFailed, or ValueError for a prompt without
+    an answer.
     """
-    from trainer.export.gguf import export_gguf, quantize_gguf
+    from trainer.export.language import export_text_gguf
+    from trainer.export.parity import GOLDEN_TEXTS
 
     beside = _beside(folder)
-    whole = beside.with_name(beside.name + ".f16.gguf")
-    try:
-        quantize_gguf(export_gguf(checkpoint, whole), beside / "model.gguf", quantization)
-    finally:
-        whole.unlink(missing_ok=True)
-    return _finish_language(beside, folder, release, "llama", {"model": "model.gguf"}, prompts, calibration, lineage)
+    exported = export_text_gguf(checkpoint, beside, quantization, (*GOLDEN_TEXTS, *prompts)).check()
+    return _finish_language(beside, folder, release, "llama", exported, prompts, calibration, lineage)
 
 
 def read_expected(path: Path) -> list[Expected]:
@@ -194,12 +214,13 @@ def _finish_language(
     folder: Path,
     release: str,
     engine: str,
-    roles: dict[str, str],
+    exported: Exported,
     prompts: Sequence[str],
     expected: Sequence[Expected],
     lineage: dict[str, Any] | None,
 ) -> ReleaseManifest:
     """Golden set, calibration and manifest of the exported files in `beside`, by the engine that devices run."""
+    roles, lineage = dict(exported.roles), (lineage or {}) | {PARITY_KEY: exported.lineage()}
     common: dict[str, Any] = {"kind": "llm", "engine": engine}
     options = EngineOptions(threads=os.cpu_count() or 1)
     running = open_engine(beside, build_manifest(beside, release, roles=roles, **common), options)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 RELEASE = ("edged/wire/manifest.py", "edged/wire/blocks.py", "trainer/releases.py", "trainer/package.py")
 DETECTOR = (
     "trainer/candidate.py", "trainer/calibrate.py", "trainer/scaling.py", "trainer/core/risk.py", "trainer/export/onnx.py",
-    "trainer/export/quantize.py", "trainer/export/uint8.py",
+    "trainer/export/quantize.py", "trainer/export/uint8.py", "trainer/export/vision.py",
 )  # fmt: skip
 PROVENANCE = {"kind": "person", "who": "annotator"}  # the holdouts are labelled by hand, as it were: from the truth
 

@@ -29,7 +29,7 @@ SCORE = 0.25
 GOLDEN = 2  # images of a golden set
 ROOT = Path(__file__).parents[2]
 RECIPE = ("tests/support/claimed.py", "trainer/export/quantize.py", "trainer/export/uint8.py", "trainer/golden.py",
-          "trainer/releases.py", "edged/wire/manifest.py")  # fmt: skip
+          "trainer/releases.py", "edged/wire/manifest.py", "edged/wire/blocks.py")  # fmt: skip
 
 
 def vision_release(kind: str, model: str, precision: str, size: int) -> Path:
@@ -117,7 +117,8 @@ PROMPTS = ("the line reads a seven, ask the teacher " * 8,)
 def language_release(size: str) -> Path:
     """A release of a Phi-2 of random weights in Q4_K_M, in the `SMALL` shape `size`, with its golden set."""
     told = hashlib.sha256(f"{SMALL[size]} {version('llama-cpp-python')} {PROMPTS}".encode())
-    for name in (*RECIPE, "tests/trainer/tiny_phi.py", "trainer/export/gguf.py"):
+    exported = ("gguf.py", "gguf_architectures.py", "gguf_vocab.py", "language.py")
+    for name in (*RECIPE, "tests/trainer/tiny_phi.py", *(f"trainer/export/{name}" for name in exported)):
         told.update((ROOT / name).read_bytes())
     folder = CACHE / f"claimed-phi-{size}-Q4_K_M-{told.hexdigest()[:12]}"
     if not folder.is_dir():

@@ -20,6 +20,7 @@ from edged.engines.base import (
 )
 from edged.engines.causal import STEP_TOKENS_MAX
 from edged.engines.onnx_phi import OnnxPhiGenerator
+from trainer.core.parity import ParityFailed
 from trainer.export import onnx_phi
 from trainer.export.gguf import ExportError
 from trainer.export.onnx_phi import export_phi
@@ -112,7 +113,7 @@ def test_int8_that_computes_something_else_is_refused(tmp_path: Path) -> None:
             tensor[:, :2] /= 3000
     save_file(weights, tmp_path / "phi" / "model.safetensors", {"format": "pt"})
     export_phi(tmp_path / "phi", tmp_path / "fp32", int8=False)
-    with pytest.raises(ExportError, match=r"logits are .* nats off.*export it as fp32 or use the llama engine"):
+    with pytest.raises(ParityFailed, match=r"int8-dynamic.*logits kl .*, at most 0\.25.*Export a wider format"):
         export_phi(tmp_path / "phi", tmp_path / "int8")
 
 
@@ -120,8 +121,9 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     save_phi3(tmp_path / "phi", **LONG)
     roles = export_phi(tmp_path / "phi", tmp_path / "out", int8=False)
     other = save_phi3(tmp_path / "other", sliding_window=100, **LONG)  # differs from the 101st token on only
-    with pytest.raises(ExportError, match=r"logits are .* deviations off"):
-        onnx_phi._check(other, CONTEXT, tmp_path / "out", roles, tmp_path / "phi", int8=False)
+    report = onnx_phi._parity(other, CONTEXT, tmp_path / "out", roles, tmp_path / "phi", (), "fp32")
+    assert not report.passed
+    assert "logits_max" in [row.metric for row in report.rows if not row.passed]
 
 
 def test_checkpoints_that_cannot_be_exported_are_named(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Writes Hugging Face checkpoints as GGUF, the format of llama.cpp, and quantises such files.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Which keys and tensors an architecture needs is what
-llama.cpp reads for it; `ARCHITECTURES` has one row for each that is supported here.
+llama.cpp reads for it: `trainer.export.gguf_architectures` has one row for each that is supported.
 """
 
 from __future__ import annotations
@@ -21,71 +21,23 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from trainer.export.gguf_vocab import write_vocabulary
+from trainer.export.gguf_architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Config,
+    ExportError,
+    architecture_of,
+    completed,
+)
+from trainer.export.gguf_vocab import model_name, write_vocabulary
 
-Config = dict[str, Any]
+__all__ = ["ARCHITECTURES", "Config", "ExportError", "architecture_of", "export_gguf", "quantize_gguf", "read_json"]
+
 OutType = Literal["f16", "f32"]
 
 
-class ExportError(Exception):
-    """A checkpoint cannot be written as GGUF; the message names the file or key, its value and the fix."""
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """How one Hugging Face architecture is called and described in GGUF.
-
-    `describe` writes the keys beyond the common ones; `extra` gives tensors that the checkpoint keeps in its config.
-    No supported architecture needs its rows permuted: llama.cpp rotates the halves of Phi's heads as transformers does,
-    and takes the fused projections in the same order (queries, keys, values; gate, up).
-    """
-
-    arch: gguf.MODEL_ARCH
-    describe: Callable[[gguf.GGUFWriter, Config], None]
-    extra: Callable[[Config], dict[str, NDArray[np.float32]]] = lambda _: {}
-
-
-def _describe_phi3(writer: gguf.GGUFWriter, config: Config) -> None:
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_rope_dimension_count(_rotary_dimensions(config))
-    writer.add_sliding_window(config.get("sliding_window") or 0)
-    if config.get("rope_scaling"):
-        trained, stretched = config["original_max_position_embeddings"], config["max_position_embeddings"]
-        # LongRoPE, Ding et al. 2024 (https://arxiv.org/abs/2402.13753), section 3: attention grows with the stretch.
-        factor = stretched / trained
-        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
-        writer.add_rope_scaling_orig_ctx_len(trained)
-        writer.add_rope_scaling_attn_factors(attention)
-
-
-def _rope_factors_phi3(config: Config) -> dict[str, NDArray[np.float32]]:
-    scaling = config.get("rope_scaling")
-    if not scaling:
-        return {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind not in ("longrope", "su"):
-        raise ExportError(f"rope_scaling.type = {kind!r}: only 'longrope' exists for Phi-3; correct config.json")
-    return {
-        f"rope_factors_{name}.weight": np.asarray(scaling[f"{name}_factor"], np.float32) for name in ("long", "short")
-    }
-
-
-def _describe_phi2(writer: gguf.GGUFWriter, config: Config) -> None:
-    writer.add_layer_norm_eps(config["layer_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_rope_dimension_count(_rotary_dimensions(config))
-
-
-def _rotary_dimensions(config: Config) -> int:
-    return int(config["hidden_size"] // config["num_attention_heads"] * config.get("partial_rotary_factor", 1.0))
-
-
-# Adding one: its name in config.json ("architectures"), its GGUF architecture, its keys. Tensor names come from gguf.
-ARCHITECTURES: dict[str, Architecture] = {
-    "Phi3ForCausalLM": Architecture(gguf.MODEL_ARCH.PHI3, _describe_phi3, _rope_factors_phi3),
-    "PhiForCausalLM": Architecture(gguf.MODEL_ARCH.PHI2, _describe_phi2),
-}
+class NotFinite(ExportError):
+    """A weight is not a number in the type that it is written as."""
 
 
 def export_gguf(checkpoint: Path, out: Path, outtype: OutType = "f16") -> Path:
@@ -96,14 +48,19 @@ def export_gguf(checkpoint: Path, out: Path, outtype: OutType = "f16") -> Path:
     """
     config = read_json(checkpoint / "config.json")
     architecture = architecture_of(checkpoint, config)
+    config = completed(architecture, config)
     names = gguf.get_tensor_name_map(architecture.arch, config["num_hidden_layers"])
     with safetensors_of(checkpoint) as tensors, written_beside(out) as beside:
         writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[architecture.arch])
         try:
             _write_keys(writer, checkpoint, config, architecture, outtype)
-            plan = [(_gguf_name(names, name), tensor) for name, tensor in tensors.items() if _is_weight(name)]
+            plan = [
+                (_gguf_name(names, name), tensor, architecture.rows(name.rpartition(".")[0], config))
+                for name, tensor in tensors.items()
+                if _is_weight(name)
+            ]
             extra = architecture.extra(config)
-            for name, tensor in plan:
+            for name, tensor, _ in plan:
                 dtype = _stored_as(tensor.shape, outtype)
                 writer.add_tensor_info(name, tensor.shape, np.dtype(dtype), math.prod(tensor.shape) * dtype().nbytes)
             for name, array in extra.items():
@@ -111,8 +68,9 @@ def export_gguf(checkpoint: Path, out: Path, outtype: OutType = "f16") -> Path:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, tensor in plan:
-                writer.write_tensor_data(_cast(name, tensor.read(), _stored_as(tensor.shape, outtype)))
+            for name, tensor, rows in plan:
+                array = _cast(name, tensor.read(), _stored_as(tensor.shape, outtype))
+                writer.write_tensor_data(array if rows is None else array[rows])
             for array in extra.values():
                 writer.write_tensor_data(array)
         finally:
@@ -142,6 +100,21 @@ def quantize_gguf(source: Path, out: Path, kind: str = "Q8_0") -> Path:
         if code != 0:
             raise ExportError(f"{source}: cannot be quantised to {kind}{log_reason()}; give an f16 or f32 GGUF")
     return out
+
+
+def unsuitable(source: Path, kind: str) -> str:
+    """What of the f16 or f32 GGUF `source` does not become `kind`, because its rows are no whole blocks of it; llama.cpp
+    stores that with more bits. Empty when all of it does."""
+    block = 256 if kind.endswith(("_K", "_K_S", "_K_M", "_K_L")) or kind.startswith(("IQ", "TQ")) else 32
+    matrices = [tensor for tensor in gguf.GGUFReader(source).tensors if sum(int(n) > 1 for n in tensor.shape) > 1]
+    odd = [tensor for tensor in matrices if int(tensor.shape[0]) % block]
+    if not odd:
+        return ""
+    lengths = ", ".join(str(length) for length in sorted({int(tensor.shape[0]) for tensor in odd}))
+    return (
+        f"{len(odd)} of {len(matrices)} matrices have rows of {lengths} numbers, no multiple of {block}: llama.cpp stores "
+        f"them with more bits than {kind}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,26 +168,14 @@ def read_json(path: Path) -> Config:
     return value
 
 
-def architecture_of(checkpoint: Path, config: Config) -> Architecture:
-    """The row of ARCHITECTURES for a checkpoint's config; raises ExportError naming what is supported."""
-    names = config.get("architectures") or ["none named"]
-    if names[0] not in ARCHITECTURES:
-        raise ExportError(
-            f"{checkpoint}: architecture {names[0]} is not supported; supported: {', '.join(ARCHITECTURES)}. "
-            "Add a row to ARCHITECTURES for another one"
-        )
-    return ARCHITECTURES[names[0]]
-
-
 def _write_keys(
     writer: gguf.GGUFWriter, checkpoint: Path, config: Config, architecture: Architecture, outtype: OutType
 ) -> None:
     heads = config["num_attention_heads"]
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(checkpoint.name)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if outtype == "f16" else gguf.LlamaFileType.ALL_F32)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(architecture.context(config))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -222,6 +183,7 @@ def _write_keys(
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     architecture.describe(writer, config)
     try:
+        writer.add_name(model_name(checkpoint))
         write_vocabulary(writer, checkpoint, config["vocab_size"])
     except (OSError, ValueError) as error:
         raise ExportError(f"{checkpoint}: its tokenizer cannot be written as GGUF: {error}") from error
@@ -250,5 +212,5 @@ def _cast(name: str, tensor: torch.Tensor, dtype: type[np.float16] | type[np.flo
         cast = array.astype(dtype)
     if not np.isfinite(cast).all():
         fix = "train again" if not np.isfinite(array).all() else 'use outtype "f32"'
-        raise ExportError(f"tensor {name}: values are not finite as {np.dtype(dtype).name}; {fix}")
+        raise NotFinite(f"tensor {name}: values are not finite as {np.dtype(dtype).name}; {fix}")
     return cast

@@ -9,7 +9,8 @@ Written by optimum, which traces the model once with made-up inputs. Three thing
 - Scaled rotary positions. LongRoPE (Phi-3 128k) takes one set of factors up to `original_max_position_embeddings`
   tokens and another one beyond; the trace keeps the first. The exported context ends there: for more, release a GGUF.
 - The file is not trusted: it must compute what the checkpoint computes in transformers, on the device's own engine, step
-  by step through the cache and past the sliding window where there is one. Otherwise the export is refused.
+  by step through the cache and past the sliding window where there is one. Otherwise the export is refused
+  (`trainer.core.parity` has the tolerances).
 
 int8: weights of matrices and embeddings are rounded once, a scale for each column; activations while the model runs, a
 scale for each tensor. Signed weights, because a CPU with VNNI multiplies them twice as fast as unsigned ones.
@@ -21,6 +22,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,17 @@ from numpy.typing import NDArray
 from edged.engines.base import EngineError, EngineOptions
 from edged.engines.causal import STEP_TOKENS_MAX, CausalModel
 from edged.engines.ort import Session
-from trainer.export.gguf import ExportError, read_json
+from trainer.core.parity import TEXT_TOLERANCES, ParityReport, compare_logits, rows_of
+from trainer.export.gguf import read_json
+from trainer.export.gguf_architectures import ExportError
+from trainer.export.parity import GOLDEN_TEXTS
+from trainer.export.quantize import convert_fp16
 from trainer.files import write_whole
 from trainer.releases import build_manifest
 
 ENGINE = "onnx_phi"
 SUPPORTED = ("PhiForCausalLM", "Phi3ForCausalLM")
-LOGITS_OFF_MAX = 0.01  # of a logit, in standard deviations of all logits; a swapped head moves them by about one
-INT8_DIVERGENCE_MAX = 0.25  # nats between the checkpoint's distribution and int8's; all logits equal is 1 and more off
+PRECISIONS = ("fp32", "fp16", "int8-dynamic")
 _PROBE_TOKENS = 128  # the comparison is this long, or as the context allows
 _PROBE_TAIL = 64  # the last of them (at most half) go in steps of _PROBE_STEP
 _PROBE_STEP = 4
@@ -47,8 +52,24 @@ _MODEL, _TOKENIZER, _CONFIG = "model.onnx", "tokenizer.json", "config.json"
 def export_phi(checkpoint: Path, folder: Path, *, int8: bool = True) -> dict[str, str]:
     """Write the checkpoint in `checkpoint` as the files of a release into `folder`; the roles with their file names.
 
-    Needs no network. Raises ExportError naming what is wrong with the checkpoint, or how far the file is off.
+    Needs no network. Raises ExportError naming what is wrong with the checkpoint, ParityFailed saying how far it is off.
     """
+    roles, report = export_phi_as(checkpoint, folder, "int8-dynamic" if int8 else "fp32")
+    report.check()
+    return roles
+
+
+def export_phi_as(
+    checkpoint: Path, folder: Path, precision: str, texts: Sequence[str] = GOLDEN_TEXTS
+) -> tuple[dict[str, str], ParityReport]:
+    """Write the checkpoint in `precision` (of PRECISIONS) into `folder`: the roles with their file names, and how far the
+    files are off on `texts` and made-up tokens.
+
+    fp16 has weights of half the size and computes as exactly as a GPU would; its inputs, outputs and cache stay float32.
+    Raises ExportError naming what is wrong with the checkpoint.
+    """
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision {precision!r}: a Phi as ONNX is written as {', '.join(PRECISIONS)}")
     config = read_json(checkpoint / "config.json")
     names = config.get("architectures") or ["none named"]
     if names[0] not in SUPPORTED:
@@ -59,16 +80,19 @@ def export_phi(checkpoint: Path, folder: Path, *, int8: bool = True) -> dict[str
     folder.mkdir(parents=True, exist_ok=True)
     described = _describe(checkpoint, model, tokenizer)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
-        source = _trace(model, Path(scratch) / "fp32")
-        files = _quantise(source, Path(scratch) / "int8") if int8 else source
+        files = _trace(model, Path(scratch) / "fp32")
+        if precision == "int8-dynamic":
+            files = _quantise(files, Path(scratch) / "int8")
+        elif precision == "fp16":
+            files = convert_fp16(files / _MODEL, Path(scratch) / "fp16" / _MODEL).parent
         roles = {"tokenizer": _TOKENIZER, "config": _CONFIG}
         for path in sorted(files.iterdir()):
             path.replace(folder / path.name)
             roles["model" if path.name == _MODEL else "model_data"] = path.name
     tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
     write_whole(folder / _CONFIG, json.dumps(described, ensure_ascii=False, indent=1).encode())
-    _check(model, described["max_position_embeddings"], folder, roles, checkpoint, int8)
-    return roles
+    given = [list(tokenizer(text)["input_ids"]) for text in texts]
+    return roles, _parity(model, described["max_position_embeddings"], folder, roles, checkpoint, given, precision)
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:
@@ -142,34 +166,39 @@ def _quantise(source: Path, folder: Path) -> Path:
     return folder
 
 
-def _check(model: Any, context: int, folder: Path, roles: dict[str, str], checkpoint: Path, int8: bool) -> None:
-    """Compare the files in `folder` with the model they came from; raises ExportError."""
+def _parity(
+    model: Any,
+    context: int,
+    folder: Path,
+    roles: dict[str, str],
+    checkpoint: Path,
+    texts: Sequence[list[int]],
+    precision: str,
+) -> ParityReport:
+    """Compare the files in `folder` with the model they came from, on made-up tokens and on `texts`, also in tokens."""
     window = getattr(model.config, "sliding_window", None) or 0
     count = min(context, max(_PROBE_TOKENS, window + _PROBE_TAIL))
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
+    made_up = np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
     manifest = build_manifest(folder, "export@1", kind="llm", engine=ENGINE, roles=roles)
+    expected, found = [], []
     try:
         engine = CausalModel(
             Session(folder, manifest, EngineOptions(threads=os.cpu_count() or 1), shapes_vary=True), str(checkpoint)
         )
-        found, ends = _probe(engine, tokens)
+        for tokens in (made_up, *(text[: min(context, _PROBE_TOKENS)] for text in texts if text)):
+            rows, ends = _probe(engine, tokens)
+            found.append(rows)
+            expected.append(_reference(model, tokens)[ends])
         engine.close()
     except EngineError as error:
         raise ExportError(f"{checkpoint}: the exported file does not run: {error}") from error
-    expected = _reference(model, tokens)[ends]
-    if int8:
-        off, limit, unit = _divergence(expected, found), INT8_DIVERGENCE_MAX, "nats"
-    else:
-        off, limit, unit = float(np.abs(expected - found).max() / expected.std()), LOGITS_OFF_MAX, "deviations"
-    if not off <= limit:
-        raise ExportError(
-            f"{checkpoint}: the exported file computes something else than transformers: its logits are {off:.3g} {unit} "
-            f"off, at most {limit} are allowed; {'export it as fp32 or ' if int8 else ''}use the llama engine"
-        )
+    values = compare_logits(np.concatenate(expected), np.concatenate(found))
+    return ParityReport(precision, len(found), rows_of("logits", values, TEXT_TOLERANCES[precision]))
 
 
 def _probe(engine: CausalModel, tokens: list[int]) -> tuple[NDArray[np.float32], list[int]]:
     """The engine's logits (steps, vocabulary), and after which token each of them comes."""
+    engine.rewind(())
     tail = min(_PROBE_TAIL, len(tokens) // 2) // _PROBE_STEP * _PROBE_STEP
     head = len(tokens) - tail
     starts = [*range(0, head, STEP_TOKENS_MAX), *range(head, len(tokens), _PROBE_STEP)]
@@ -185,15 +214,3 @@ def _reference(model: Any, tokens: list[int]) -> NDArray[np.float32]:
     with torch.no_grad():
         logits: NDArray[np.float32] = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].numpy()
     return logits
-
-
-def _divergence(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """Mean Kullback-Leibler divergence, in nats, of the distributions of `found` from those of `expected`."""
-    logs = [_log_softmax(logits.astype(np.float64)) for logits in (expected, found)]
-    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1).mean())
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    out: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return out
