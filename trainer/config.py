@@ -127,6 +127,13 @@ class Blocks(Section):
     samples: bool = False
 
 
+def _rules(table: dict[str, float]) -> GateRules:
+    defaults = GateRules()
+    # Counts come as floats out of a table of numbers.
+    values = {name: type(getattr(defaults, name))(value) for name, value in table.items()}
+    return GateRules(**values)
+
+
 class Model(Section):
     """One model that the fleet improves; its name is the slot's name on the devices and the releases' name.
 
@@ -161,6 +168,7 @@ class Model(Section):
     claim_s_max: Seconds = 3600.0  # how long devices may take to hand samples over
     training_s_estimate: Seconds = 900.0  # until a job has shown how long it takes
     gate: dict[str, float] = {}
+    profiles: list[str] = []  # firmware profiles that a release must fit (docs/gate.md)
     # For proving that the gate works, never for use: `train` ships the old weights again, `labels` shuffles the labels.
     ablate: Literal["", "train", "labels"] = ""
 
@@ -181,6 +189,7 @@ class Model(Section):
         unknown = sorted(set(value) - set(known))
         if unknown:
             raise ValueError(f"unknown rule {', '.join(unknown)}; known: {', '.join(known)}")
+        _rules(value)
         return value
 
     def thresholds(self) -> Thresholds:
@@ -193,10 +202,7 @@ class Model(Section):
 
     def gate_rules(self) -> GateRules:
         """What `core.gate` needs: its own defaults where the configuration says nothing."""
-        defaults = GateRules()
-        # Counts come as floats out of a table of numbers.
-        values = {name: type(getattr(defaults, name))(value) for name, value in self.gate.items()}
-        return GateRules(**values)
+        return _rules(self.gate)
 
 
 class Rollout(Section):

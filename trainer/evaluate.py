@@ -106,7 +106,7 @@ def evaluate(
     by_class = np.zeros((len(engine.labels), 3), dtype=np.int64)
     for index, (seen, item) in enumerate(zip(observed, items, strict=True)):
         counts = _count(seen.detections, item, kind, thresholds.score, len(engine.labels))
-        rows += [(index, int(label), *map(int, counts[label])) for label in np.flatnonzero(counts.any(axis=1))]
+        rows += [(index, n, tp, fp, fn) for n, (tp, fp, fn) in enumerate(counts.tolist()) if tp or fp or fn]
         table[index] = counts.sum(axis=0)
         by_class += counts
     nothing = Precision(float("nan"), float("nan"), [float("nan")] * len(engine.labels))
@@ -169,9 +169,7 @@ def _masks(outlines: Sequence[NDArray[Any]], size: tuple[int, int]) -> list[dict
     return [run_lengths(filled(outline, size)) for outline in outlines]
 
 
-def _count(
-    found: Detections, item: Labelled, kind: Kind, score: float, n_classes: int
-) -> NDArray[np.int64]:  # fmt: skip
+def _count(found: Detections, item: Labelled, kind: Kind, score: float, n_classes: int) -> NDArray[np.int64]:
     """True positives, false positives and false negatives of each class: (classes, 3)."""
     truth = np.asarray(item.classes, dtype=np.int64).ravel()
     if kind == "classify":

@@ -16,9 +16,10 @@ from edged.engines.base import Detector, EngineError, EngineOptions, Image, open
 from edged.wire.manifest import ReleaseManifest
 from trainer.core.evaluation import Evaluation
 from trainer.core.gate import Evidence, Parity
+from trainer.core.targets import Footprint
 from trainer.evaluate import Labelled, evaluate
 from trainer.files import sha256_of
-from trainer.footprint import Footprint, Profile, measure_all
+from trainer.footprint import Profile, measure_all
 from trainer.golden import write_detect_golden
 from trainer.releases import MANIFEST, ReleaseError, canonical_bytes, file_entry
 

@@ -64,9 +64,7 @@ def _mib(count: int | None) -> float | None:
     return None if count is None else count / MIB
 
 
-def _bounded(
-    what: str, target: Target, value: float | None, bound: float | None, unit: str, error: str
-) -> Check:  # fmt: skip
+def _bounded(what: str, target: Target, value: float | None, bound: float | None, unit: str, error: str) -> Check:
     name, text = f"{what} ({target.profile})", f"{target.profile}: {unit}"
     if bound is None:
         return Check(name, False, value, None, f"{text}: the profile gives no bound")
