@@ -77,7 +77,7 @@ def calibration_items(observed: Sequence[Observed], items: Sequence[Labelled], t
     for seen, item in zip(observed, items, strict=True):
         found = seen.detections
         # The best scored choose first, so the weak candidates take nothing from the answered boxes.
-        hits = _hits(found, item)
+        hits = _hits(found, item, found.outlines is not None and item.outlines is not None)
         answered = found.scores >= thresholds.score
         right = bool(hits[answered].all()) and int(hits[answered].sum()) == len(item.classes)
         rows.append(Item(found, seen.stats, right, hits))
@@ -155,11 +155,11 @@ def _check_truth(index: int, item: Labelled, kind: Kind, labels: Sequence[str], 
         )
 
 
-def _hits(found: Detections, item: Labelled) -> NDArray[np.bool_]:
-    """Which of the found boxes are right: by masks where both sides have them."""
-    if found.outlines is not None and item.outlines is not None:
+def _hits(found: Detections, item: Labelled, by_masks: bool) -> NDArray[np.bool_]:
+    """Which of the found boxes are right, by the overlap of their masks or of the boxes themselves."""
+    if by_masks:
         size = item.image.shape[0], item.image.shape[1]
-        overlap = mask_overlaps(_masks(found.outlines, size), _masks(item.outlines, size))
+        overlap = mask_overlaps(_masks(found.outlines or (), size), _masks(item.outlines or (), size))
     else:
         overlap = iou_matrix(found.boxes, item.boxes)
     return assign(overlap, found.classes, found.scores, np.asarray(item.classes).ravel(), IOU_MIN) >= 0
@@ -177,7 +177,7 @@ def _count(found: Detections, item: Labelled, kind: Kind, score: float, n_classe
         hits = answer == truth[: len(answer)]
     else:
         kept = found.above(score)
-        answer, hits = kept.classes, _hits(kept, item)
+        answer, hits = kept.classes, _hits(kept, item, kind == "segment")
     right, extra = (np.bincount(each, minlength=n_classes) for each in (answer[hits], answer[~hits]))
     missed = np.bincount(truth, minlength=n_classes) - right
     return np.stack([right, extra, missed], axis=1).astype(np.int64)

@@ -232,16 +232,15 @@ def _parity_checks(candidate: Evidence) -> list[Check]:
         return []
     if not candidate.parity:
         return [Check("parity", False, None, None, "the exported file was compared with nothing that it was made of")]
-    return [
-        Check(
-            f"parity ({each.what})",
-            bool(each.passed) and math.isfinite(each.value),
-            each.value if math.isfinite(each.value) else None,
-            each.tolerance,
-            f"export against what it was made of, {each.what}: {each.value:.4g}, tolerance {each.tolerance:g}",
-        )
-        for each in candidate.parity
-    ]
+    checks = []
+    for each in candidate.parity:
+        # Several metrics of one thing are told apart by theirs.
+        what = " ".join(filter(None, (each.what, getattr(each, "metric", ""))))
+        known = math.isfinite(each.value)
+        text = f"export against what it was made of, {what}: {each.value:.4g}, tolerance {each.tolerance:g}"
+        value = each.value if known else None
+        checks.append(Check(f"parity ({what})", bool(each.passed) and known, value, each.tolerance, text))
+    return checks
 
 
 def _calibration_checks(candidate: Evidence, rules: Rules) -> list[Check]:
