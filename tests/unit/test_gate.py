@@ -304,6 +304,13 @@ FAILURES: dict[str, tuple[Evidence, Evidence, Holdout, set[str], str]] = {
         {"gain", "chance", "classes (target)"},
         "the two releases are of kinds segment and detect",
     ),
+    "another truth than the current release's": (
+        replace(CANDIDATE, target=replace(TARGET, counts=[(3, 0, 1), *TARGET.counts[1:]])),
+        CURRENT,
+        HOLDOUT,
+        {"gain", "chance", "classes (target)"},
+        "not scored on the same images and boxes",
+    ),
     "counts of classes that do not add up": (
         replace(CANDIDATE, target=replace(TARGET, class_rows=TARGET.class_rows[1:])),
         CURRENT,
@@ -449,6 +456,8 @@ def test_a_release_must_fit_its_targets(
     result = judge(candidate, current, HOLDOUT, RULES, np.random.default_rng(7), [target])
     assert failed(result) == failing
     assert words in " ".join(result.reasons)
+    if footprint is None:
+        assert "milliseconds of the fastest answer: not measured: killed" in " ".join(result.reasons)
 
 
 def test_a_first_release_has_no_latency_to_compare_with_and_must_fit_all_the_same() -> None:
