@@ -109,14 +109,19 @@ def _row(check: dict[str, Any]) -> list[str]:
 
 
 def _figures(evaluation: dict[str, Any]) -> list[list[str]]:
-    """The candidate's figures beside the current release's, one row a holdout and figure."""
-    rows = [["holdout", "figure", "candidate", "current"]]
-    for holdout in ("target", "base"):
-        both = evaluation.get(holdout) or {}
-        new, old = both.get("candidate") or {}, both.get("current") or {}
-        for figure in ("f1", "map50", "map50_95", "frame_accuracy", "latency_ms_median", "n_images", "n_boxes"):
-            if new.get(figure) is not None or old.get(figure) is not None:
-                rows.append([holdout, figure, _cell(new.get(figure)), _cell(old.get(figure))])
+    """The candidate's figures beside those of what it was compared with, one row a holdout and figure."""
+    sides = ("candidate", "current", "base")
+    holdouts = {name: value for name, value in evaluation.items() if isinstance(value, dict) and "candidate" in value}
+    if isinstance(evaluation.get("candidate"), dict):  # a language model has one set
+        holdouts = {"": evaluation}
+    columns = [side for side in sides if any(isinstance(each.get(side), dict) for each in holdouts.values())]
+    rows = [["holdout", "figure", *columns]]
+    for holdout, both in holdouts.items():
+        told = [both.get(side) or {} for side in columns]
+        for figure in dict.fromkeys(name for each in told for name in each):
+            values = [each.get(figure) for each in told]
+            if any(isinstance(value, int | float) for value in values):
+                rows.append([holdout, figure, *map(_cell, values)])
     return rows
 
 

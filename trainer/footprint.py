@@ -1,9 +1,10 @@
 """What a release takes of a device: measured in a child process with the options of a firmware profile, as a device proves
 it before it runs it; and what the profile claims to carry.
 
-Both by the device's own commands (`edged profile show`, `python -m edged.prove`). The memory is that of this machine's
-processor and libraries; milliseconds of this machine, so they are compared with the current release's, or with a
-profile's bound that a slower board can only miss by more.
+Both by the device's own commands (`edged profile show`, `python -m edged.prove`). The memory is the highest that the proving
+process had, libraries and all, which is what profiles claim: this process shares their pages, so a share of them would be
+too little. It is that of this machine's processor; milliseconds are this machine's, so they are compared with the current
+release's, or with a profile's bound that a slower board can only miss by more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,26 @@ from edged.wire.manifest import Kind
 from trainer.core.targets import Footprint, Target
 
 SHOW_S_MAX = 60.0  # for `edged profile show`
+GRACE_S = 30.0  # for the process around the proving one
 _EDGED = "from edged.cli import main; main()"
+# A small process in between: the kernel counts the memory of whoever starts a process as that process's own peak, and
+# keeps one peak for all children.
+_AROUND = """
+import json, resource, subprocess, sys
+try:
+    done = subprocess.run([sys.executable, "-m", "edged.prove", *sys.argv[2:]], capture_output=True, text=True,
+                          timeout=float(sys.argv[1]))
+except subprocess.TimeoutExpired:
+    print(json.dumps({"error": f"it did not prove itself within {float(sys.argv[1]):.0f} s"}))
+    sys.exit(1)
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # Linux counts in KiB
+try:
+    told = json.loads(done.stdout.splitlines()[-1])
+except (ValueError, IndexError):
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
+    told = {"error": f"the proving process ended with status {done.returncode}: {last}"}
+print(json.dumps({**told, "peak_bytes": peak}))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +85,20 @@ def measure(folder: Path, profile: Profile, base: Path | None = None) -> Footpri
     name = profile.target.profile
     if profile.target.problem:
         return Footprint(name, error=profile.target.problem)
-    command = [sys.executable, "-m", "edged.prove", str(folder), "--options", json.dumps(profile.options)]
-    command += [] if base is None else ["--base", str(base)]
+    options = ["--options", json.dumps(profile.options), *([] if base is None else ["--base", str(base)])]
+    command = [sys.executable, "-c", _AROUND, str(profile.prove_s_max), str(folder), *options]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=profile.prove_s_max, check=False)
-    except subprocess.TimeoutExpired:
-        return Footprint(name, error=f"it did not prove itself within {profile.prove_s_max:.0f} s")
-    except OSError as error:
-        return Footprint(name, error=f"the proving process did not start: {error}")
-    return _read(name, done)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=profile.prove_s_max + GRACE_S, check=False
+        )
+        answer = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return Footprint(name, error=f"the proving process could not be watched: {error}")
+    if "error" in answer:
+        return Footprint(name, error=str(answer["error"]))
+    return Footprint(name, int(answer["peak_bytes"]), float(answer["fastest_ms"]))
 
 
 def measure_all(folder: Path, profiles: Sequence[Profile], base: Path | None = None) -> tuple[Footprint, ...]:
     """`measure` for each profile, one after the other."""
     return tuple(measure(folder, profile, base) for profile in profiles)
-
-
-def _read(name: str, done: subprocess.CompletedProcess[str]) -> Footprint:
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
-        return Footprint(name, error=f"the proving process ended with status {done.returncode}: {last}")
-    if done.returncode != 0:
-        return Footprint(name, error=str(answer.get("error", "unknown reason")))
-    return Footprint(name, int(answer["process_bytes"]), float(answer["fastest_ms"]))

@@ -78,6 +78,22 @@ def test_a_release_says_what_the_gate_said_when_it_passed(config: Path) -> None:
     assert len([line for line in more.splitlines() if line.startswith("- ")]) == len(PASSED.checks)
 
 
+def test_a_language_models_figures_are_shown_too(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "runs" / "chat-1"
+    folder.mkdir()
+    told = {
+        "candidate": {"release": "chat@1.1", "loss": 1.25},
+        "base": {"release": "phi@1.0", "loss": 2.5},
+        "parity": 0.1,
+    }
+    (folder / "metadata.json").write_text(
+        json.dumps({"target": "chat@1.1", "gate": PASSED.to_dict(), "evaluation": told})
+    )
+    lines = [line.split() for line in shown("chat-1", config=config)[1].splitlines()]
+    assert ["holdout", "figure", "candidate", "base"] in lines
+    assert ["loss", "1.25", "2.5"] in lines
+
+
 @pytest.mark.parametrize(("what", "expected"), [("toy-1", REFUSED), ("toy@1.2", PASSED)])
 def test_json_is_the_whole_verdict(config: Path, what: str, expected: Verdict) -> None:
     told = json.loads(shown(what, "--json", config=config)[1])
