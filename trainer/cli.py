@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer import cli_enroll, cli_export, cli_hands, cli_ready, cli_train, cli_worker
+from trainer.cli_gate import gate_app
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
 from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
@@ -31,6 +32,7 @@ fleet_app = typer.Typer(help="The devices: what they run, and what they shall ru
 samples_app = typer.Typer(help="The samples that devices keep, as far as the trainer knows them.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(release_app, name="release")
+app.add_typer(gate_app, name="gate")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(fleet_app, name="fleet")
 app.add_typer(samples_app, name="samples")

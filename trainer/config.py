@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from edged.wire.manifest import Thresholds
 from edged.wire.messages import MIRRORS_MAX
-from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, check_rules
+from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, make_rules
 from trainer.config_text import TextModel
 from trainer.core.gate import Rules as GateRules
 from trainer.core.placement import Needs
@@ -156,13 +156,15 @@ class Model(Section):
         Literal["gpu_mib", "memory_mib", "disk_mib"], Annotated[int, Field(ge=0)]
     ] = {}  # of the host that trains
     gate: dict[str, float] = {}
+    profiles: list[str] = []  # firmware profiles that a release must fit (docs/gate.md)
     # For proving that the gate works, never for use: `train` ships the old weights again, `labels` shuffles the labels.
     ablate: Literal["", "train", "labels"] = ""
 
     @field_validator("gate")
     @classmethod
     def _gate(cls, value: dict[str, float]) -> dict[str, float]:
-        return check_rules(GateRules, value)
+        make_rules(GateRules, value)
+        return value
 
     def thresholds(self) -> Thresholds:
         """What a release of this model says about its answers."""
@@ -178,10 +180,7 @@ class Model(Section):
 
     def gate_rules(self) -> GateRules:
         """What `core.gate` needs: its own defaults where the configuration says nothing."""
-        defaults = GateRules()
-        # Counts come as floats out of a table of numbers.
-        values = {name: type(getattr(defaults, name))(value) for name, value in self.gate.items()}
-        return GateRules(**values)
+        return make_rules(GateRules, self.gate)
 
 
 def _text_or_vision(value: Any) -> str:

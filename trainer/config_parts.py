@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -12,6 +13,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Days = Annotated[float, Field(gt=0, le=3650)]
+
+Rules = TypeVar("Rules")
 
 
 class Section(BaseModel):
@@ -32,12 +35,11 @@ def _lora(value: Any) -> Any:
 LoraTable = Annotated[LoraSettings, BeforeValidator(_lora)]
 
 
-def check_rules(rules: type, value: dict[str, float]) -> dict[str, float]:
-    """The bounds of a gate, all of them known to the dataclass `rules`; raises ValueError."""
-    from dataclasses import fields
-
-    known = [field.name for field in fields(rules)]
-    unknown = sorted(set(value) - set(known))
+def make_rules(rules: type[Rules], value: dict[str, float]) -> Rules:
+    """The bounds of a gate, a dataclass with defaults, with those of a table; raises ValueError."""
+    defaults = {field.name: field.default for field in fields(rules)}  # type: ignore[arg-type]
+    unknown = sorted(value.keys() - defaults.keys())
     if unknown:
-        raise ValueError(f"unknown rule {', '.join(unknown)}; known: {', '.join(known)}")
-    return value
+        raise ValueError(f"unknown rule {', '.join(unknown)}; known: {', '.join(defaults)}")
+    # Counts come as floats out of a table of numbers.
+    return rules(**{name: type(defaults[name])(number) for name, number in value.items()})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from trainer.config_parts import LoraTable, Section, Share, check_rules
+from trainer.config_parts import LoraTable, Section, Share, make_rules
 from trainer.core.gate_text import Rules
 from trainer.tuners.settings import LoraSettings
 
@@ -40,12 +40,12 @@ class TextModel(Section):
     @field_validator("gate")
     @classmethod
     def _gate(cls, value: dict[str, float]) -> dict[str, float]:
-        return check_rules(Rules, value)
+        make_rules(Rules, value)
+        return value
 
     def gate_rules(self) -> Rules:
         """What `core.gate_text` needs: its own defaults where the configuration says nothing."""
-        defaults = Rules()
-        return Rules(**{name: type(getattr(defaults, name))(value) for name, value in self.gate.items()})
+        return make_rules(Rules, self.gate)
 
     def asked(self) -> dict[str, Any]:
         """What the configuration says about the training, by the names that tuners have for it."""

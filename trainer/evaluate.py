@@ -1,4 +1,7 @@
-"""Runs a release on a labelled set with the very engine that devices run, and scores its answers."""
+"""Runs a release on a labelled set with the very engine that devices run, and scores its answers.
+
+A detector's answer is right by its boxes, a segmenter's by its masks, a classifier's by its best label.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edged.core.matching import frame_right, pair
+from edged.core.matching import IOU_MIN, assign, iou_matrix
 from edged.engines.base import Detections, Detector, EngineOptions, Image, ImageStats, open_engine
-from edged.wire.manifest import ReleaseManifest, Thresholds
+from edged.wire.manifest import Kind, ReleaseManifest, Thresholds
+from trainer.average_precision import Precision, Shapes, average_precision, filled, mask_overlaps, run_lengths
 from trainer.calibrate import Item
-from trainer.core.evaluation import Counts, Evaluation
+from trainer.core.evaluation import ClassRow, Counts, Evaluation
 
 
 class Labelled(NamedTuple):
-    """One image (height, width, 3) BGR with its truth: boxes (n, 4) x1 y1 x2 y2 in pixels, classes (n,)."""
+    """One image (height, width, 3) BGR with its truth: boxes (n, 4) x1 y1 x2 y2 in pixels, classes (n,), and for a
+    segmenter of each box the (k, 2) polygon of its mask in pixels, filled by the even-odd rule. A classifier's truth is one
+    box around the whole image."""
 
     image: Image
     boxes: NDArray[Any]
     classes: NDArray[Any]
+    outlines: tuple[NDArray[Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +61,25 @@ def observe(
     return observed
 
 
+def kind_of(engine: Detector) -> Kind:
+    """What kind of release an opened engine runs."""
+    from edged.engines.onnx_classify import OnnxClassifier
+    from edged.engines.onnx_segment import OnnxSegmenter
+
+    if isinstance(engine, OnnxClassifier):
+        return "classify"
+    return "segment" if isinstance(engine, OnnxSegmenter) else "detect"
+
+
 def calibration_items(observed: Sequence[Observed], items: Sequence[Labelled], thresholds: Thresholds) -> list[Item]:
     """What `trainer.calibrate.fit` takes: each answer, its input's statistics, and what of it was right."""
     rows = []
-    for seen, (_, boxes, classes) in zip(observed, items, strict=True):
-        found, answer = seen.detections, seen.detections.above(thresholds.score)
-        right = frame_right(answer.boxes, answer.classes, answer.scores, boxes, classes)
+    for seen, item in zip(observed, items, strict=True):
+        found = seen.detections
         # The best scored choose first, so the weak candidates take nothing from the answered boxes.
-        hits = pair(found.boxes, found.classes, found.scores, boxes, classes) >= 0
+        hits = _hits(found, item, found.outlines is not None and item.outlines is not None)
+        answered = found.scores >= thresholds.score
+        right = bool(hits[answered].all()) and int(hits[answered].sum()) == len(item.classes)
         rows.append(Item(found, seen.stats, right, hits))
     return rows
 
@@ -72,38 +90,39 @@ def evaluate(
     thresholds: Thresholds,
     release: str = "",
     observed: Sequence[Observed] | None = None,
+    kind: Kind | None = None,
 ) -> Evaluation:
     """Score `engine` on `items`, or score what it `observed` on them earlier; raises EngineError.
 
-    Of the truth, classes outside the engine's labels raise ValueError: the set and the release do not belong together.
+    `kind` is the engine's own by default. Raises ValueError for a truth that this kind of release cannot be held against:
+    classes outside the engine's labels, no outlines for a segmenter, not one class for a classifier.
     """
-    observed = observe(engine, [item[0] for item in items]) if observed is None else observed
-    counts: list[Counts] = []
+    kind = kind_of(engine) if kind is None else kind
+    for index, item in enumerate(items):
+        _check_truth(index, item, kind, engine.labels, release)
+    observed = observe(engine, [item.image for item in items]) if observed is None else observed
+    rows: list[ClassRow] = []
+    table = np.zeros((len(items), 3), dtype=np.int64)
     by_class = np.zeros((len(engine.labels), 3), dtype=np.int64)
-    for seen, (_, boxes, classes) in zip(observed, items, strict=True):
-        truth = np.asarray(classes, dtype=np.int64).ravel()
-        if len(truth) and not 0 <= truth.min() <= truth.max() < len(engine.labels):
-            raise ValueError(
-                f"class {truth.max()} in the truth, but {release or 'the release'} has {len(engine.labels)} labels"
-            )
-        answer = seen.detections.above(thresholds.score)
-        hits = pair(answer.boxes, answer.classes, answer.scores, boxes, truth) >= 0
-        found = _per_class(answer.classes[hits], by_class)
-        extra = _per_class(answer.classes[~hits], by_class)
-        missed = _per_class(truth, by_class) - found
-        by_class += np.stack([found, extra, missed], axis=1)
-        counts.append((int(found.sum()), int(extra.sum()), int(missed.sum())))
-    precision = _average_precision(observed, items, len(engine.labels))
+    for index, (seen, item) in enumerate(zip(observed, items, strict=True)):
+        counts = _count(seen.detections, item, kind, thresholds.score, len(engine.labels))
+        rows += [(index, n, tp, fp, fn) for n, (tp, fp, fn) in enumerate(counts.tolist()) if tp or fp or fn]
+        table[index] = counts.sum(axis=0)
+        by_class += counts
+    nothing = Precision(float("nan"), float("nan"), [float("nan")] * len(engine.labels))
+    precision = nothing if kind == "classify" else _precision(observed, items, kind, len(engine.labels))
     return Evaluation(
         release=release,
         labels=list(engine.labels),
-        images=[image_sha256(item[0]) for item in items],
-        counts=counts,
-        class_counts=[(int(tp), int(fp), int(fn)) for tp, fp, fn in by_class],
-        map50=precision[0],
-        map50_95=precision[1],
-        per_class_ap50=precision[2],
+        images=[image_sha256(item.image) for item in items],
+        counts=_tuples(table),
+        class_counts=_tuples(by_class),
+        map50=precision.map50,
+        map50_95=precision.map50_95,
+        per_class_ap50=precision.per_class_ap50,
         latency_ms_median=float(np.median([seen.latency_ms for seen in observed])) if observed else float("nan"),
+        kind=kind,
+        class_rows=rows,
     )
 
 
@@ -114,58 +133,71 @@ def evaluate_release(
     engine = open_engine(folder, manifest, options or EngineOptions())
     if not isinstance(engine, Detector):
         engine.close()
-        raise TypeError(f"release {manifest.release} is of kind {manifest.kind}; only detectors are scored on images")
+        raise TypeError(f"release {manifest.release} is of kind {manifest.kind}; it is not scored on images")
     try:
-        return evaluate(engine, items, manifest.thresholds, manifest.release)
+        return evaluate(engine, items, manifest.thresholds, manifest.release, kind=manifest.kind)
     finally:
         engine.close()
 
 
-def _per_class(classes: NDArray[np.int64], table: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.bincount(classes, minlength=len(table)).astype(np.int64)
+def _check_truth(index: int, item: Labelled, kind: Kind, labels: Sequence[str], release: str) -> None:
+    truth, whose = np.asarray(item.classes, dtype=np.int64).ravel(), release or "the release"
+    if len(truth) and not 0 <= truth.min() <= truth.max() < len(labels):
+        raise ValueError(f"class {truth.max()} in the truth, but {whose} has {len(labels)} labels")
+    if kind == "segment" and len(truth) != len(item.outlines or ()):
+        raise ValueError(
+            f"image {index} of the truth has {len(truth)} boxes and {len(item.outlines or ())} outlines: {whose} is a "
+            "segmenter and is judged by its masks; label the outlines too"
+        )
+    if kind == "classify" and len(truth) != 1:
+        raise ValueError(
+            f"image {index} of the truth has {len(truth)} classes: {whose} is a classifier, give each image one"
+        )
 
 
-def _average_precision(
-    observed: Sequence[Observed], items: Sequence[Labelled], n_classes: int
-) -> tuple[float, float, list[float]]:
-    """mAP50, mAP50-95 and AP50 of each class by the COCO rules; NaN where the truth holds nothing."""
-    nothing = [float("nan")] * n_classes
-    if not any(len(item[2]) for item in items):
-        return float("nan"), float("nan"), nothing
-    import torch
-    from torchmetrics.detection import MeanAveragePrecision
-
-    metric = MeanAveragePrecision(backend="faster_coco_eval", class_metrics=True)
-    metric.warn_on_many_detections = False
-    answers = [
-        {
-            "boxes": torch.from_numpy(seen.detections.boxes.astype(np.float32)),
-            "scores": torch.from_numpy(seen.detections.scores.astype(np.float32)),
-            "labels": torch.from_numpy(seen.detections.classes.astype(np.int64)),
-        }
-        for seen in observed
-    ]
-    truths = [
-        {
-            "boxes": torch.from_numpy(np.asarray(boxes, dtype=np.float32).reshape(-1, 4)),
-            "labels": torch.from_numpy(np.asarray(classes, dtype=np.int64).ravel()),
-        }
-        for _, boxes, classes in items
-    ]
-    metric.update(answers, truths)
-    result = metric.compute()
-    return float(result["map_50"]), float(result["map"]), _class_ap50(metric, answers, truths, n_classes)
+def _hits(found: Detections, item: Labelled, by_masks: bool) -> NDArray[np.bool_]:
+    """Which of the found boxes are right, by the overlap of their masks or of the boxes themselves."""
+    if by_masks:
+        size = item.image.shape[0], item.image.shape[1]
+        overlap = mask_overlaps(_masks(found.outlines or (), size), _masks(item.outlines or (), size))
+    else:
+        overlap = iou_matrix(found.boxes, item.boxes)
+    return assign(overlap, found.classes, found.scores, np.asarray(item.classes).ravel(), IOU_MIN) >= 0
 
 
-def _class_ap50(metric: Any, answers: list[Any], truths: list[Any], n_classes: int) -> list[float]:
-    """AP at IoU 0.5 of each class, NaN for a class without truth: the library gives classes only over all IoUs."""
-    metric.reset()
-    metric.iou_thresholds = [0.5]
-    metric.update(answers, truths)
-    result = metric.compute()
-    values = [float("nan")] * n_classes
-    for index, value in zip(
-        result["classes"].reshape(-1).tolist(), result["map_per_class"].reshape(-1).tolist(), strict=True
-    ):
-        values[index] = float(value) if value >= 0 else float("nan")
-    return values
+def _masks(outlines: Sequence[NDArray[Any]], size: tuple[int, int]) -> list[dict[str, Any]]:
+    return [run_lengths(filled(outline, size)) for outline in outlines]
+
+
+def _count(found: Detections, item: Labelled, kind: Kind, score: float, n_classes: int) -> NDArray[np.int64]:
+    """True positives, false positives and false negatives of each class: (classes, 3)."""
+    truth = np.asarray(item.classes, dtype=np.int64).ravel()
+    if kind == "classify":
+        answer = found.classes[np.argsort(-found.scores, kind="stable")[:1]]
+        hits = answer == truth[: len(answer)]
+    else:
+        kept = found.above(score)
+        answer, hits = kept.classes, _hits(kept, item, kind == "segment")
+    right, extra = (np.bincount(each, minlength=n_classes) for each in (answer[hits], answer[~hits]))
+    missed = np.bincount(truth, minlength=n_classes) - right
+    return np.stack([right, extra, missed], axis=1).astype(np.int64)
+
+
+def _tuples(table: NDArray[np.int64]) -> list[Counts]:
+    return [(int(tp), int(fp), int(fn)) for tp, fp, fn in table]
+
+
+def _precision(observed: Sequence[Observed], items: Sequence[Labelled], kind: Kind, n_classes: int) -> Precision:
+    """AP of all that the engine found; of masks: of what has one."""
+    found, truth = [], []
+    for seen, item in zip(observed, items, strict=True):
+        size, each = (item.image.shape[0], item.image.shape[1]), seen.detections
+        if kind == "segment":
+            told = [index for index, outline in enumerate(each.outlines or ()) if len(outline)]
+            masks = _masks([each.outlines[index] for index in told], size) if each.outlines else []
+            found.append(Shapes(each.boxes[told], each.classes[told], each.scores[told], masks))
+            truth.append(Shapes(item.boxes, item.classes, masks=_masks(item.outlines or (), size)))
+        else:
+            found.append(Shapes(each.boxes, each.classes, each.scores))
+            truth.append(Shapes(item.boxes, item.classes))
+    return average_precision(found, truth, n_classes)

@@ -48,8 +48,18 @@ def pair(
 
     Greedy: the best scored prediction takes the free true box of its class that it overlaps most, by at least `iou`.
     """
-    overlap = iou_matrix(boxes, true_boxes)
-    overlap[np.asarray(classes).reshape(-1, 1) != np.asarray(true_classes).reshape(1, -1)] = -1.0
+    return assign(iou_matrix(boxes, true_boxes), classes, scores, true_classes, iou)
+
+
+def assign(
+    overlap: NDArray[np.float64],
+    classes: NDArray[Any],
+    scores: NDArray[Any],
+    true_classes: NDArray[Any],
+    iou: float = IOU_MIN,
+) -> NDArray[np.int64]:
+    """`pair` for overlaps (n, m) of whatever is compared, boxes or masks."""
+    overlap = np.where(np.asarray(classes).reshape(-1, 1) == np.asarray(true_classes).reshape(1, -1), overlap, -1.0)
     found = np.full(len(overlap), -1, dtype=np.int64)
     if not overlap.size:
         return found

@@ -41,6 +41,7 @@ def test_paths_start_at_the_file_and_the_environment_wins(tmp_path: Path, monkey
         (GOOD + "epoch = 3", r"models\.digits\.epoch = '3'.*fix: remove it, or correct its spelling"),
         (GOOD + "lora = { r = 0 }", r"lora\.r = 0.*fix: use a whole number from 1 to 512"),
         (GOOD + "gate = { image_min = 3 }", r"unknown rule image_min; known: images_min"),
+        (GOOD + "gate = { f1_min = 50 }", r"models\.digits\.gate: f1_min = 50.*: use a number from 0 to 1"),
         (GOOD + '[broker]\nhost = "10.0.0.1"', r"'10\.0\.0\.1' without `ca`.*set ca, certificate, key"),
         (GOOD + '[http]\nca = "ca.crt"', r"http.*certificate, key missing: set all"),
         (GOOD.replace('holdout = "h"\n', ""), r"models\.digits\.holdout is missing: add it"),

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edged.core.matching import f1
 
 Counts = tuple[int, int, int]  # true positives, false positives, false negatives at IoU 0.5
+ClassRow = tuple[int, int, int, int, int]  # number of the image, of the class, and its counts, which are not all 0
+
+# What `f1` is called by kind of release: of one answer an image it is the share that is right.
+FIGURES = {"detect": "F1", "segment": "mask F1", "classify": "accuracy", "llm": "accuracy"}
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Results on one labelled set. Lists run over the images in order; class results follow the release's labels.
 
+    `kind` is the release's. Of a segmenter all IoU is that of the masks. A classifier's answer is its best label, and a
+    language model's its text: one true positive, or one false positive and one false negative. They have no AP (NaN).
     `per_class_ap50` is NaN (None in JSON) for a class without a box in the truth. `map50`/`map50_95` count detections
-    from the engine's weak floor up; F1 and `frame_accuracy` count the answer, above the release's score threshold.
+    from the engine's weak floor up (masks: from the release's threshold up, the engine makes no others); F1 and
+    `frame_accuracy` count the answer, above the release's score threshold.
     """
 
     release: str
@@ -28,6 +38,8 @@ class Evaluation:
     map50_95: float
     per_class_ap50: list[float]
     latency_ms_median: float  # prepare and infer, one image at a time
+    kind: str = "detect"
+    class_rows: list[ClassRow] = field(default_factory=list)  # `class_counts` by image, by image and class
 
     @property
     def n_images(self) -> int:
@@ -46,6 +58,36 @@ class Evaluation:
         return f1(tp, fp, fn)
 
     @property
+    def figure(self) -> str:
+        """What `f1` is called for this kind of release."""
+        return FIGURES.get(self.kind, "F1")
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures that this kind of release must have, by name; NaN for those that the truth does not allow."""
+        right = {self.figure: self.f1 if self.n_boxes else float("nan")}
+        return right | ({"mAP50": self.map50, "mAP50-95": self.map50_95} if self.has_ap else {})
+
+    @property
+    def has_ap(self) -> bool:
+        """Whether average precision is defined: for what answers with places."""
+        return self.kind in ("detect", "segment")
+
+    @property
+    def quality(self) -> float:
+        """One figure to compare two files of one model by: mAP50, or the accuracy of what has no places."""
+        return self.map50 if self.has_ap else self.f1 if self.n_boxes else float("nan")
+
+    def by_class(self) -> NDArray[np.int64]:
+        """Counts (images, classes, 3); raises ValueError when `class_rows` are not what `class_counts` sums up."""
+        table = np.zeros((self.n_images, len(self.labels), 3), dtype=np.int64)
+        for image, label, tp, fp, fn in self.class_rows:
+            table[image, label] = tp, fp, fn
+        if table.sum(axis=0).tolist() != [list(counts) for counts in self.class_counts]:
+            raise ValueError(f"{self.release}: the counts of single images do not add up to those of the classes")
+        return table
+
+    @property
     def frame_accuracy(self) -> float:
         """Share of the images whose whole answer is right; 0 without images."""
         return sum(fp == 0 and fn == 0 for _, fp, fn in self.counts) / max(len(self.counts), 1)
@@ -60,6 +102,7 @@ class Evaluation:
         per_class = dict(zip(self.labels, map(_number, self.per_class_ap50), strict=True))
         return {
             "release": self.release,
+            "kind": self.kind,
             "n_images": self.n_images,
             "n_boxes": self.n_boxes,
             "map50": _number(self.map50),
@@ -88,6 +131,9 @@ class Evaluation:
         values["per_class_ap50"] = [_float(each) for each in values["per_class_ap50"]]
         for name in ("counts", "class_counts"):
             values[name] = [(int(tp), int(fp), int(fn)) for tp, fp, fn in values[name]]
+        values["class_rows"] = [
+            (int(n), int(c), int(tp), int(fp), int(fn)) for n, c, tp, fp, fn in values["class_rows"]
+        ]
         return cls(**values)
 
 

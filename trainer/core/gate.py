@@ -1,33 +1,82 @@
-"""The gate: whether a candidate release may go out. Pure, and it fails closed: what was not measured did not pass."""
+"""The gate: whether a candidate release may go out. Pure, and it fails closed: what was not measured did not pass.
+
+Every check, its rule and why: docs/gate.md.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.core.checks import Check, Verdict, maximum, minimum
 from trainer.core.evaluation import Evaluation
+from trainer.core.paired import chance_of_gain, class_drops, gain_low
+from trainer.core.targets import Footprint, Target, target_checks
+
+__all__ = [
+    "Check",
+    "Evidence",
+    "Footprint",
+    "Holdout",
+    "Parity",
+    "Rules",
+    "Target",
+    "Verdict",
+    "gain_interval",
+    "judge",
+]
+
+NAMED_MAX = 8  # classes that one reason names
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The bounds. F1 values and AP are in 0..1; drops are absolute."""
+    """The bounds. F1 values and AP are in 0..1; drops are absolute. Raises ValueError for a bound that bounds nothing."""
 
     images_min: int = 50
     boxes_min: int = 100
+    near_duplicates_max: int = 0
     f1_min: float = 0.5  # on the target holdout, whatever there was before
-    gain_confidence: float = 0.95  # of the one-sided bootstrap interval of the gain
+    gain_confidence: float = 0.95  # of the one-sided interval of the gain, and against a gain by chance
     bootstrap_draws: int = 2000
-    class_boxes_min: int = 10  # a class with fewer boxes in the holdout is too rare to judge alone
+    class_boxes_min: int = 5  # a class with fewer boxes in the holdout is too rare to judge alone
     class_drop_max: float = 0.1
+    class_confidence: float = 0.95  # how sure it must be that a class lost anything at all
     forget_max: float = 0.03
     export_drop_max: float = 0.02
     ece_max: float = 0.1
     latency_ratio_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("gain_confidence", "class_confidence"):
+            if not 0.5 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: use a number from 0.5 to below 1")
+        for name in ("f1_min", "class_drop_max", "forget_max", "export_drop_max", "ece_max"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: use a number from 0 to 1")
+        least = {"images_min": 1, "boxes_min": 1, "class_boxes_min": 1, "bootstrap_draws": 100, "near_duplicates_max": 0,
+                 "latency_ratio_max": 0}  # fmt: skip
+        for name, bound in least.items():
+            if not bound <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}: use a number from {bound} on")
+
+
+class Parity(Protocol):
+    """What an export differs by from what it was made of: `value` of `what`, within `tolerance` or not."""
+
+    @property
+    def what(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def tolerance(self) -> float: ...
+    @property
+    def passed(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,65 +90,50 @@ class Evidence:
     base: Evaluation | None
     calibration_method: str = "uncalibrated"
     calibration_ece: float | None = None
-    export_before: float | None = None  # mAP50 of the file before quantisation
-    export_after: float | None = None  # mAP50 of the file that ships, on the same images
+    export_before: float | None = None  # `Evaluation.quality` of the file before quantisation
+    export_after: float | None = None  # and of the file that ships, on the same images
+    failures: tuple[str, ...] = ()  # why something could not be measured: the model does not load, answers NaN
+    parity: Sequence[Parity] | None = None  # None: this export is compared by `export_before` alone
+    model_bytes: int | None = None  # of the file that ships
+    footprints: tuple[Footprint, ...] = ()  # one for each target
 
 
 @dataclass(frozen=True, slots=True)
 class Holdout:
-    """Identities (sha256 of the pixels) of the frozen holdouts' images, and of everything that was trained on."""
+    """Identities (sha256 of the pixels) of the frozen holdouts' images, and of everything that was trained on.
+
+    `near_duplicates`: of the holdouts' images those that show nearly what an image of the training shows. None: nobody
+    looked."""
 
     target: frozenset[str]
     base: frozenset[str]
     training: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One named judgement; `reason` says what was found and what was allowed."""
-
-    name: str
-    passed: bool
-    value: float | str | None
-    bound: float | str | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Passed only when every check passed, and there was at least one."""
-
-    checks: tuple[Check, ...] = field(default=())
-
-    @property
-    def passed(self) -> bool:
-        """Whether the release may go out."""
-        return bool(self.checks) and all(check.passed for check in self.checks)
-
-    @property
-    def reasons(self) -> list[str]:
-        """Why not: the reason of each failed check."""
-        return [check.reason for check in self.checks if not check.passed]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The verdict as JSON-able values."""
-        return {"passed": self.passed, "reasons": self.reasons, "checks": [asdict(check) for check in self.checks]}
+    near_duplicates: frozenset[str] | None = None
 
 
 def judge(
-    candidate: Evidence, current: Evidence | None, holdout: Holdout, rules: Rules, rng: np.random.Generator
+    candidate: Evidence,
+    current: Evidence | None,
+    holdout: Holdout,
+    rules: Rules,
+    rng: np.random.Generator,
+    targets: Sequence[Target] = (),
 ) -> Verdict:
     """Judge the bytes that would ship against the release that runs now (None: there is none yet).
 
-    `rng` drives the paired bootstrap over images (Efron & Tibshirani 1993, chapter 13).
+    `rng` drives the draws of `core.paired`; `targets` are the profiles of the devices that it is for.
     """
     checks = [
+        *_failure_checks(candidate),
         *_holdout_checks(holdout, rules),
         _measured_check("target holdout", candidate.target, holdout.target),
         _measured_check("base holdout", candidate.base, holdout.base),
         *_finite_checks(candidate),
-        _minimum("f1", candidate.target.f1 if candidate.target else None, rules.f1_min, "F1 on the target holdout"),
+        _boxes_check("target", candidate.target, rules),
+        _boxes_check("base", candidate.base, rules),
+        minimum("f1", _f1(candidate.target), rules.f1_min, f"{_figure(candidate.target)} on the target holdout"),
         _export_check(candidate, rules),
+        *_parity_checks(candidate),
         *_calibration_checks(candidate, rules),
     ]
     if current is not None:
@@ -108,12 +142,14 @@ def judge(
             _differs("new_weights", "weights", candidate.weights_sha256, current.weights_sha256),
             _measured_check("target holdout, current release", current.target, holdout.target),
             _measured_check("base holdout, current release", current.base, holdout.base),
-            _gain_check(candidate, current, rules, rng),
-            *_class_checks("target", candidate.target, current.target, rules),
-            *_class_checks("base", candidate.base, current.base, rules),
+            *_gain_checks(candidate.target, current.target, rules, rng),
+            *_class_checks("target", candidate.target, current.target, rules, rng),
+            *_class_checks("base", candidate.base, current.base, rules, rng),
             _forget_check(candidate, current, rules),
             _latency_check(candidate, current, rules),
         ]
+    before = None if current is None else current.footprints
+    checks += target_checks(targets, candidate.model_bytes, candidate.footprints, before, rules.latency_ratio_max)
     return Verdict(tuple(checks))
 
 
@@ -121,45 +157,37 @@ def gain_interval(
     candidate: NDArray[np.int64], current: NDArray[np.int64], rules: Rules, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Gain in F1 of per-image counts (n, 3) over the same images, and the lower end of its one-sided interval."""
-
-    def f1_of(counts: NDArray[Any]) -> NDArray[np.float64]:
-        total = 2 * counts[..., 0] + counts[..., 1] + counts[..., 2]
-        share = np.divide(2.0 * counts[..., 0], total, out=np.ones(np.shape(total)), where=total > 0)
-        return np.asarray(share, dtype=np.float64)
-
-    n = len(candidate)
-    gain = float(f1_of(candidate.sum(axis=0)) - f1_of(current.sum(axis=0)))
-    gains = []
-    for _ in range(rules.bootstrap_draws):
-        drawn = rng.multinomial(n, np.full(n, 1 / n))
-        gains.append(float(f1_of(drawn @ candidate) - f1_of(drawn @ current)))
-    return gain, float(np.quantile(gains, 1 - rules.gain_confidence))
+    return gain_low(candidate, current, rules.bootstrap_draws, rules.gain_confidence, rng)
 
 
-def _check(name: str, value: float | None, bound: float, ok: Callable[[float], bool], text: str) -> Check:
-    """A check of a number: what is missing or not finite fails, whatever the comparison says."""
-    if value is None or not math.isfinite(value):
-        return Check(name, False, None, bound, f"{text}: not measured ({value}), bound {bound:g}")
-    return Check(name, bool(ok(value)), value, bound, f"{text}: {value:.4g}, bound {bound:g}")
+def _f1(evaluation: Evaluation | None) -> float | None:
+    """F1, or nothing where nothing was to be found: that would be a perfect score."""
+    return evaluation.f1 if evaluation is not None and evaluation.n_boxes > 0 else None
 
 
-def _minimum(name: str, value: float | None, bound: float, text: str) -> Check:
-    return _check(name, value, bound, lambda v: v >= bound, f"{text} (at least)")
+def _figure(evaluation: Evaluation | None) -> str:
+    return evaluation.figure if evaluation is not None else "F1"
 
 
-def _maximum(name: str, value: float | None, bound: float, text: str) -> Check:
-    return _check(name, value, bound, lambda v: v <= bound, f"{text} (at most)")
+def _failure_checks(candidate: Evidence) -> list[Check]:
+    if not candidate.failures:
+        return []
+    return [Check("measurable", False, None, None, f"could not be measured: {each}") for each in candidate.failures]
 
 
 def _holdout_checks(holdout: Holdout, rules: Rules) -> list[Check]:
     frozen = holdout.target | holdout.base
     shared = len(frozen & holdout.training)
-    return [
-        _minimum("holdout_images", len(holdout.target), rules.images_min, "images in the target holdout"),
-        _minimum("base_images", len(holdout.base), rules.images_min, "images in the base holdout"),
-        _maximum("disjoint", shared, 0, "images of the holdout that were trained on"),
-        _minimum("training_known", len(holdout.training), 1, "images known to have been trained on"),
+    checks = [
+        minimum("holdout_images", len(holdout.target), rules.images_min, "images in the target holdout"),
+        minimum("base_images", len(holdout.base), rules.images_min, "images in the base holdout"),
+        maximum("disjoint", shared, 0, "images of the holdout that were trained on"),
+        minimum("training_known", len(holdout.training), 1, "images known to have been trained on"),
     ]
+    if holdout.near_duplicates is not None:
+        near, text = len(frozen & holdout.near_duplicates), "images of the holdout that are nearly ones trained on"
+        checks.append(maximum("near_duplicates", near, rules.near_duplicates_max, text))
+    return checks
 
 
 def _measured_check(what: str, evaluation: Evaluation | None, images: frozenset[str]) -> Check:
@@ -181,17 +209,38 @@ def _finite_checks(candidate: Evidence) -> list[Check]:
     for what, evaluation in (("target", candidate.target), ("base", candidate.base)):
         if evaluation is None:
             continue  # its "measured" check has failed already
-        values = {"mAP50": evaluation.map50, "mAP50-95": evaluation.map50_95, "F1": evaluation.f1}
-        bad = [name for name, value in values.items() if not 0 <= value <= 1]
+        bad = [name for name, value in evaluation.metrics.items() if not 0 <= value <= 1]
         text = f"{what} holdout: {', '.join(bad) or 'no metric'} not a number in 0..1"
         checks.append(Check(f"finite ({what})", not bad, ", ".join(bad) or None, "0..1", text))
     return checks
 
 
+def _boxes_check(what: str, evaluation: Evaluation | None, rules: Rules) -> Check:
+    count = None if evaluation is None else evaluation.n_boxes
+    return minimum(f"boxes ({what})", count, rules.boxes_min, f"labelled boxes in the {what} holdout")
+
+
 def _export_check(candidate: Evidence, rules: Rules) -> Check:
     before, after = candidate.export_before, candidate.export_after
     drop = None if before is None or after is None else before - after
-    return _maximum("export", drop, rules.export_drop_max, "mAP50 lost between the exported and the quantised file")
+    what = "accuracy" if candidate.target is not None and not candidate.target.has_ap else "mAP50"
+    return maximum("export", drop, rules.export_drop_max, f"{what} lost between the exported and the quantised file")
+
+
+def _parity_checks(candidate: Evidence) -> list[Check]:
+    if candidate.parity is None:
+        return []
+    if not candidate.parity:
+        return [Check("parity", False, None, None, "the exported file was compared with nothing that it was made of")]
+    checks = []
+    for each in candidate.parity:
+        # Several metrics of one thing are told apart by theirs.
+        what = " ".join(filter(None, (each.what, getattr(each, "metric", ""))))
+        known = math.isfinite(each.value)
+        text = f"export against what it was made of, {what}: {each.value:.4g}, tolerance {each.tolerance:g}"
+        value = each.value if known else None
+        checks.append(Check(f"parity ({what})", bool(each.passed) and known, value, each.tolerance, text))
+    return checks
 
 
 def _calibration_checks(candidate: Evidence, rules: Rules) -> list[Check]:
@@ -203,7 +252,7 @@ def _calibration_checks(candidate: Evidence, rules: Rules) -> list[Check]:
         "fitted",
         f"calibration is {method!r}, it must be fitted on data",
     )
-    return [fitted, _maximum("calibration", candidate.calibration_ece, rules.ece_max, "expected calibration error")]
+    return [fitted, maximum("calibration", candidate.calibration_ece, rules.ece_max, "expected calibration error")]
 
 
 def _differs(name: str, what: str, candidate: str, current: str) -> Check:
@@ -214,49 +263,93 @@ def _differs(name: str, what: str, candidate: str, current: str) -> Check:
     return Check(name, known and candidate != current, candidate, current, text)
 
 
-def _gain_check(candidate: Evidence, current: Evidence, rules: Rules, rng: np.random.Generator) -> Check:
-    name, text = "gain", "no better than the current release: gain of F1 on the target holdout"
-    if candidate.target is None or current.target is None or not candidate.target.counts:
-        return Check(name, False, None, 0.0, f"{text}: not measured")
-    if candidate.target.images != current.target.images or candidate.target.n_boxes != current.target.n_boxes:
-        return Check(name, False, None, 0.0, f"{text}: the two releases were not scored on the same images and boxes")
-    if candidate.target.n_boxes < rules.boxes_min:
-        few = candidate.target.n_boxes
-        return Check(
-            name, False, few, rules.boxes_min, f"{text}: {few} boxes in the holdout, at least {rules.boxes_min}"
-        )
-    new, old = (np.array(each.counts, dtype=np.int64) for each in (candidate.target, current.target))
-    gain, low = gain_interval(new, old, rules, rng)
-    if low > 0:
-        text = "gain of F1 on the target holdout"
-    sure = f"{rules.gain_confidence:.0%} sure of more than {low:+.4f}, must be above 0"
-    return Check(name, low > 0, low, 0.0, f"{text} {gain:+.4f}, {sure}")
+def _apart(candidate: Evaluation, current: Evaluation) -> str:
+    """Why two evaluations cannot be compared image by image; empty when they can."""
+    if candidate.kind != current.kind:
+        return f"the two releases are of kinds {candidate.kind} and {current.kind}"
+    truths = [[tp + fn for tp, _, fn in each.counts] for each in (candidate, current)]
+    if candidate.images != current.images or truths[0] != truths[1] or not truths[0]:
+        return "the two releases were not scored on the same images and boxes"
+    return ""
 
 
-def _class_checks(what: str, candidate: Evaluation | None, current: Evaluation | None, rules: Rules) -> list[Check]:
-    if candidate is None or current is None or candidate.labels != current.labels:
+def _gain_checks(
+    candidate: Evaluation | None, current: Evaluation | None, rules: Rules, rng: np.random.Generator
+) -> list[Check]:
+    what = f"gain of {_figure(candidate)} on the target holdout"
+    text, by_chance = f"no better than the current release: {what}", f"chance of such a {what} without being better"
+    reason = "not measured" if candidate is None or current is None else _apart(candidate, current)
+    if candidate is None or current is None or reason:
         return [
-            Check(
-                f"classes ({what})", False, None, None, f"{what} holdout: the two releases' classes are not comparable"
-            )
+            Check("gain", False, None, 0.0, f"{text}: {reason}"),
+            Check("chance", False, None, 1 - rules.gain_confidence, f"{by_chance}: {reason}"),
         ]
-    checks = []
-    for label, (tp, _, fn) in zip(candidate.labels, candidate.class_counts, strict=True):
-        if tp + fn < rules.class_boxes_min:
-            continue
-        drop = current.class_f1[label] - candidate.class_f1[label]
-        text = f"F1 lost on class {label!r} of the {what} holdout"
-        checks.append(_maximum(f"class {label} ({what})", drop, rules.class_drop_max, text))
+    new, old = (np.array(each.counts, dtype=np.int64) for each in (candidate, current))
+    gain, low = gain_interval(new, old, rules, rng)
+    sure = f"{rules.gain_confidence:.0%} sure of more than {low:+.4f}, must be above 0"
+    by_swapping = chance_of_gain(new, old, rules.bootstrap_draws, rng)
+    return [
+        Check("gain", low > 0, low, 0.0, f"{what if low > 0 else text} {gain:+.4f}, {sure}"),
+        maximum("chance", by_swapping, 1 - rules.gain_confidence, by_chance),
+    ]
+
+
+def _class_checks(
+    what: str, candidate: Evaluation | None, current: Evaluation | None, rules: Rules, rng: np.random.Generator
+) -> list[Check]:
+    """Each class with enough boxes: refused when it lost more than the bound, and surely lost something.
+
+    The bare loss of a small class is noise: one box of ten is 0.1. The interval over the images tells; a class that lost
+    everything has one without width.
+    """
+    reason = "not measured"
+    if candidate is not None and current is not None:
+        same = candidate.labels == current.labels
+        reason = _apart(candidate, current) if same else "they have other classes"
+    if candidate is None or current is None or reason:
+        text = f"{what} holdout: the two releases' classes are not comparable: {reason}"
+        return [Check(f"classes ({what})", False, None, None, text)]
+    try:
+        new, old = candidate.by_class(), current.by_class()
+    except (ValueError, IndexError) as error:
+        text = f"{what} holdout: the two releases' classes are not comparable: {error}"
+        return [Check(f"classes ({what})", False, None, None, text)]
+    boxes = (new[..., 0] + new[..., 2]).sum(axis=0)
+    if not np.array_equal(new[..., 0] + new[..., 2], old[..., 0] + old[..., 2]):
+        text = f"{what} holdout: the two releases' classes are not comparable: they were scored on other boxes"
+        return [Check(f"classes ({what})", False, None, None, text)]
+    judged = [number for number, count in enumerate(boxes) if count >= rules.class_boxes_min]
+    checks = [_judged_check(what, candidate.labels, boxes.tolist(), judged, rules)]
+    drops = class_drops(new[:, judged], old[:, judged], rules.bootstrap_draws, rules.class_confidence, rng)
+    for number, (drop, low, high) in zip(judged, drops, strict=True):
+        label = candidate.labels[number]
+        text = f"{candidate.figure} lost on class {label!r} of the {what} holdout ({boxes[number]} boxes)"
+        # Not finite: nothing is known of it, so nothing excuses the loss.
+        sure = not low <= 0
+        told = f"{text} (at most): {drop:.4g}, bound {rules.class_drop_max:g}, surely between {low:.3f} and {high:.3f}"
+        checks.append(Check(f"class {label} ({what})", drop <= rules.class_drop_max or not sure, drop,
+                            rules.class_drop_max, told))  # fmt: skip
     return checks
 
 
+def _judged_check(what: str, labels: list[str], boxes: list[int], judged: list[int], rules: Rules) -> Check:
+    """What no check speaks of is at least named."""
+    rare = [f"{label!r} ({count})" for label, count in zip(labels, boxes, strict=True) if count < rules.class_boxes_min]
+    text = f"{len(judged)} of {len(labels)} classes have {rules.class_boxes_min} boxes or more in the {what} holdout"
+    if rare:
+        more = f" and {len(rare) - NAMED_MAX} more" if len(rare) > NAMED_MAX else ""
+        text += f"; too rare to judge: {', '.join(rare[:NAMED_MAX])}{more}"
+    return Check(f"classes ({what})", bool(judged), len(judged), 1, text)
+
+
 def _forget_check(candidate: Evidence, current: Evidence, rules: Rules) -> Check:
-    drop = None if candidate.base is None or current.base is None else current.base.f1 - candidate.base.f1
-    return _maximum("forgetting", drop, rules.forget_max, "F1 lost on the base holdout")
+    new, old = _f1(candidate.base), _f1(current.base)
+    drop = None if new is None or old is None else old - new
+    return maximum("forgetting", drop, rules.forget_max, f"{_figure(candidate.base)} lost on the base holdout")
 
 
 def _latency_check(candidate: Evidence, current: Evidence, rules: Rules) -> Check:
     ratio = None
     if candidate.target is not None and current.target is not None and current.target.latency_ms_median > 0:
         ratio = candidate.target.latency_ms_median / current.target.latency_ms_median
-    return _maximum("latency", ratio, rules.latency_ratio_max, "median latency over the current release's")
+    return maximum("latency", ratio, rules.latency_ratio_max, "median latency over the current release's")
