@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer import cli_enroll, cli_hands
+from trainer.cli_holdout import holdout_app
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
 from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
@@ -35,6 +36,7 @@ app.add_typer(release_app, name="release")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(fleet_app, name="fleet")
 app.add_typer(samples_app, name="samples")
+app.add_typer(holdout_app, name="holdout")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
 

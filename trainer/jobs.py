@@ -349,6 +349,7 @@ def _training_sample(row: Any) -> TrainingSample:
         **(row.provenance or {}),
         "release": (row.provenance or {}).get("release", ""),
         "asked_by": row.release,
+        "captured": row.captured,
     }
     return TrainingSample(id=row.id, device=row.device, sha256=row.sha256, label=label, provenance=provenance)
 

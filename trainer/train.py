@@ -32,10 +32,10 @@ from trainer.config import Model
 from trainer.core.evaluation import Evaluation
 from trainer.core.gate import Evidence, Holdout, Verdict, judge
 from trainer.datasets import (
+    Apart,
     DatasetError,
     LabelledImage,
     Selected,
-    check_frozen,
     choose_replay,
     read_folder,
     select_samples,
@@ -43,6 +43,7 @@ from trainer.datasets import (
 )
 from trainer.evaluate import Labelled, calibration_items, evaluate, evaluate_release, image_sha256, observe
 from trainer.files import sha256_of, write_json
+from trainer.holdout import check_frozen, near_duplicates, remember
 from trainer.jobfile import TrainJob
 from trainer.releases import Registry, ReleaseError, StoredRelease
 
@@ -137,12 +138,14 @@ def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple
         "calibration": len(sets.selected.calibration),
         "left_out": sets.selected.left_out,
         "replay": len(sets.replay),
+        "near_duplicates": sets.selected.near_duplicates,
     }
     log.info("samples: %s", record.facts["samples"])
     if require_more_than is not None and usable <= require_more_than:
         raise TooFewSamples(f"{usable} usable samples, more than {require_more_than} are needed")
     if not sets.selected.training:
         raise DatasetError(f"none of {len(job.manifest.samples)} samples is usable: {sets.selected.left_out}")
+    remember(job.config, job.model, [*sets.selected.training, *sets.replay])
     with _stage(job, record, "train"):
         training = _train_weights(job, settings, checkpoint, sets, record)
     calibration = _untrained(sets.calibration, training, settings)
@@ -186,12 +189,15 @@ def _run(job: TrainJob, record: _Record, require_more_than: int | None) -> tuple
 
 def _read_sets(job: TrainJob, settings: Model) -> _Sets:
     target, base = read_folder(settings.holdout), read_folder(settings.holdout_clean)
-    frozen = job.config.data_dir / "holdouts.json"
     hashes = {
-        "target": check_frozen(frozen, f"{job.model}/target", target),
-        "base": check_frozen(frozen, f"{job.model}/base", base),
+        "target": check_frozen(job.config, job.model, "target", target, time.time()),
+        "base": check_frozen(job.config, job.model, "base", base, time.time()),
     }
-    held_out = frozenset(item.sha256 for item in (*target, *base))
+    test = read_folder(settings.holdout_test) if settings.holdout_test is not None else []
+    if test:
+        hashes["test"] = check_frozen(job.config, job.model, "test", test, time.time())
+    judges = [*target, *base, *test]
+    held_out = frozenset(item.sha256 for item in judges)
     folder = read_folder(settings.calibration)
     shared = [item for item in folder if item.sha256 in held_out]
     if shared:
@@ -206,6 +212,10 @@ def _read_sets(job: TrainJob, settings: Model) -> _Sets:
             f"{settings.calibration}: {len(trained)} of its images are in {settings.replay} ({min(trained)[:12]}...): "
             "on what the weights have learned they look surer than they are; take them out of the calibration"
         )
+    again = near_duplicates(folder, judges)
+    if any(again):
+        log.warning("%d calibration images are left out: nearly the same pictures are in a holdout", sum(again))
+        folder = [item for item, known in zip(folder, again, strict=True) if not known]
     selected = select_samples(
         job.manifest,
         job.samples,
@@ -213,10 +223,13 @@ def _read_sets(job: TrainJob, settings: Model) -> _Sets:
         confidence_min=settings.label_confidence_min,
         held_out=held_out | frozenset(item.sha256 for item in folder),
         calibration_share=settings.calibration_share,
+        apart=Apart(judges, folder, settings.split_guard_s),
+        split=settings.split_rules(),
+        thin=settings.near_duplicates == "thin",
     )
     count = round(settings.replay_ratio * len(selected.training))
     excluded = held_out | frozenset(item.sha256 for item in selected.calibration)
-    replay = choose_replay(past, count, settings.seed, excluded)
+    replay = choose_replay(past, count, settings.seed, excluded, [*judges, *folder, *selected.calibration])
     return _Sets(selected, replay, [*folder, *selected.calibration], target, base, hashes)
 
 
