@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer import cli_enroll, cli_hands
+from trainer import cli_enroll, cli_hands, cli_report
 from trainer.cli_holdout import holdout_app
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
@@ -39,6 +39,7 @@ app.add_typer(samples_app, name="samples")
 app.add_typer(holdout_app, name="holdout")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
+cli_report.register(samples_app)
 
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 
