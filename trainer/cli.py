@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer import cli_enroll, cli_export, cli_hands, cli_ready, cli_train, cli_worker
+from trainer import cli_enroll, cli_export, cli_hands, cli_ready, cli_report, cli_train, cli_worker
 from trainer.cli_gate import gate_app
+from trainer.cli_holdout import holdout_app
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
 from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
@@ -36,12 +37,14 @@ app.add_typer(gate_app, name="gate")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(fleet_app, name="fleet")
 app.add_typer(samples_app, name="samples")
+app.add_typer(holdout_app, name="holdout")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
 app.command()(cli_train.train)
 app.command()(cli_ready.ready)
 app.command()(cli_worker.worker)
 cli_export.register(app)
+cli_report.register(samples_app)
 
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 

@@ -15,6 +15,7 @@ from trainer.config_text import TextModel
 from trainer.core.gate import Rules as GateRules
 from trainer.core.placement import Needs
 from trainer.core.rollout import RolloutRules
+from trainer.core.split import SplitRules
 from trainer.core.triggers import TriggerRules
 from trainer.tuners.settings import LoraSettings
 
@@ -133,6 +134,7 @@ class Model(Section):
     replay: Path | None = None
     holdout: Path
     holdout_clean: Path
+    holdout_test: Path | None = None  # what no gate looks at: for a last, unbiased word
     calibration: Path
     tier: str = ""  # only devices of this tier are the model's fleet; empty: all that run it
     lora: LoraTable = LoraSettings()
@@ -143,6 +145,11 @@ class Model(Section):
     seed: int = 0
     replay_ratio: Annotated[float, Field(ge=0, le=100)] = 1.0  # replayed images for each new one
     calibration_share: Share = 0.15  # of the new samples: they calibrate and do not train
+    gate_share: Share = 0.0  # of the new samples: kept for `trainer holdout extend`, they do not train
+    test_share: Share = 0.0  # the same for the test set
+    split_block_s: Seconds = 60.0  # what a device takes within a block falls on one side of the split
+    split_guard_s: Annotated[float, Field(ge=0)] = 5.0  # kept free where two sides meet (core.split)
+    near_duplicates: Literal["keep", "thin"] = "keep"  # of each other, within what trains
     score: Share = 0.25  # answers score at least this
     iou: Share = 0.7
     target_risk: Share = 0.05  # accepted answers that may be wrong; devices' policies aim at it
@@ -165,6 +172,17 @@ class Model(Section):
     def _gate(cls, value: dict[str, float]) -> dict[str, float]:
         make_rules(GateRules, value)
         return value
+
+    @model_validator(mode="after")
+    def _split(self) -> Model:
+        self.split_rules()
+        return self
+
+    def split_rules(self) -> SplitRules:
+        """What `core.split` needs; raises ValueError for shares that do not fit together."""
+        return SplitRules(
+            self.calibration_share, self.gate_share, self.test_share, self.split_block_s, self.split_guard_s
+        )
 
     def thresholds(self) -> Thresholds:
         """What a release of this model says about its answers."""
@@ -268,6 +286,11 @@ class TrainerConfig(BaseSettings):
     def samples(self) -> Path:
         """The folder of uploaded pixels, each file named by its SHA-256."""
         return self.data_dir / "samples"
+
+    @property
+    def holdouts(self) -> Path:
+        """The folder of what was frozen and of what was trained on (trainer/holdout.py)."""
+        return self.data_dir / "holdouts"
 
     @property
     def runs(self) -> Path:

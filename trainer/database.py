@@ -28,7 +28,7 @@ from sqlalchemy import (
     update,
 )
 
-SCHEMA_VERSION = 2  # 2: leases, workers
+SCHEMA_VERSION = 2  # 2: leases, workers, opinions: new tables only, which `create_all` makes
 BUSY_MS_MAX = 10_000
 
 metadata = MetaData()
@@ -81,6 +81,13 @@ samples = Table(
     Index("samples_by_state", "model", "state"),
     Index("samples_by_hash", "sha256"),
     Index("samples_by_job", "job"),
+)
+
+opinions = Table(  # who else said something about a sample, on the way to its label
+    "opinions",
+    metadata,
+    Column("sample", String, primary_key=True),
+    Column("said", JSON, nullable=False),  # as edged.wire.messages.Opinion, the first who was asked first
 )
 
 windows = Table(

@@ -19,9 +19,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from edged.wire.manifest import TrainingManifest
+from edged.wire.manifest import TrainingManifest, TrainingSample
+from trainer.core.neighbours import groups, members, near
+from trainer.core.provenance import is_disputed, is_own, taken_at
+from trainer.core.split import SplitRules, Times, side
 from trainer.evaluate import Labelled
-from trainer.files import write_json, write_whole
+from trainer.files import write_whole
+from trainer.sketches import sketches_of
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +111,30 @@ def write_folder(folder: Path, items: Iterable[LabelledImage]) -> None:
     for number, item in enumerate(items):
         name = f"{number:06d}{_suffix(item.data)}"
         (folder / IMAGES / name).write_bytes(item.data)
-        boxes = [{"label": box.label, "box": list(box.box)} for box in item.boxes]
-        row = {"file": name, "sha256": item.sha256, "boxes": boxes, "provenance": item.provenance}
-        lines.append(json.dumps(row, ensure_ascii=False))
+        lines.append(_line(name, item))
     write_whole(folder / LABELS, "".join(f"{line}\n" for line in lines).encode())
+
+
+def append_folder(folder: Path, items: Sequence[LabelledImage]) -> None:
+    """Add images to a labelled folder, which is made where it is missing; they appear in it all at once."""
+    if not items:
+        return
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for item in items:
+        name = f"{item.sha256}{_suffix(item.data)}"
+        write_whole(folder / IMAGES / name, item.data)
+        lines.append(_line(name, item))
+    path = folder / LABELS
+    before = path.read_bytes() if path.is_file() else b""
+    joint = b"\n" if before and not before.endswith(b"\n") else b""
+    write_whole(path, before + joint + "".join(f"{line}\n" for line in lines).encode())
+
+
+def _line(name: str, item: LabelledImage) -> str:
+    boxes = [{"label": box.label, "box": list(box.box)} for box in item.boxes]
+    row = {"file": name, "sha256": item.sha256, "boxes": boxes, "provenance": item.provenance}
+    return json.dumps(row, ensure_ascii=False)
 
 
 def _suffix(data: bytes) -> str:
@@ -123,28 +147,25 @@ def frozen_hash(items: Sequence[LabelledImage]) -> str:
     return sha256("\n".join(rows).encode()).hexdigest()
 
 
-def check_frozen(record: Path, name: str, items: Sequence[LabelledImage]) -> str:
-    """The hash of a holdout, remembered in the file `record` at its first use; raises DatasetError when it changed."""
-    found = frozen_hash(items)
-    known: dict[str, str] = json.loads(record.read_text()) if record.is_file() else {}
-    if known.get(name, found) != found:
-        raise DatasetError(
-            f"holdout {name} has changed since it was first used ({known[name][:12]} -> {found[:12]}): "
-            f"a gate that moves judges nothing; restore its files, or remove {name!r} from {record} "
-            "to begin a new series of comparisons"
-        )
-    if name not in known:
-        write_json(record, {**known, name: found})
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """What a job trains and calibrates on, and how many samples were left out, by reason."""
+    """What a job trains and calibrates on, how many samples were left out, by reason, and how many of the training images
+    are near-duplicates of another one of them."""
 
     training: list[LabelledImage]
     calibration: list[LabelledImage]
     left_out: dict[str, int]
+    near_duplicates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """What must stay apart from training: `judges` are the images of the holdouts, `calibrates` those of the calibration's
+    folder. What a device took less than `guard_s` from one that judges is left out too."""
+
+    judges: Sequence[LabelledImage] = ()
+    calibrates: Sequence[LabelledImage] = ()
+    guard_s: float = 0.0
 
 
 def select_samples(
@@ -155,21 +176,28 @@ def select_samples(
     confidence_min: float,
     held_out: frozenset[str],
     calibration_share: float,
+    apart: Apart | None = None,
+    split: SplitRules | None = None,
+    thin: bool = False,
 ) -> Selected:
-    """The samples of a manifest whose pixels lie in `folder` by hash, each image once, split by its hash.
+    """The samples of a manifest whose pixels lie in `folder` by hash, each image once, split by device and time (by its
+    hash where those are not known).
 
-    Left out and counted: labels below the confidence floor, pixels that are missing or do not decode, labels that the
-    model does not have, and images of `held_out` (hashes of the holdouts' files).
+    Left out and counted: labels below the confidence floor, the model's own predictions, labels that are disputed, pixels
+    that are missing or do not decode, labels that the model does not have, images of `held_out` (hashes of the holdouts'
+    files), near-duplicates of what judges or calibrates (`apart`, and what calibrates of these samples), what was taken
+    beside what judges, what the split keeps for the holdouts, and what lies between two of its sides. `thin` leaves out
+    near-duplicates within the training images too.
     """
-    training: list[LabelledImage] = []
-    calibration: list[LabelledImage] = []
     left_out: dict[str, int] = {}
+    usable: list[LabelledImage] = []
     seen: set[str] = set()
     for sample in manifest.samples:
         item: LabelledImage | None = None
         path = folder / sample.sha256
-        if sample.label.get("confidence", 0.0) < confidence_min:
-            reason = "below_label_confidence"
+        reason = _refused(manifest.model, sample, confidence_min)
+        if reason:
+            pass
         elif sample.sha256 in held_out:
             reason = "in_holdout"
         elif sample.sha256 in seen:
@@ -178,17 +206,76 @@ def select_samples(
             reason = "no_pixels"
         else:
             reason = "unusable"
-            item = _usable(
-                path, sample.label, {**sample.provenance, "device": sample.device, "sample": sample.id}, labels
-            )
+            provenance = {**sample.provenance, "device": sample.device, "sample": sample.id}
+            item = _usable(path, sample.label, provenance, labels)
         if item is None:
             left_out[reason] = left_out.get(reason, 0) + 1
             continue
         seen.add(item.sha256)
-        # By hash: the same image falls on the same side in every job, so what once calibrated never trains.
-        calibrates = int(item.sha256[:8], 16) / 2**32 < calibration_share
-        (calibration if calibrates else training).append(item)
-    return Selected(training, calibration, left_out)
+        usable.append(item)
+    rules = split or SplitRules(calibration=calibration_share)
+    return _keep_apart(usable, apart or Apart(guard_s=rules.guard_s), rules, thin, left_out)
+
+
+def _refused(model: str, sample: TrainingSample, confidence_min: float) -> str:
+    """Why a label may not train, whatever its pixels; "" when it may."""
+    confidence = sample.label.get("confidence", 0.0)
+    if not confidence >= confidence_min:  # written so that NaN is below
+        return "below_label_confidence"
+    if is_own(model, sample.provenance, sample.device):
+        return "own_prediction"
+    rows = sample.label.get("boxes")
+    if isinstance(rows, list) and is_disputed(rows, sample.provenance, confidence, confidence_min):
+        return "disputed"
+    return ""
+
+
+def _keep_apart(
+    items: Sequence[LabelledImage], apart: Apart, rules: SplitRules, thin: bool, left_out: dict[str, int]
+) -> Selected:
+    """`items` on the sides of the split, without what is too near to what judges or calibrates; adds to `left_out`."""
+
+    def leave_out(reason: str) -> None:
+        left_out[reason] = left_out.get(reason, 0) + 1
+
+    sketches = sketches_of(items)
+    near_judge = near(sketches, sketches_of(apart.judges)) >= 0
+    near_calibrating = near(sketches, sketches_of(apart.calibrates)) >= 0
+    times = Times(taken_at(item.provenance) for item in apart.judges)
+    training: list[int] = []
+    calibration: list[int] = []
+    for index, item in enumerate(items):
+        device, captured = taken_at(item.provenance)
+        if near_judge[index]:
+            leave_out("near_holdout")
+            continue
+        if times.beside(device, captured, apart.guard_s):
+            leave_out("beside_holdout")
+            continue
+        falls = side(rules, item.sha256, device, captured)
+        if falls == "calibration":
+            calibration.append(index)
+        elif falls is None:
+            leave_out("between_sides")
+        elif falls != "training":
+            leave_out(f"kept_for_{falls}")
+        elif near_calibrating[index]:
+            leave_out("near_holdout")
+        else:
+            training.append(index)
+    rows, calibrating = np.array(training, np.int64), np.array(calibration, np.int64)
+    fresh = near(sketches[rows], sketches[calibrating]) < 0
+    for _ in range(int((~fresh).sum())):
+        leave_out("near_holdout")
+    rows = rows[fresh]
+    again = [index for group in members(groups(sketches[rows])) for index in group[1:]]
+    if thin:
+        for _ in again:
+            leave_out("near_duplicate")
+        rows = np.delete(rows, again)
+    return Selected(
+        [items[index] for index in rows], [items[index] for index in calibrating], left_out, 0 if thin else len(again)
+    )
 
 
 def _usable(
@@ -207,10 +294,17 @@ def _usable(
 
 
 def choose_replay(
-    items: Sequence[LabelledImage], count: int, seed: int, excluded: frozenset[str]
+    items: Sequence[LabelledImage],
+    count: int,
+    seed: int,
+    excluded: frozenset[str],
+    apart: Sequence[LabelledImage] = (),
 ) -> list[LabelledImage]:
-    """`count` images (all, when there are fewer) drawn by `seed`, none of `excluded`."""
+    """`count` images (all, when there are fewer) drawn by `seed`, none of `excluded`, no near-duplicate of `apart`."""
     allowed = [item for item in items if item.sha256 not in excluded]
+    if apart and allowed:
+        fresh = near(sketches_of(allowed), sketches_of(apart)) < 0
+        allowed = [item for item, free in zip(allowed, fresh, strict=True) if free]
     return random.Random(seed).sample(allowed, min(count, len(allowed)))
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State
 from trainer.core.rollout import Outcome, Window
-from trainer.database import commands, desired, devices, events, put, samples, seen, windows
+from trainer.database import commands, desired, devices, events, opinions, put, samples, seen, windows
 
 SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
@@ -21,6 +21,7 @@ WINDOWS_S_MAX = 90 * 86400.0
 COMMAND_S_MAX = 7 * 86400.0
 ENDED = ("done", "expired", "refused")  # command states
 ORDERS = ("rollback", "pin", "unpin", "forget")  # commands of people: what a device refuses is not sent again
+_IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 SETTLED = frozenset({"idle", "committed"})  # update states in which what is active is meant to stay
 FAILED = frozenset({"failed", "reverted"})
 
@@ -98,6 +99,9 @@ def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None
         "entry_ts": entry.ts,
     }
     put(connection, samples, {"id": entry.sample}, values)
+    if len(entry.opinions) > 1:  # a single one is the label's own
+        said = [opinion.model_dump(mode="json") for opinion in entry.opinions]
+        put(connection, opinions, {"sample": entry.sample}, {"said": said})
 
 
 def take_metrics(connection: Connection, device: str, metrics: Metrics) -> None:
@@ -221,13 +225,25 @@ def training_counts(connection: Connection, model: str, confidence_min: float) -
 
 
 def trainable(model: str, confidence_min: float) -> list[Any]:
-    """The condition on a sample row: labelled, sure enough, in no job."""
+    """The condition on a sample row: labelled, sure enough, in no job, and not by the model itself (core.provenance)."""
+    kind, release = (samples.c.provenance[key].as_string() for key in ("kind", "release"))
+    own = (func.coalesce(kind, "") == "model") & func.coalesce(release, "").startswith(f"{model}@", autoescape=True)
     return [
+        ~own,
         samples.c.model == model,
         samples.c.state == "labelled",
         samples.c.job.is_(None),
         samples.c.label_confidence >= confidence_min,
     ]
+
+
+def opinions_of(connection: Connection, given: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Sample -> all that was said about it, for those of which more than one said something."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for start in range(0, len(given), _IDS_A_QUERY):
+        part = opinions.c.sample.in_(given[start : start + _IDS_A_QUERY])
+        found.update((row.sample, row.said) for row in connection.execute(select(opinions).where(part)))
+    return found
 
 
 def desired_of(connection: Connection, device: str) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from trainer.config import Model
 from trainer.core.rollout import Phase, Rollout
 from trainer.core.triggers import Fire, Wait
 from trainer.database import commands, jobs, rollouts, samples
-from trainer.fleet import ENDED, current_release, members, trainable
+from trainer.fleet import ENDED, current_release, members, opinions_of, trainable
 from trainer.host import Host, new_id
 from trainer.keys import TrustError
 from trainer.ready import OPEN, decision
@@ -107,6 +107,7 @@ class Jobs:
                 return {"error": f"the fleet runs a release that cannot be improved: {error}"}
             query = select(samples).where(*trainable(model, settings.label_confidence_min))
             rows = connection.execute(query.order_by(samples.c.captured.desc()).limit(settings.samples_max)).all()
+            said = opinions_of(connection, [row.id for row in rows])
             job = f"{model}-{new_id()}"
             manifest = TrainingManifest(
                 job=job,
@@ -115,7 +116,7 @@ class Jobs:
                 target=target,
                 created=_iso(now),
                 config=settings.model_dump(mode="json"),
-                samples=[_training_sample(row) for row in rows],
+                samples=[_training_sample(row, said.get(row.id)) for row in rows],
             )
             for part in _parts([row.id for row in rows]):
                 connection.execute(update(samples).where(samples.c.id.in_(part)).values(job=job))
@@ -322,12 +323,14 @@ class Jobs:
         return lines[-1][:500] if lines else "it wrote nothing"
 
 
-def _training_sample(row: Any) -> TrainingSample:
+def _training_sample(row: Any, opinions: list[dict[str, Any]] | None) -> TrainingSample:
     label = {"boxes": row.label, "confidence": row.label_confidence}
     provenance = {
         **(row.provenance or {}),
         "release": (row.provenance or {}).get("release", ""),
         "asked_by": row.release,
+        "captured": row.captured,
+        **({"opinions": opinions} if opinions else {}),
     }
     return TrainingSample(id=row.id, device=row.device, sha256=row.sha256, label=label, provenance=provenance)
 

@@ -114,6 +114,8 @@ class Demo:
                 "seed": self._seed, "threshold": plan.threshold, "minimum_interval_s": 0.0,
                 "label_confidence_min": 0.5, "target_risk": TARGET_RISK, "ablate": self._ablate,
                 "lora": {"r": 16, "lora_alpha": 32},
+                # A stream of half a minute, whose frames are drawn one by one: neighbours in time have nothing in common.
+                "split_block_s": 0.5, "split_guard_s": 0.0,
             }},
             "rollout": {"watch_s": plan.watch_s, "items_min": plan.items_min, "install_s_max": 120.0},
         })  # fmt: skip

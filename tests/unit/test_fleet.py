@@ -196,3 +196,32 @@ def test_old_things_are_forgotten(connection: Connection) -> None:
     fleet.prune(connection, now=1e9)
     assert fleet.is_new(connection, entry("s2", ts=1e9))
     assert connection.exec_driver_sql("select count(*) from seen").scalar_one() == 1
+
+
+@pytest.mark.parametrize(
+    ("provenance", "trains"),
+    [
+        (None, True),
+        ({"kind": "person", "who": "digits@fan"}, True),
+        ({"kind": "model", "who": "srv", "release": "digits-teacher@1.0"}, True),
+        ({"kind": "model", "who": "srv", "release": ""}, True),
+        ({"kind": "model", "who": "srv", "release": "digits@1.7"}, False),
+    ],
+)
+def test_a_models_own_predictions_call_for_no_training(
+    connection: Connection, provenance: dict[str, str] | None, trains: bool
+) -> None:
+    fleet.take_sample(connection, "d1", entry("s1", provenance=provenance))
+    assert fleet.training_counts(connection, "digits", 0.5) == ((1, 1) if trains else (0, 0))
+
+
+def test_who_else_said_something_is_kept(connection: Connection) -> None:
+    said = [
+        {"who": "mid", "status": "labelled", "confidence": 0.4, "label": []},
+        {"who": "top", "status": "labelled", "confidence": 0.9, "label": [{"label": "7", "box": [1, 2, 3, 4]}]},
+    ]
+    fleet.take_sample(connection, "d1", entry("s1", opinions=said))
+    fleet.take_sample(connection, "d1", entry("s2", opinions=said[:1]))
+    found = fleet.opinions_of(connection, ["s1", "s2", "s3"])
+    assert [(each["who"], each["confidence"]) for each in found["s1"]] == [("mid", 0.4), ("top", 0.9)]
+    assert list(found) == ["s1"]

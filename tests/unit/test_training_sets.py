@@ -22,7 +22,7 @@ BOXES = (LabelledBox("a", (1.0, 2.0, 5.0, 6.5)),)
 def image(value: int, compression: int = 3) -> LabelledImage:
     pixels = np.full((8, 8, 3), value, np.uint8)
     data = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, compression])[1].tobytes()
-    return LabelledImage(sha256(data).hexdigest(), data, BOXES)
+    return LabelledImage(sha256(data).hexdigest(), data, BOXES, {"kind": "person", "who": "annotator"})
 
 
 def job(folder: Path, samples: list[LabelledImage], **sets: list[LabelledImage]) -> tuple[TrainJob, Model]:

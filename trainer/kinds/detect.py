@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -18,10 +19,10 @@ from trainer.config import Model
 from trainer.core.evaluation import Evaluation
 from trainer.core.gate import Evidence, Holdout, Verdict, judge
 from trainer.datasets import (
+    Apart,
     DatasetError,
     LabelledImage,
     Selected,
-    check_frozen,
     choose_replay,
     read_folder,
     select_samples,
@@ -29,6 +30,7 @@ from trainer.datasets import (
 )
 from trainer.evaluate import Labelled, calibration_items, evaluate, evaluate_release, image_sha256, observe
 from trainer.files import sha256_of
+from trainer.holdout import check_frozen, near_duplicates, remember
 from trainer.jobfile import TrainJob, bring_samples
 from trainer.releases import Registry
 from trainer.run import Run
@@ -95,6 +97,7 @@ class Detection:
             "calibration": len(selected.calibration),
             "left_out": selected.left_out,
             "replay": len(self.sets.replay),
+            "near_duplicates": selected.near_duplicates,
             "provenance": provenance([*selected.training, *selected.calibration]),
         }
         return len(selected.training) + len(selected.calibration)
@@ -104,6 +107,7 @@ class Detection:
             left_out = self.sets.selected.left_out
             raise DatasetError(f"none of {len(self.job.manifest.samples)} samples is usable: {left_out}")
         items = [*self.sets.selected.training, *self.sets.replay]
+        remember(self.job.config, self.job.model, items)
         self.trained_on = items
         self.run.facts["ablate"] = self.settings.ablate
         if self.settings.ablate == "train":
@@ -257,12 +261,11 @@ class Detection:
 def read_sets(job: TrainJob, settings: Model) -> Sets:
     """All images of a job, no image in two sets; raises DatasetError where the configured folders overlap."""
     target, base = read_folder(settings.holdout), read_folder(settings.holdout_clean)
-    frozen = job.config.data_dir / "holdouts.json"
-    hashes = {
-        "target": check_frozen(frozen, f"{job.model}/target", target),
-        "base": check_frozen(frozen, f"{job.model}/base", base),
-    }
-    held_out = frozenset(item.sha256 for item in (*target, *base))
+    test = read_folder(settings.holdout_test) if settings.holdout_test is not None else []
+    sets = {"target": target, "base": base, **({"test": test} if test else {})}
+    hashes = {name: check_frozen(job.config, job.model, name, items, time.time()) for name, items in sets.items()}
+    judges = [*target, *base, *test]
+    held_out = frozenset(item.sha256 for item in judges)
     folder = read_folder(settings.calibration)
     shared = [item for item in folder if item.sha256 in held_out]
     if shared:
@@ -277,6 +280,10 @@ def read_sets(job: TrainJob, settings: Model) -> Sets:
             f"{settings.calibration}: {len(trained)} of its images are in {settings.replay} ({min(trained)[:12]}...): "
             "on what the weights have learned they look surer than they are; take them out of the calibration"
         )
+    again = near_duplicates(folder, judges)
+    if any(again):
+        log.warning("%d calibration images are left out: nearly the same pictures are in a holdout", sum(again))
+        folder = [item for item, known in zip(folder, again, strict=True) if not known]
     selected = select_samples(
         job.manifest,
         job.samples,
@@ -284,10 +291,13 @@ def read_sets(job: TrainJob, settings: Model) -> Sets:
         confidence_min=settings.label_confidence_min,
         held_out=held_out | frozenset(item.sha256 for item in folder),
         calibration_share=settings.calibration_share,
+        apart=Apart(judges, folder, settings.split_guard_s),
+        split=settings.split_rules(),
+        thin=settings.near_duplicates == "thin",
     )
     count = round(settings.replay_ratio * len(selected.training))
     excluded = held_out | frozenset(item.sha256 for item in selected.calibration)
-    replay = choose_replay(past, count, settings.seed, excluded)
+    replay = choose_replay(past, count, settings.seed, excluded, [*judges, *folder, *selected.calibration])
     return Sets(selected, replay, [*folder, *selected.calibration], target, base, hashes)
 
 
