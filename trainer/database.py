@@ -28,7 +28,7 @@ from sqlalchemy import (
     update,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: pool, pulls; new tables only, which `create_all` makes
 BUSY_MS_MAX = 10_000
 
 metadata = MetaData()
@@ -205,6 +205,42 @@ certificates = Table(
     Column("expires", Float, nullable=False),
     Column("revoked", Float),
     Index("certificates_by_name", "name"),
+)
+
+pool = Table(  # what was said about pixels and texts that are kept here; see trainer/pool.py
+    "pool",
+    metadata,
+    Column("id", String, primary_key=True),  # of what it says: the same said again is the same row
+    Column("sha256", String, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("device", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("task", String, nullable=False),
+    Column("label", JSON, nullable=False),
+    Column("verdict", String, nullable=False),  # labelled | rejected
+    Column("kind", String, nullable=False),  # who said it: person | model
+    Column("who", String, nullable=False),
+    Column("release", String, nullable=False),
+    Column("confidence", Float, nullable=False),
+    Column("captured", Float, nullable=False),
+    Column("origin", String, nullable=False),  # where it came from, in words
+    Column("added", Float, nullable=False),
+    Column("said", Float, nullable=False),  # when it was last said: a later word of a person counts more
+    Index("pool_by_model", "model", "sha256"),
+    Index("pool_by_hash", "sha256"),
+)
+
+pulls = Table(  # pixels that an operator wants here without a training; see trainer/collect.py
+    "pulls",
+    metadata,
+    Column("id", String, primary_key=True),  # stands in samples.job while a sample is claimed for it
+    Column("state", String, nullable=False),  # open | done
+    Column("samples", JSON, nullable=False),  # ids
+    Column("here", JSON, nullable=False, default=list),  # ids whose pixels are in the pool
+    Column("missing", JSON, nullable=False, default=dict),  # id -> why it did not come
+    Column("created", Float, nullable=False),
+    Column("until", Float, nullable=False),
+    Index("pulls_by_state", "state"),
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -199,6 +200,22 @@ def window(
         query = query.where(windows.c.end <= until)
     items, escalated, errors = connection.execute(query).one()
     return Window(items or 0, escalated or 0, errors or 0)
+
+
+def find_samples(
+    connection: Connection, *, model: str = "", state: str = "", device: str = "", label: str = "",
+    confidence_min: float = 0.0, confidence_max: float = 1.0, limit: int = 100,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Samples that devices keep, newest first; what is empty does not narrow. `label`: a class that the label names."""
+    query = select(samples).order_by(samples.c.captured.desc(), samples.c.id)
+    for column, value in ((samples.c.model, model), (samples.c.state, state), (samples.c.device, device)):
+        if value:
+            query = query.where(column == value)
+    query = query.where(samples.c.label_confidence.between(confidence_min, confidence_max))
+    if not label:
+        return [dict(row._mapping) for row in connection.execute(query.limit(limit))]
+    found = (row for row in connection.execute(query) if any(box.get("label") == label for box in row.label))
+    return [dict(row._mapping) for row in islice(found, limit)]
 
 
 def sample_counts(connection: Connection) -> list[dict[str, Any]]:
