@@ -190,6 +190,66 @@ def samples_export(
     tell(summary, as_json, {"model": model, "format": format_, "path": str(out)})
 
 
+@samples_app.command("manifest")
+def samples_manifest(
+    out: Annotated[Path, typer.Argument(help="The manifest to write, for `trainer train --manifest`.")],
+    model: Model,
+    source: Annotated[str, typer.Option(help="The release to improve. Default: the newest registered one.")] = "",
+    target: Annotated[str, typer.Option(help="The release to make. Default: the next version.")] = "",
+    device: OnlyDevice = "",
+    label: OnlyClass = "",
+    kind: Annotated[str, typer.Option(help="Only labels of a person, or of a model.")] = "",
+    confidence_min: SureMin = 0.0,
+    ids: Annotated[list[str] | None, typer.Option("--id", help="Only this record of the pool; repeatable.")] = None,
+    copy_to: Annotated[Path | None, typer.Option(help="Put the pixels here too, for training on another host.")] = None,
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Write which labels of the pool to train on; `trainer train --manifest OUT --samples FOLDER` takes it."""
+    from trainer.config import ConfigError
+    from trainer.files import write_whole
+    from trainer.pool import PoolError, Wanted
+    from trainer.pool_sets import copy_objects, training_manifest
+    from trainer.releases import Registry, ReleaseError
+
+    settings = load(config)
+    try:
+        own = settings.model(model)
+        registry = Registry(settings.releases)
+        stored = registry.list(model)
+        if not source and not stored:
+            fail(f"--model {model}: no release of it is registered (`trainer release add`); give --source")
+        source = source or stored[-1].ref.release
+        wanted = Wanted(
+            model, "", device, label, kind, "labelled", confidence_min, 1.0, frozenset(ids) if ids else None
+        )
+        pool = open_pool(settings)
+        listed = training_manifest(
+            pool, wanted, source=source, target=target or str(registry.next_version(model)),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), config=own.model_dump(mode="json"),
+            labels=own.labels, confidence_floor=own.label_confidence_min,
+        )  # fmt: skip
+        if not listed.manifest.samples:
+            fail(f"--model {model}: the pool has no label to train on{_reasons(listed.left_out)}")
+        write_whole(out, listed.manifest.model_dump_json(indent=2).encode())
+        if copy_to is not None:
+            copy_objects(pool, listed.manifest, copy_to)
+    except (ConfigError, ReleaseError, PoolError, ValueError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or out}: {error.strerror}")
+    result = {
+        "manifest": str(out), "samples": str(copy_to or pool.objects), "job": listed.manifest.job,
+        "source": listed.manifest.source, "target": listed.manifest.target, "count": len(listed.manifest.samples),
+        "left_out": listed.left_out,
+    }  # fmt: skip
+    show(result, as_json)
+
+
+def _reasons(left_out: dict[str, int]) -> str:
+    return f" (left out: {left_out})" if left_out else ": import or pull some"
+
+
 def open_pool(settings: TrainerConfig) -> Pool:
     """The pool of this trainer."""
     from trainer.pool import Pool
