@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer import cli_enroll, cli_hands, cli_review, cli_samples
+from trainer import cli_enroll, cli_hands, cli_pull, cli_review, cli_samples
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
 from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
@@ -37,6 +37,7 @@ app.add_typer(cli_samples.samples_app, name="samples")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
 cli_review.register(cli_samples.samples_app)
+cli_pull.register(cli_samples.samples_app)
 
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 

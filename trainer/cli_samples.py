@@ -266,7 +266,8 @@ def known_labels(settings: TrainerConfig, model: str, labels: str) -> list[str] 
     if model not in settings.models:
         configured = ", ".join(sorted(settings.models)) or "none"
         fail(f"--model {model}: configured are {configured}; add [models.{model}], or give --labels")
-    return list(settings.models[model].labels)
+    configured_labels: list[str] | None = getattr(settings.models[model], "labels", None)
+    return configured_labels and list(configured_labels)
 
 
 def task_of(settings: TrainerConfig, model: str, task: str, format_: str) -> Task | None:
@@ -276,7 +277,8 @@ def task_of(settings: TrainerConfig, model: str, task: str, format_: str) -> Tas
 
     if format_ not in FORMATS:
         fail(f"--format {format_}: use one of {', '.join(FORMATS)}")
-    own = settings.models[model].kind if model in settings.models else ""
+    own = str(settings.models[model].kind) if model in settings.models else ""
+    own = "text" if own == "llm" else own
     for name in TASKS:
         if name == (task or own):
             return name

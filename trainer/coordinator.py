@@ -25,6 +25,7 @@ from edged.wire import messages, topics
 from edged.wire.messages import InvalidPayload
 from trainer import fleet
 from trainer.blocks import Blocks
+from trainer.collect import Collect, claims
 from trainer.config import TrainerConfig
 from trainer.database import Database, commands, desired, devices, events, jobs, samples
 from trainer.host import Host
@@ -66,7 +67,8 @@ class Coordinator:
         self.host = Host(config, config_path.resolve(), database, Registry(config.releases))
         self.jobs = Jobs(self.host)
         self.rollouts = Rollouts(self.host)
-        self.orders = Orders(self.host, self.jobs, self.rollouts)
+        self.collect = Collect(self.host)
+        self.orders = Orders(self.host, self.jobs, self.rollouts, self.collect)
         self.signing = Signing(self.host)
         self.counters: dict[str, int] = {}
         self.server = Server(
@@ -125,7 +127,7 @@ class Coordinator:
                     self._ticked = time.monotonic()
                     for name, act in (
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
-                        ("signing", self.signing.tick),
+                        ("signing", self.signing.tick), ("pulls", self.collect.tick),
                         ("catalogue", self._ask_for_catalogues), ("prune", self._prune),
                     ):  # fmt: skip
                         self._guarded(name, act)
@@ -390,7 +392,7 @@ class Coordinator:
                 .join(jobs, jobs.c.id == samples.c.job)
                 .where(samples.c.sha256 == digest, jobs.c.status == "claiming")
             )
-            return connection.execute(query.limit(1)).first() is not None
+            return connection.execute(query.limit(1)).first() is not None or claims(connection, digest)
 
 
 def _link_options(config: TrainerConfig) -> LinkOptions:

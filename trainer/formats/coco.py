@@ -92,15 +92,13 @@ def _categories(file: Path, value: dict[str, Any], rename: dict[str, str]) -> di
     found: dict[Any, str] = {}
     rows = value.get("categories")
     for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("name"), str)
-            or not isinstance(row.get("id"), int | str)
-        ):
+        name = row.get("name") if isinstance(row, dict) else None
+        key = row.get("id") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not isinstance(key, int | str):
             raise FormatError(f"{file}, category {number}: an object with `id` and `name` is wanted, found {row!r}")
-        if row["id"] in found and found[row["id"]] != rename.get(row["name"], row["name"]):
-            raise FormatError(f"{file}, category {number}: id {row['id']!r} is {found[row['id']]!r} already")
-        found[row["id"]] = rename.get(row["name"], row["name"])
+        called = rename.get(name, name)
+        if found.setdefault(key, called) != called:
+            raise FormatError(f"{file}, category {number}: id {key!r} is {found[key]!r} already")
     return found
 
 

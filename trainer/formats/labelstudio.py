@@ -43,7 +43,7 @@ def task(
 
 def _results(key: str, kind: Task, row: Row, size: Size) -> list[dict[str, Any]]:
     shown = "text" if kind == "text" else "image"
-    common = {"id": key, "type": _TYPES[kind], "from_name": "label", "to_name": shown}
+    common: dict[str, Any] = {"id": key, "type": _TYPES[kind], "from_name": "label", "to_name": shown}
     if kind == "text":
         return [{**common, "value": {"text": [row["text"]]}}]
     if kind == "classify":
