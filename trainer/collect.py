@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
@@ -115,18 +116,19 @@ class Collect:
             return f"it was taken from this pull: it is {sample.state}" + (f", in {sample.job}" if sample.job else "")
         elif uploaded.is_file():
             data = uploaded.read_bytes()
+            if sha256(data).hexdigest() != sample.sha256:
+                uploaded.unlink(missing_ok=True)
+                log.error("sample %s: %s is damaged; it is asked for again", sample.id, uploaded)
+                with self._host.database.write() as connection:
+                    self._host.command_samples(connection, sample.device, "claim", [sample.id], job=pull)
+                return None
         else:
             return None
         kind = getattr(self._host.config.models.get(sample.model), "kind", "detect")
         record = record_of_sample(sample, data, kind)
         if isinstance(record, str):
             return record
-        try:
-            self._pool.add([(record, data)], self._host.now())
-        except PoolError as error:  # not the bytes that the catalogue told of
-            uploaded.unlink(missing_ok=True)
-            log.error("sample %s: %s", sample.id, error)
-            return None
+        self._pool.add([(record, data)], self._host.now())
         return ""
 
     def _end(self, row: Any, here: list[str], missing: dict[str, str]) -> None:
