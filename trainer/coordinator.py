@@ -27,6 +27,7 @@ from trainer import fleet
 from trainer.blocks import Blocks
 from trainer.collect import Collect, claims
 from trainer.config import TrainerConfig
+from trainer.corrections import Corrections
 from trainer.database import Database, commands, desired, devices, events, jobs, samples
 from trainer.host import Host
 from trainer.jobs import Jobs
@@ -91,6 +92,7 @@ class Coordinator:
         self.link = Link(
             _link_options(config), _subscriptions(config.site), will=(self._address, self._presence("offline"))
         )
+        self.corrections = Corrections(self.host, self.link.publish)
         self._stopping = threading.Event()
         self._wake = threading.Event()  # pixels have arrived: a job may go on before the next tick
         self._confirmed: dict[str, int] = {}  # device -> rev of the desired state that this connection has confirmed
@@ -127,7 +129,7 @@ class Coordinator:
                     self._ticked = time.monotonic()
                     for name, act in (
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
-                        ("signing", self.signing.tick), ("pulls", self.collect.tick),
+                        ("signing", self.signing.tick), ("pulls", self.collect.tick), ("corrections", self.corrections.tick),
                         ("catalogue", self._ask_for_catalogues), ("prune", self._prune),
                     ):  # fmt: skip
                         self._guarded(name, act)

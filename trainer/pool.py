@@ -174,7 +174,7 @@ class Pool:
                 query = query.where(table.c[name] == value)
         query = query.where(table.c.confidence.between(wanted.confidence_min, wanted.confidence_max))
         with self._database.read() as connection:
-            found = [_record(row) for row in connection.execute(query)]
+            found = [record_of(row) for row in connection.execute(query)]
         if wanted.label:
             found = [record for record in found if wanted.label in names(record.label)]
         return found if wanted.ids is None else [record for record in found if record.id in wanted.ids]
@@ -190,7 +190,7 @@ class Pool:
                 for row in connection.execute(select(table).where(table.c.sha256.in_(part)).order_by(table.c.id)):
                     key = (row.sha256, row.model, row.task)
                     if key in found:
-                        found[key].append(_record(row))
+                        found[key].append(record_of(row))
         return found
 
     def labelled(self, wanted: Wanted, *, confidence_floor: float = 0.0) -> Chosen:
@@ -232,7 +232,8 @@ def said_by(record: Record, who: str, *, verdict: Verdict = "labelled", label: S
     )  # fmt: skip
 
 
-def _record(row: Any) -> Record:
+def record_of(row: Any) -> Record:
+    """A row of the table `pool` as a record."""
     return Record(
         row.sha256, row.model, cast(Task, row.task), tuple(row.label), row.kind, row.who, row.release, row.confidence,
         row.device, row.captured, row.origin, row.verdict, row.said,

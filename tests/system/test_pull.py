@@ -116,3 +116,13 @@ def test_pixels_come_into_the_pool_and_the_device_keeps_its_samples(tmp_path: Pa
         until("all may train", lambda: free(trainer) and not open_commands(trainer))
         device.wait("they are labelled there", lambda s: s["samples"] == {"labelled": SAMPLES})
         assert list((trainer.folder / "data" / "samples").iterdir()) == []
+
+        # A person's word reaches the device: a rejected label is none there any more, an accepted one is that person's.
+        wrong, right = pool.records()[:2]
+        trainer.call("samples", "review", "--reject", wrong.id, "--accept", right.id, "--who", "ann")
+        device.wait("the rejection", lambda s: s["samples"] == {"labelled": SAMPLES - 1, "rejected": 1})
+        until("the catalogue has it", lambda: {row.sha256 for row in rows(trainer) if row.state == "rejected"})
+        known = {row.sha256: row for row in rows(trainer)}
+        assert known[wrong.sha256].state == "rejected"
+        who = until("the acceptance", lambda: [r.provenance for r in rows(trainer) if r.provenance["kind"] == "person"])
+        assert {each["who"] for each in who} == {"ann"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -73,7 +73,8 @@ class Said:
     said: float = 1.0
     release: str = "teacher@1.0"
     verdict: str = "labelled"
-    note: str = field(default="", compare=False)
+    who: str = "big1"
+    device: str = "cam1"
 
 
 A, B, C = ([{"label": name}] for name in "abc")
@@ -92,6 +93,8 @@ A, B, C = ([{"label": name}] for name in "abc")
         ([Said(A, "person", said=2), Said(A, "person", said=2, verdict="rejected")], "rejected"),
         ([Said(A, release="eye@1.3")], "own_prediction"),
         ([Said(A, release="eyes@1.3")], 0),
+        ([Said(A, release="", who="cam1")], "own_prediction"),
+        ([Said(A, release="")], 0),
         ([Said(A, confidence=0.4)], "below_label_confidence"),
     ],
 )

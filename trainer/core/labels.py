@@ -210,11 +210,29 @@ class Opinion(Protocol):
     @property
     def kind(self) -> str: ...
     @property
+    def who(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
     def release(self) -> str: ...
     @property
     def confidence(self) -> float: ...
     @property
     def said(self) -> float: ...
+
+
+def _own(opinion: Opinion, model: str) -> bool:
+    """Whether it is a prediction of `model` itself, in any release; one that names none is, when it ran on the device that
+    took the sample."""
+    if opinion.kind != "model":
+        return False
+    return opinion.release.partition("@")[0] == model if opinion.release else opinion.who == opinion.device
+
+
+def last_word(opinions: Sequence[Opinion]) -> int | None:
+    """Which opinion is the last word of a person, a rejection too; None when no person has said anything."""
+    said = [number for number, each in enumerate(opinions) if each.kind == "person"]
+    return max(said, key=lambda number: opinions[number].said) if said else None
 
 
 def choose(opinions: Sequence[Opinion], model: str, confidence_min: float = 0.0) -> tuple[int | None, str]:
@@ -235,7 +253,7 @@ def choose(opinions: Sequence[Opinion], model: str, confidence_min: float = 0.0)
             continue
         if each.said <= rejected.get(canonical(each.label), -math.inf):
             reason = "rejected"
-        elif each.kind == "model" and each.release.partition("@")[0] == model:
+        elif _own(each, model):
             reason = "own_prediction"
         elif each.confidence < confidence_min:
             reason = "below_label_confidence"
