@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer import cli_enroll, cli_export, cli_hands, cli_ready, cli_report, cli_train, cli_worker
+from trainer import (
+    cli_enroll,
+    cli_export,
+    cli_hands,
+    cli_pull,
+    cli_ready,
+    cli_report,
+    cli_review,
+    cli_samples,
+    cli_train,
+    cli_worker,
+)
 from trainer.cli_gate import gate_app
 from trainer.cli_holdout import holdout_app
 from trainer.cli_keys import keys_app
@@ -30,21 +41,22 @@ app = typer.Typer(
 )
 rollout_app = typer.Typer(help="Bring a release to the fleet: canary first, then everybody.", no_args_is_help=True)
 fleet_app = typer.Typer(help="The devices: what they run, and what they shall run.", no_args_is_help=True)
-samples_app = typer.Typer(help="The samples that devices keep, as far as the trainer knows them.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(release_app, name="release")
 app.add_typer(gate_app, name="gate")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(fleet_app, name="fleet")
-app.add_typer(samples_app, name="samples")
+app.add_typer(cli_samples.samples_app, name="samples")
 app.add_typer(holdout_app, name="holdout")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
+cli_review.register(cli_samples.samples_app)
+cli_pull.register(cli_samples.samples_app)
+cli_report.register(cli_samples.samples_app)
 app.command()(cli_train.train)
 app.command()(cli_ready.ready)
 app.command()(cli_worker.worker)
 cli_export.register(app)
-cli_report.register(samples_app)
 
 Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 
@@ -189,41 +201,6 @@ def fleet_set(
     if not models and not adapters:
         fail("nothing to set: use --model or --adapter")
     _order(load(config), "desire", {"device": device, "models": models, "adapters": adapters}, wait, as_json)
-
-
-@samples_app.command("list")
-def samples_list(
-    model: Annotated[str | None, typer.Option(help="Only of this model.")] = None,
-    state: Annotated[str | None, typer.Option(help="Only in this state, such as `labelled`.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000)] = 100,
-    config: Config = CONFIG,
-    as_json: Json = False,
-) -> None:
-    """Samples that devices keep, newest first."""
-    from sqlalchemy import select
-
-    from trainer.database import samples
-
-    query = select(samples).order_by(samples.c.captured.desc()).limit(limit)
-    if model is not None:
-        query = query.where(samples.c.model == model)
-    if state is not None:
-        query = query.where(samples.c.state == state)
-    with open_database(load(config)).read() as connection:
-        rows = [dict(row._mapping) for row in connection.execute(query)]
-    if not as_json:
-        keys = ("id", "device", "model", "state", "label_confidence", "job", "used_by")
-        rows = [{**{key: row[key] for key in keys}, "boxes": len(row["label"])} for row in rows]
-    show(rows, as_json)
-
-
-@samples_app.command("counts")
-def samples_counts(config: Config = CONFIG, as_json: Json = False) -> None:
-    """How many samples there are, by model, device and state, and how sure their labels are."""
-    from trainer.fleet import sample_counts
-
-    with open_database(load(config)).read() as connection:
-        show(sample_counts(connection), as_json)
 
 
 def _order(settings: TrainerConfig, kind: str, body: dict[str, Any], wait: float, as_json: bool) -> None:

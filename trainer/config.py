@@ -293,6 +293,11 @@ class TrainerConfig(BaseSettings):
         return self.data_dir / "holdouts"
 
     @property
+    def pool(self) -> Path:
+        """The folder of the local pool of labelled samples (trainer/pool.py)."""
+        return self.data_dir / "pool"
+
+    @property
     def runs(self) -> Path:
         """The folder of training runs, one folder each."""
         return self.data_dir / "runs"

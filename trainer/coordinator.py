@@ -25,7 +25,9 @@ from edged.wire import messages, topics
 from edged.wire.messages import InvalidPayload
 from trainer import fleet
 from trainer.blocks import Blocks
+from trainer.collect import Collect, claims
 from trainer.config import TrainerConfig
+from trainer.corrections import Corrections
 from trainer.database import Database, commands, desired, devices, events, jobs, samples
 from trainer.host import Host
 from trainer.jobs import Jobs
@@ -67,7 +69,8 @@ class Coordinator:
         self.host = Host(config, config_path.resolve(), database, Registry(config.releases))
         self.jobs = Jobs(self.host, Worker(self.host, config.name) if config.worker.embedded else None)
         self.rollouts = Rollouts(self.host)
-        self.orders = Orders(self.host, self.jobs, self.rollouts)
+        self.collect = Collect(self.host)
+        self.orders = Orders(self.host, self.jobs, self.rollouts, self.collect)
         self.signing = Signing(self.host)
         self.counters: dict[str, int] = {}
         self.server = Server(
@@ -90,6 +93,7 @@ class Coordinator:
         self.link = Link(
             _link_options(config), _subscriptions(config.site), will=(self._address, self._presence("offline"))
         )
+        self.corrections = Corrections(self.host, self.link.publish)
         self._stopping = threading.Event()
         self._wake = threading.Event()  # pixels have arrived: a job may go on before the next tick
         self._confirmed: dict[str, int] = {}  # device -> rev of the desired state that this connection has confirmed
@@ -126,7 +130,7 @@ class Coordinator:
                     self._ticked = time.monotonic()
                     for name, act in (
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
-                        ("signing", self.signing.tick),
+                        ("signing", self.signing.tick), ("pulls", self.collect.tick), ("corrections", self.corrections.tick),
                         ("catalogue", self._ask_for_catalogues), ("prune", self._prune),
                     ):  # fmt: skip
                         self._guarded(name, act)
@@ -391,7 +395,7 @@ class Coordinator:
                 .join(jobs, jobs.c.id == samples.c.job)
                 .where(samples.c.sha256 == digest, jobs.c.status == "claiming")
             )
-            return connection.execute(query.limit(1)).first() is not None
+            return connection.execute(query.limit(1)).first() is not None or claims(connection, digest)
 
 
 def _link_options(config: TrainerConfig) -> LinkOptions:

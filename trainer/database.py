@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from sqlalchemy import (
     update,
 )
 
-SCHEMA_VERSION = 2  # 2: leases, workers, opinions: new tables only, which `create_all` makes
+SCHEMA_VERSION = 2  # 2: leases, workers, opinions, pool, pulls: new tables only, which `create_all` makes
 BUSY_MS_MAX = 10_000
+_IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
 metadata = MetaData()
 
@@ -234,6 +235,42 @@ certificates = Table(
     Index("certificates_by_name", "name"),
 )
 
+pool = Table(  # what was said about pixels and texts that are kept here; see trainer/pool.py
+    "pool",
+    metadata,
+    Column("id", String, primary_key=True),  # of what it says: the same said again is the same row
+    Column("sha256", String, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("device", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("task", String, nullable=False),
+    Column("label", JSON, nullable=False),
+    Column("verdict", String, nullable=False),  # labelled | rejected
+    Column("kind", String, nullable=False),  # who said it: person | model
+    Column("who", String, nullable=False),
+    Column("release", String, nullable=False),
+    Column("confidence", Float, nullable=False),
+    Column("captured", Float, nullable=False),
+    Column("origin", String, nullable=False),  # where it came from, in words
+    Column("added", Float, nullable=False),
+    Column("said", Float, nullable=False),  # when it was last said: a later word of a person counts more
+    Index("pool_by_model", "model", "sha256"),
+    Index("pool_by_hash", "sha256"),
+)
+
+pulls = Table(  # pixels that an operator wants here without a training; see trainer/collect.py
+    "pulls",
+    metadata,
+    Column("id", String, primary_key=True),  # stands in samples.job while a sample is claimed for it
+    Column("state", String, nullable=False),  # open | done
+    Column("samples", JSON, nullable=False),  # ids
+    Column("here", JSON, nullable=False, default=list),  # ids whose pixels are in the pool
+    Column("missing", JSON, nullable=False, default=dict),  # id -> why it did not come
+    Column("created", Float, nullable=False),
+    Column("until", Float, nullable=False),
+    Index("pulls_by_state", "state"),
+)
+
 
 class DatabaseError(RuntimeError):
     """The database file cannot be used; the message names it and the fix."""
@@ -273,6 +310,12 @@ class Database:
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
+
+
+def parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The values in portions that a statement takes."""
+    for start in range(0, len(values), _IDS_A_QUERY):
+        yield values[start : start + _IDS_A_QUERY]
 
 
 def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:

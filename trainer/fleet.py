@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State
 from trainer.core.rollout import Outcome, Window
-from trainer.database import commands, desired, devices, events, opinions, put, samples, seen, windows
+from trainer.database import commands, desired, devices, events, opinions, parts, put, samples, seen, windows
 
 SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
@@ -21,7 +22,6 @@ WINDOWS_S_MAX = 90 * 86400.0
 COMMAND_S_MAX = 7 * 86400.0
 ENDED = ("done", "expired", "refused")  # command states
 ORDERS = ("rollback", "pin", "unpin", "forget")  # commands of people: what a device refuses is not sent again
-_IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 SETTLED = frozenset({"idle", "committed"})  # update states in which what is active is meant to stay
 FAILED = frozenset({"failed", "reverted"})
 
@@ -205,6 +205,22 @@ def window(
     return Window(items or 0, escalated or 0, errors or 0)
 
 
+def find_samples(
+    connection: Connection, *, model: str = "", state: str = "", device: str = "", label: str = "",
+    confidence_min: float = 0.0, confidence_max: float = 1.0, limit: int = 100,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Samples that devices keep, newest first; what is empty does not narrow. `label`: a class that the label names."""
+    query = select(samples).order_by(samples.c.captured.desc(), samples.c.id)
+    for column, value in ((samples.c.model, model), (samples.c.state, state), (samples.c.device, device)):
+        if value:
+            query = query.where(column == value)
+    query = query.where(samples.c.label_confidence.between(confidence_min, confidence_max))
+    if not label:
+        return [dict(row._mapping) for row in connection.execute(query.limit(limit))]
+    found = (row for row in connection.execute(query) if any(box.get("label") == label for box in row.label))
+    return [dict(row._mapping) for row in islice(found, limit)]
+
+
 def sample_counts(connection: Connection) -> list[dict[str, Any]]:
     """How many samples there are of each model, device and state, with the mean confidence of their labels."""
     count, quality = func.count().label("count"), func.avg(samples.c.label_confidence).label("label_confidence_mean")
@@ -240,9 +256,9 @@ def trainable(model: str, confidence_min: float) -> list[Any]:
 def opinions_of(connection: Connection, given: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Sample -> all that was said about it, for those of which more than one said something."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for start in range(0, len(given), _IDS_A_QUERY):
-        part = opinions.c.sample.in_(given[start : start + _IDS_A_QUERY])
-        found.update((row.sample, row.said) for row in connection.execute(select(opinions).where(part)))
+    for part in parts(given):
+        query = select(opinions).where(opinions.c.sample.in_(part))
+        found.update((row.sample, row.said) for row in connection.execute(query))
     return found
 
 

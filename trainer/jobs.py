@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from sqlalchemy import Connection, insert, select, update
 from edged.wire.manifest import TrainingManifest, TrainingSample
 from trainer import leases
 from trainer.child import Outcome, read_outcome
+from trainer.claims import by_device, end_claims, forget_pixels, give_back, refused
 from trainer.config import Model
 from trainer.core.rollout import Phase, Rollout
 from trainer.core.triggers import Fire, Wait
-from trainer.database import commands, jobs, rollouts, samples
-from trainer.fleet import ENDED, current_release, members, opinions_of, trainable
+from trainer.database import jobs, parts, rollouts, samples
+from trainer.fleet import current_release, members, opinions_of, trainable
 from trainer.host import Host, new_id
 from trainer.keys import TrustError
 from trainer.ready import OPEN, decision
@@ -35,8 +35,6 @@ from trainer.signing import register
 from trainer.worker import Worker
 
 log = logging.getLogger(__name__)
-
-_IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
 
 class Jobs:
@@ -118,9 +116,9 @@ class Jobs:
                 config=settings.model_dump(mode="json"),
                 samples=[_training_sample(row, said.get(row.id)) for row in rows],
             )
-            for part in _parts([row.id for row in rows]):
+            for part in parts([row.id for row in rows]):
                 connection.execute(update(samples).where(samples.c.id.in_(part)).values(job=job))
-            for device, ids in _by_device(manifest.samples):
+            for device, ids in by_device(manifest.samples):
                 host.command_samples(connection, device, "claim", ids, job=job)
             connection.execute(
                 insert(jobs).values(
@@ -153,7 +151,7 @@ class Jobs:
         missing = {each.id for each in manifest.samples if not (host.config.samples / each.sha256).is_file()}
         if missing:
             with host.database.read() as connection:
-                lost = missing if now >= row["claim_until"] else missing & _refused(connection, row["id"])
+                lost = missing if now >= row["claim_until"] else missing & refused(connection, row["id"]).keys()
             if lost:
                 self._drop(row, manifest, lost)
             return
@@ -177,8 +175,9 @@ class Jobs:
                 self._end(connection, row, "failed", f"{text}; {len(kept)} are left, more than {needed} are needed")
                 return
             if host.now() >= row["claim_until"]:
-                self._end_claims(connection, row["id"])
-            self._give_back(connection, row["id"], [each for each in manifest.samples if each.id in lost])
+                end_claims(connection, row["id"])
+            given = [each for each in manifest.samples if each.id in lost]
+            give_back(host, connection, row["id"], given, tried=1)
             reduced = manifest.model_copy(update={"samples": kept})
             _set(connection, row["id"], manifest=reduced.model_dump(mode="json"))
             host.announce(connection, "training_samples_missing", text, job=row["id"])
@@ -259,13 +258,13 @@ class Jobs:
         """The fleet runs the release: its samples are used up."""
         manifest = TrainingManifest.model_validate(row["manifest"])
         used = {"state": "used", "used_by": row["target"], "job": None}
-        for part in _parts([each.id for each in manifest.samples]):
+        for part in parts([each.id for each in manifest.samples]):
             connection.execute(update(samples).where(samples.c.id.in_(part)).values(**used))
-        for device, ids in _by_device(manifest.samples):
+        for device, ids in by_device(manifest.samples):
             self._host.command_samples(connection, device, "used", ids, job=row["id"], release=row["target"])
         _set(connection, row["id"], status="completed", detail=f"the fleet runs {row['target']}")
         self._host.announce(connection, "training_completed", f"the fleet runs {row['target']}", job=row["id"])
-        self._forget_pixels(connection, manifest)
+        forget_pixels(connection, self._host.config.samples, [each.sha256 for each in manifest.samples])
 
     def _end(
         self,
@@ -278,41 +277,14 @@ class Jobs:
         """A job that changes nothing in the fleet: its samples may train again."""
         manifest = TrainingManifest.model_validate(row["manifest"])
         leases.drop(connection, row["id"])
-        self._end_claims(connection, row["id"])
-        self._give_back(connection, row["id"], manifest.samples)
+        end_claims(connection, row["id"])
+        give_back(self._host, connection, row["id"], manifest.samples, tried=1)
         changes: dict[str, Any] = {"status": status, "detail": reason, "finished": row["finished"] or self._host.now()}
         if summary is not None:
             changes["result"] = summary
         _set(connection, row["id"], **changes)
         self._host.announce(connection, f"training_{status}", f"{row['target']}: {reason}", job=row["id"])
-        self._forget_pixels(connection, manifest)
-
-    def _end_claims(self, connection: Connection, job: str) -> None:
-        """No claim of the job is sent any more: a device that comes back late must not keep its samples for nobody."""
-        query = select(commands.c.id, commands.c.body).where(commands.c.job == job, commands.c.state.notin_(ENDED))
-        claims = [row.id for row in connection.execute(query) if row.body["action"] == "claim"]
-        for part in _parts(claims):
-            connection.execute(update(commands).where(commands.c.id.in_(part)).values(state="expired"))
-
-    def _give_back(self, connection: Connection, job: str, given: Sequence[TrainingSample]) -> None:
-        for part in _parts([each.id for each in given]):
-            changes = {"job": None, "state": "labelled", "tried": samples.c.tried + 1}
-            # Not what a device has moved on by itself meanwhile, such as a label that a person rejected.
-            where = (samples.c.id.in_(part), samples.c.job == job)
-            connection.execute(
-                update(samples).where(*where, samples.c.state.in_(("labelled", "claimed"))).values(**changes)
-            )
-            connection.execute(update(samples).where(*where).values(job=None))
-        for device, ids in _by_device(given):
-            self._host.command_samples(connection, device, "release", ids, job=job)
-
-    def _forget_pixels(self, connection: Connection, manifest: TrainingManifest) -> None:
-        """Remove pixels that no open job needs; the devices still have them."""
-        for part in _parts([each.sha256 for each in manifest.samples]):
-            query = select(samples.c.sha256).where(samples.c.sha256.in_(part), samples.c.job.is_not(None))
-            needed = set(connection.execute(query).scalars())
-            for digest in set(part) - needed:
-                (self._host.config.samples / digest).unlink(missing_ok=True)
+        forget_pixels(connection, self._host.config.samples, [each.sha256 for each in manifest.samples])
 
     @staticmethod
     def _log_end(run: Path) -> str:
@@ -333,27 +305,6 @@ def _training_sample(row: Any, opinions: list[dict[str, Any]] | None) -> Trainin
         **({"opinions": opinions} if opinions else {}),
     }
     return TrainingSample(id=row.id, device=row.device, sha256=row.sha256, label=label, provenance=provenance)
-
-
-def _by_device(given: Sequence[TrainingSample]) -> list[tuple[str, list[str]]]:
-    found: dict[str, list[str]] = {}
-    for each in given:
-        found.setdefault(each.device, []).append(each.id)
-    return sorted(found.items())
-
-
-def _parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(values), _IDS_A_QUERY):
-        yield values[start : start + _IDS_A_QUERY]
-
-
-def _refused(connection: Connection, job: str) -> set[str]:
-    """Samples that their device says it does not have, or not to give."""
-    found: set[str] = set()
-    for row in connection.execute(select(commands.c.detail, commands.c.body).where(commands.c.job == job)):
-        if row.body["action"] == "claim":
-            found.update(row.detail.get("unknown", ()), row.detail.get("refused", ()))
-    return found
 
 
 def _set(connection: Connection, job: str, **values: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import delete, insert, select, update
 
+from trainer.collect import Collect
 from trainer.config import ConfigError
 from trainer.core.rollout import Event
 from trainer.database import Database, devices, requests
@@ -45,8 +46,9 @@ def await_answer(database: Database, order: str, seconds: float) -> dict[str, An
 class Orders:
     """Carries out what was placed, oldest first; `tick` is called by the coordinator's thread."""
 
-    def __init__(self, host: Host, jobs: Jobs, rollouts: Rollouts) -> None:
+    def __init__(self, host: Host, jobs: Jobs, rollouts: Rollouts, collect: Collect | None = None) -> None:
         self._host, self._jobs, self._rollouts = host, jobs, rollouts
+        self._collect = collect or Collect(host)
 
     def tick(self) -> None:
         """Carry out every order that has no answer yet."""
@@ -76,6 +78,8 @@ class Orders:
             return self._rollouts.order(body["rollout"], Event.PROMOTE, "promoted by an operator")
         if kind == "desire":
             return self._desire(body["device"], body["models"], body["adapters"])
+        if kind == "pull":
+            return self._collect.start(body["samples"], body["seconds"])
         if kind in ORDERS:
             return self._command(kind, body["device"], {k: v for k, v in body.items() if k != "device"})
         return {"error": f"order {kind!r} is unknown: the command line and `trainer serve` are of different versions"}

@@ -1,0 +1,330 @@
+"""`trainer samples ...`: what devices keep, what is kept here, and own data in and out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
+
+if TYPE_CHECKING:
+    from trainer.config import TrainerConfig
+    from trainer.core.labels import Task
+    from trainer.exchange import Summary
+    from trainer.pool import Kind, Pool, Wanted
+
+samples_app = typer.Typer(
+    help="The samples that devices keep, and the pool of labelled samples that is kept here.", no_args_is_help=True
+)
+PROBLEMS_SHOWN = 20
+ANY = "*"
+
+Model = Annotated[str, typer.Option(help="The model, as configured under [models.NAME].")]
+Format = Annotated[str, typer.Option("--format", help="coco, yolo or jsonl.")]
+TaskOption = Annotated[str, typer.Option(help="detect, segment, classify or text. Default: what the model is for.")]
+Labels = Annotated[
+    str, typer.Option(help="Classes, with commas between; * for any. Default: the model's configured ones.")
+]
+OnlyModel = Annotated[str, typer.Option(help="Only of this model.")]
+OnlyDevice = Annotated[str, typer.Option(help="Only of this device.")]
+OnlyClass = Annotated[str, typer.Option("--class", help="Only labels that name this class.")]
+SureMin = Annotated[float, typer.Option(min=0, max=1, help="Only labels at least this sure.")]
+SureMax = Annotated[float, typer.Option(min=0, max=1, help="Only labels at most this sure.")]
+Limit = Annotated[int, typer.Option(min=1, max=100_000, help="At most this many.")]
+
+
+@samples_app.command("list")
+def samples_list(
+    model: OnlyModel = "",
+    state: Annotated[str, typer.Option(help="Only in this state, such as `labelled` or `unresolved`.")] = "",
+    device: OnlyDevice = "",
+    label: OnlyClass = "",
+    confidence_min: SureMin = 0.0,
+    confidence_max: SureMax = 1.0,
+    pool: Annotated[bool, typer.Option("--pool", help="What is kept here, instead of what devices keep.")] = False,
+    limit: Limit = 100,
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Samples that devices keep (or, with --pool, labels that are kept here), newest first."""
+    settings = load(config)
+    if pool:
+        _list_pool(settings, model, state, device, label, confidence_min, confidence_max, limit, as_json)
+        return
+    from trainer.fleet import find_samples
+
+    with open_database(settings).read() as connection:
+        rows = find_samples(
+            connection, model=model, state=state, device=device, label=label, confidence_min=confidence_min,
+            confidence_max=confidence_max, limit=limit,
+        )  # fmt: skip
+    if not as_json:
+        keys = ("id", "device", "model", "state", "label_confidence", "job", "used_by")
+        rows = [{**{key: row[key] for key in keys}, "boxes": len(row["label"])} for row in rows]
+    show(rows, as_json)
+
+
+def _list_pool(
+    settings: TrainerConfig, model: str, state: str, device: str, label: str, sure_min: float, sure_max: float,
+    limit: int, as_json: bool,
+) -> None:  # fmt: skip
+    from dataclasses import asdict
+
+    from trainer.pool import Wanted
+
+    if state not in ("", "labelled", "rejected"):
+        fail(f"--state {state}: in the pool a label is labelled or rejected")
+    wanted = Wanted(model, "", device, label, "", state, sure_min, sure_max)
+    records = open_pool(settings).records(wanted)[::-1][:limit]
+    rows = [{"id": record.id, **asdict(record)} for record in records]
+    if not as_json:
+        keys = ("id", "model", "task", "verdict", "kind", "who", "confidence", "device", "origin")
+        rows = [{**{key: row[key] for key in keys}, "says": said_short(row["label"])} for row in rows]
+    show(rows, as_json)
+
+
+def said_short(label: Any) -> str:
+    """A label in a few words."""
+    from collections import Counter
+
+    if len(label) == 1 and "text" in label[0]:
+        return str(label[0]["text"])[:40]
+    counts = Counter(row["label"] for row in label)
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in sorted(counts.items())) or "nothing"
+
+
+@samples_app.command("counts")
+def samples_counts(config: Config = CONFIG, as_json: Json = False) -> None:
+    """How many samples there are, by model, device and state, and how sure their labels are."""
+    from trainer.fleet import sample_counts
+
+    with open_database(load(config)).read() as connection:
+        show(sample_counts(connection), as_json)
+
+
+@samples_app.command("import")
+def samples_import(
+    path: Annotated[Path, typer.Argument(help="The data set: its folder, or its JSON, YAML or JSONL file.")],
+    format_: Format,
+    model: Model,
+    task: TaskOption = "",
+    labels: Labels = "",
+    rename: Annotated[list[str] | None, typer.Option(help="OLD=NEW for a class; repeatable.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The pictures' folder, where it is not a usual one.")] = None,
+    kind: Annotated[str, typer.Option(help="Who labelled it: person or model.")] = "person",
+    who: Annotated[str, typer.Option(help="Their name. Default: the file's.")] = "",
+    release: Annotated[str, typer.Option(help="The labelling model's name@version.")] = "",
+    confidence: Annotated[float, typer.Option(min=0, max=1, help="How sure the labels are.")] = 1.0,
+    device: Annotated[str, typer.Option(help="The camera or device that the pictures are of.")] = "",
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Take own labelled data into the pool. Bad records are named and left out; what is known changes nothing."""
+    from trainer.exchange import KINDS, Source, import_all, read
+    from trainer.formats.base import FormatError
+    from trainer.pool import PoolError
+
+    settings = load(config)
+    if kind not in KINDS:
+        fail(f"--kind {kind}: use person or model")
+    if kind == "model" and not (who or release):
+        fail("--kind model: say which one, with --who or --release name@version")
+    source = Source(model, cast("Kind", kind), who or release or f"import of {path.name}", release, confidence, device)
+    allowed = known_labels(settings, model, labels)
+    try:
+        reading = read(
+            format_, path, task=task_of(settings, model, task, format_), known=allowed, rename=_renames(rename),
+            images=images,
+        )  # fmt: skip
+        with progress(f"import of {path.name}", reading.total) as step:
+            summary = import_all(open_pool(settings), reading, source, time.time(), step)
+    except (FormatError, PoolError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or settings.pool}: {error.strerror}; what was taken in stays: start it again")
+    tell(summary, as_json, {"model": model, "format": format_, "task": reading.task, "path": str(path)})
+    if not summary.read:
+        fail(f"{path}: nothing could be taken in")
+
+
+@samples_app.command("export")
+def samples_export(
+    out: Annotated[Path, typer.Argument(help="A new folder to write.")],
+    format_: Format,
+    model: Model,
+    task: TaskOption = "",
+    labels: Labels = "",
+    device: OnlyDevice = "",
+    label: OnlyClass = "",
+    kind: Annotated[str, typer.Option(help="Only labels of a person, or of a model.")] = "",
+    confidence_min: SureMin = 0.0,
+    confidence_max: SureMax = 1.0,
+    val_share: Annotated[float, typer.Option(min=0, max=1, help="yolo: the share of pictures in val, by hash.")] = 0.1,
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Write the pool's labels of a model for other tools: the one label of each picture that counts."""
+    from trainer.exchange import export_all
+    from trainer.formats.base import FormatError
+    from trainer.pool import Wanted
+
+    settings = load(config)
+    known = known_labels(settings, model, labels or (ANY if model not in settings.models else ""))
+    wanted = Wanted(
+        model, task_of(settings, model, task, format_) or "", device, label, kind, "labelled", confidence_min,
+        confidence_max,
+    )  # fmt: skip
+    pool = open_pool(settings)
+    try:
+        with progress(f"export to {out.name}", len(pool.records(wanted))) as step:
+            summary = export_all(pool, wanted, format_, out, known or [], val_share=val_share, step=step)
+    except FormatError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or out}: {error.strerror}; nothing was written")
+    tell(summary, as_json, {"model": model, "format": format_, "path": str(out)})
+
+
+@samples_app.command("manifest")
+def samples_manifest(
+    out: Annotated[Path, typer.Argument(help="The manifest to write, for `trainer train --manifest`.")],
+    model: Model,
+    source: Annotated[str, typer.Option(help="The release to improve. Default: the newest registered one.")] = "",
+    target: Annotated[str, typer.Option(help="The release to make. Default: the next version.")] = "",
+    device: OnlyDevice = "",
+    label: OnlyClass = "",
+    kind: Annotated[str, typer.Option(help="Only labels of a person, or of a model.")] = "",
+    confidence_min: SureMin = 0.0,
+    ids: Annotated[list[str] | None, typer.Option("--id", help="Only this record of the pool; repeatable.")] = None,
+    copy_to: Annotated[Path | None, typer.Option(help="Put the pixels here too, for training on another host.")] = None,
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Write which labels of the pool to train on; `trainer train --manifest OUT --samples FOLDER` takes it."""
+    from trainer.config import ConfigError
+    from trainer.files import write_whole
+    from trainer.pool import PoolError, Wanted
+    from trainer.pool_sets import copy_objects, training_manifest
+    from trainer.releases import Registry, ReleaseError
+
+    settings = load(config)
+    try:
+        own = settings.model(model)
+        registry = Registry(settings.releases)
+        stored = registry.list(model)
+        if not source and not stored:
+            fail(f"--model {model}: no release of it is registered (`trainer release add`); give --source")
+        source = source or stored[-1].ref.release
+        wanted = Wanted(
+            model, "", device, label, kind, "labelled", confidence_min, 1.0, frozenset(ids) if ids else None
+        )
+        pool = open_pool(settings)
+        listed = training_manifest(
+            pool, wanted, source=source, target=target or str(registry.next_version(model)),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), config=own.model_dump(mode="json"),
+            labels=own.labels, confidence_floor=own.label_confidence_min,
+        )  # fmt: skip
+        if not listed.manifest.samples:
+            fail(f"--model {model}: the pool has no label to train on{_reasons(listed.left_out)}")
+        write_whole(out, listed.manifest.model_dump_json(indent=2).encode())
+        if copy_to is not None:
+            copy_objects(pool, listed.manifest, copy_to)
+    except (ConfigError, ReleaseError, PoolError, ValueError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or out}: {error.strerror}")
+    result = {
+        "manifest": str(out), "samples": str(copy_to or pool.objects), "job": listed.manifest.job,
+        "source": listed.manifest.source, "target": listed.manifest.target, "count": len(listed.manifest.samples),
+        "left_out": listed.left_out,
+    }  # fmt: skip
+    show(result, as_json)
+
+
+def _reasons(left_out: dict[str, int]) -> str:
+    return f" (left out: {left_out})" if left_out else ": import or pull some"
+
+
+def open_pool(settings: TrainerConfig) -> Pool:
+    """The pool of this trainer."""
+    from trainer.pool import Pool
+
+    return Pool(open_database(settings), settings.pool)
+
+
+def known_labels(settings: TrainerConfig, model: str, labels: str) -> list[str] | None:
+    """The classes that are meant, None: any; ends the program when nobody says."""
+    if labels == ANY:
+        return None
+    if labels:
+        return [name.strip() for name in labels.split(",") if name.strip()]
+    if model not in settings.models:
+        configured = ", ".join(sorted(settings.models)) or "none"
+        fail(f"--model {model}: configured are {configured}; add [models.{model}], or give --labels")
+    configured_labels: list[str] | None = getattr(settings.models[model], "labels", None)
+    return configured_labels and list(configured_labels)
+
+
+def task_of(settings: TrainerConfig, model: str, task: str, format_: str) -> Task | None:
+    """The task that is meant: as given, else what the model is for; None leaves it to the data."""
+    from trainer.core.labels import TASKS
+    from trainer.exchange import FORMATS
+
+    if format_ not in FORMATS:
+        fail(f"--format {format_}: use one of {', '.join(FORMATS)}")
+    own = str(settings.models[model].kind) if model in settings.models else ""
+    own = "text" if own == "llm" else own
+    for name in TASKS:
+        if name == (task or own):
+            return name
+    if task:
+        fail(f"--task {task}: use one of {', '.join(TASKS)}")
+    return None
+
+
+def _renames(given: list[str] | None) -> dict[str, str]:
+    found = {}
+    for each in given or []:
+        old, equals, new = each.partition("=")
+        if not old or not equals or not new:
+            fail(f"--rename {each}: use OLD=NEW")
+        found[old] = new
+    return found
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, where that is a terminal; yields what it is told of each step by."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def tell(summary: Summary, as_json: bool, more: dict[str, Any]) -> None:
+    """Print what was done on standard output, and what was left out on standard error."""
+    for problem in summary.named[:PROBLEMS_SHOWN]:
+        typer.echo(f"{problem.place}: {problem.reason}", err=True)
+    if (left := sum(summary.problems.values()) - PROBLEMS_SHOWN) > 0:
+        typer.echo(f"... and {left} more, by kind in the summary; --json names them", err=True)
+    result = {**more, **summary.to_dict()}
+    if not as_json:
+        result.pop("named")
+        result = {key: value for key, value in result.items() if value != {}}
+    show(result, as_json)
+
+
+def wanted_of(model: str, device: str, label: str, sure_min: float, sure_max: float, ids: list[str] | None) -> Wanted:
+    """The labels in the pool that options mean."""
+    from trainer.pool import Wanted
+
+    return Wanted(model, "", device, label, "", "labelled", sure_min, sure_max, frozenset(ids) if ids else None)
