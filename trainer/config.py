@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from edged.wire.manifest import Thresholds
 from edged.wire.messages import MIRRORS_MAX
+from trainer.config_registration import TARGETS_MAX, Registration
 from trainer.core.gate import Rules as GateRules
 from trainer.core.rollout import RolloutRules
 from trainer.core.triggers import TriggerRules
@@ -249,8 +250,17 @@ class TrainerConfig(BaseSettings):
     models: dict[Name, Model] = {}
     rollout: Rollout = Rollout()
     enrolment: Enrolment = Enrolment()
+    registration: Annotated[list[Registration], Field(max_length=TARGETS_MAX)] = []  # servers that are told of releases
     command_resend_s: Seconds = 30.0
     catalogue_refresh_s: Seconds = 3600.0  # ask every device for its whole catalogue this often
+
+    @field_validator("registration")
+    @classmethod
+    def _registration(cls, value: list[Registration]) -> list[Registration]:
+        names = [each.name for each in value]
+        if len(set(names)) != len(names):
+            raise ValueError("two of them have the same name: give each its own")
+        return value
 
     @property
     def database(self) -> Path:
@@ -355,4 +365,6 @@ def _resolve(value: Any, folder: Path) -> Any:
         return value.model_copy(update=changes)
     if isinstance(value, dict):
         return {name: _resolve(each, folder) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_resolve(each, folder) for each in value]
     return value

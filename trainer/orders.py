@@ -13,6 +13,7 @@ from trainer.database import Database, devices, requests
 from trainer.fleet import ORDERS, desire
 from trainer.host import Host, new_id
 from trainer.jobs import Jobs
+from trainer.registration import retry
 from trainer.releases import ReleaseError
 from trainer.rollouts import Rollouts, runs_now, start_rollout
 from trainer.signing import installable
@@ -76,6 +77,8 @@ class Orders:
             return self._rollouts.order(body["rollout"], Event.PROMOTE, "promoted by an operator")
         if kind == "desire":
             return self._desire(body["device"], body["models"], body["adapters"])
+        if kind == "registration_retry":
+            return retry(self._host, body["release"], body["target"])
         if kind in ORDERS:
             return self._command(kind, body["device"], {k: v for k, v in body.items() if k != "device"})
         return {"error": f"order {kind!r} is unknown: the command line and `trainer serve` are of different versions"}
