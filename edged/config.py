@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 
 from edged.config_host import Host
+from edged.config_server import SEED, Server
 from edged.config_sources import (
     CameraSource,
     DirectorySource,
@@ -141,6 +142,7 @@ Provider = Annotated[str, AfterValidator(_provider)]
 
 class Slot(Section):
     """A place for one live model. `seed` is the release folder that a device starts with before the fleet says more.
+    `server`: the model is another machine's, and asked over HTTP.
 
     `isolation`: whether the engine lives in a process of its own or in the daemon; None: in its own for a language model.
     """
@@ -157,6 +159,20 @@ class Slot(Section):
     isolation: Literal["process", "daemon"] | None = None
     swap: Literal["beside", "replace"] = "beside"  # `replace`: the old model leaves before the new one is loaded
     extra: dict[str, Any] = {}
+    server: Server | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("server") is not None:
+            if value.get("extra"):
+                raise ValueError("extra and server: keys of an engine here mean nothing to a server; remove extra")
+            return {"seed": SEED, **{name: each for name, each in value.items() if (name, each) != ("seed", None)}}
+        return value
+
+    def engine_keys(self) -> dict[str, Any]:
+        """What the slot's engine is told beside threads and providers."""
+        return self.extra if self.server is None else {"server": self.server.model_dump(mode="json")}
 
 
 class Pipeline(Section):

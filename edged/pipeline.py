@@ -24,7 +24,7 @@ from edged.config import WHOLE
 from edged.config import Pipeline as PipelineConfig
 from edged.core.policy import Policy, judge, lot
 from edged.core.tracks import Lost, Track, follow
-from edged.engines.base import Detections, EngineError, Prepared, Unsuitable
+from edged.engines.base import Detections, EngineError, Prepared, Unanswered, Unsuitable
 from edged.engines.host import EngineEnded
 from edged.in_hand import PREPARER, WORKER
 from edged.outgoing import boxes
@@ -244,7 +244,7 @@ class Pipeline:
         """The engine did not answer; probation hears of it unless the item is to blame."""
         unsuitable = isinstance(error, Unsuitable)
         to_blame = isinstance(error, EngineEnded) and self._in_hand.ended(item)
-        if not unsuitable and not to_blame:
+        if not unsuitable and not to_blame and not isinstance(error, Unanswered):
             self._s.engine_error(self.slot.name, ended=isinstance(error, EngineEnded))
         if item.asked is not None and unsuitable:  # asked again, it would be as unsuitable
             live = self.slot.live

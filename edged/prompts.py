@@ -114,7 +114,7 @@ class Prompts:
             "doubt": decision.reason if decision and decision.reason not in SURE else None,
             "release": made.release,
             "adapter": made.adapter,
-            "decided_by": self._s.outgoing.device,
+            "decided_by": made.end.who or self._s.outgoing.device,
             "finish_reason": reason,
             "prompt_tokens": made.end.prompt_tokens,
             "answer_tokens": made.end.answer_tokens,
@@ -132,7 +132,7 @@ class Prompts:
 
     def _commit_verdict(self, made: Written) -> None:
         """The answer to another device's question; where it is unsure, the next tier is asked."""
-        asked, release = made.item.asked, made.adapter or made.release
+        asked, release = made.item.asked, made.end.model or made.adapter or made.release
         assert asked is not None
         outgoing = self._s.outgoing
         self._count(made)
@@ -143,10 +143,10 @@ class Prompts:
             return
         label: Label = [Text(text=made.text)]
         if made.decision.action == "accept":
-            self._enqueue(outgoing.verdict(asked, "labelled", label, made.confidence.p, release, ""))
+            self._enqueue(outgoing.verdict(asked, "labelled", label, made.confidence.p, release, "", made.end.who))
             made.item.settle("")
             return
-        own = outgoing.opinion(asked, "labelled", label, made.confidence.p, release)
+        own = outgoing.opinion(asked, "labelled", label, made.confidence.p, release, made.end.who)
         self._s.unsure(Unsure(asked, own, made.decision.reason, made.item.settle))
 
     def refused(self, item: Item, release: str, reason: str) -> None:

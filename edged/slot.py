@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from edged import golden
-from edged.engines.base import Detector, EngineError, EngineOptions, Generator, Unsuitable, open_engine
+from edged.engines.base import ELSEWHERE, Detector, EngineError, EngineOptions, Generator, Unsuitable, open_engine
 from edged.engines.host import ProcessGenerator
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
@@ -86,7 +86,7 @@ def load(
             'own: take isolation = "process" out of this slot'
         )
     engine: Detector | Generator
-    if manifest.kind == "llm" and isolation != "daemon":
+    if manifest.kind == "llm" and isolation != "daemon" and manifest.engine not in ELSEWHERE:
         engine = ProcessGenerator(folder, manifest, options, ended)
     else:
         engine = open_engine(folder, manifest, options)
