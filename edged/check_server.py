@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edged.config_server import Server
+from edged.core.address import BadEndpoint
 from edged.findings import Finding
 
 SHOWN_MAX = 10  # models named in a finding
@@ -10,7 +11,7 @@ SHOWN_MAX = 10  # models named in a finding
 
 def finding(title: str, server: Server) -> Finding:
     """Ask the server for its models: no question, nothing of anybody's leaves the device."""
-    from edged.engines.endpoint import BadEndpoint, EndpointError
+    from edged.engines.endpoint import EndpointError
     from edged.engines.openai import KeyRefused, served
     from edged.engines.openai_wire import BadAnswer
 

@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 
 from edged.config_host import Host
-from edged.config_server import SEED, Server
+from edged.config_server import SEED, SERVED_TASK, Server
 from edged.config_sources import (
     CameraSource,
     DirectorySource,
@@ -352,6 +352,11 @@ class Settings(BaseSettings):
                     known = ", ".join(sorted(self.slots)) or "none"
                     raise ValueError(
                         f"{kind}.{name}.slot={entry.slot!r}: no such slot; add [slots.{entry.slot}] (known: {known})"
+                    )
+                if self.slots[entry.slot].server is not None and entry.task != SERVED_TASK:
+                    raise ValueError(
+                        f"{kind}.{name}.task={entry.task!r}: slots.{entry.slot} asks a server, which labels no images: "
+                        f'boxes of a chat have neither scores nor coordinates to rely on; use task = "{SERVED_TASK}"'
                     )
         return self
 

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from edged.config_sources import Section
-from edged.engines.endpoint import BadEndpoint, check_url
+from edged.core.address import BadEndpoint, check_url
 
 # What a slot with a server starts with: a release without files, which says that its engine asks a server.
 SEED = Path(__file__).parent / "engines" / "server_release"
 NAME_CHARS_MAX = 128
+SERVED_TASK = "generate"  # the only one that such a slot can do
 
 
 class Server(Section):

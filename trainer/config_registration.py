@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from edged.engines.endpoint import BadEndpoint, check_url
+from edged.core.address import BadEndpoint, check_url
 from edged.wire.manifest import Kind
 from trainer.core.registration import PLACEHOLDERS, Pace, unknown_placeholders
 

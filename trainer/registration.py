@@ -17,7 +17,8 @@ from urllib.parse import quote
 
 from sqlalchemy import Connection, insert, select, update
 
-from edged.engines.endpoint import BadEndpoint, EndpointError, Halted, Limits, Reply, check_url, read_secret, send, tls
+from edged.core.address import BadEndpoint, check_url
+from edged.engines.endpoint import EndpointError, Halted, Limits, Reply, read_secret, send, tls
 from edged.wire.manifest import FileEntry, ReleaseId
 from trainer.config_registration import Registration
 from trainer.core.registration import (

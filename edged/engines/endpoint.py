@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import ssl
 import stat
@@ -17,7 +16,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+
+from edged.core.address import BadEndpoint
 
 if TYPE_CHECKING:
     import httpx
@@ -35,10 +35,6 @@ class EndpointError(Exception):
 
 class Halted(EndpointError):
     """Whoever asked does not want the answer any more; the message is the reason that `halt` gave."""
-
-
-class BadEndpoint(ValueError):
-    """An address, a key or a certificate cannot be used; the message names it and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,26 +59,6 @@ class Limits:
     within_s: float
     bytes_max: int
     halt: Callable[[], str] = field(default=lambda: "", compare=False, repr=False)
-
-
-def check_url(url: str, *, plain: bool) -> None:
-    """Raises BadEndpoint for what is no address of a server, and for plain HTTP to another machine unless `plain`."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadEndpoint("expected an address such as https://llm.plant.example:8000/v1")
-    if parts.username is not None or parts.password is not None:
-        raise BadEndpoint("a password has no place in an address: put the key into a file and name that")
-    if parts.scheme == "http" and not plain and not _loopback(parts.hostname):
-        raise BadEndpoint(
-            f"plain HTTP to {parts.hostname}: what goes there can be read on the way; use https, or set allow_plain = true"
-        )
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_secret(path: Path) -> str:
@@ -157,7 +133,7 @@ async def _watched(exchange: Coroutine[Any, Any, Reply], url: str, limits: Limit
     finally:
         if not task.done():
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, EndpointError):
+            with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
 
 

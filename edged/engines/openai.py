@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from edged.config_server import Server
+from edged.core.address import BadEndpoint
 from edged.core.backoff import reconnect_s
 from edged.engines import openai_wire
 from edged.engines.base import (
@@ -32,7 +33,6 @@ from edged.engines.base import (
 from edged.engines.endpoint import (
     POLL_S,
     SECRET_BYTES_MAX,
-    BadEndpoint,
     EndpointError,
     Halted,
     Limits,

@@ -306,6 +306,8 @@ def test_only_a_server_that_is_trusted_is_asked_and_gets_the_key(tmp_path: Path,
         assert f"Authorization: Bearer {KEY}".encode() in server.requests[0][1]
     with BadServer(raw(b"HTTP/1.1 200 OK\r\n\r\n")) as plain:
         assert isinstance(failure(engine(plain.url.replace("http:", "https:"), **ONCE)), Unanswered)
+    with BadServer(silent, context=context) as server:
+        assert "no whole answer" in str(failure(engine(server.url, ca=ca, **ONCE)))
     with pytest.raises(EngineError, match=r"TLS files ca=.*nothere"):
         engine("https://127.0.0.1:1/v1", ca=tmp_path / "nothere.pem")
 
@@ -353,6 +355,16 @@ def test_a_wrong_configuration_names_the_fix_and_shows_no_key(tmp_path: Path, li
     with pytest.raises(ConfigError, match=message) as caught:
         load(path)
     assert "sk-1" not in str(caught.value)
+
+
+def test_images_are_not_sent_and_the_reason_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "edged.toml"
+    path.write_text(
+        '[device]\nid = "d"\n[slots.farm.server]\nurl = "https://llm.example/v1"\nmodel = "m"\n'
+        '[responders.r]\ntier = "host"\ntask = "detect"\nslot = "farm"\n'
+    )
+    with pytest.raises(ConfigError, match=r"responders\.r\.task='detect'.*labels no images.*use task = \"generate\""):
+        load(path)
 
 
 def test_a_profile_adds_no_keys_of_an_engine_to_a_server(tmp_path: Path) -> None:
