@@ -7,6 +7,7 @@ Every other end is an answer and a record.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from edged.capture import Admission, Capture, Kept
 from edged.cases import Case, Written, of_text
 from edged.core.confidence import accept_threshold, answer_probability
 from edged.core.policy import Hints, Policy, decide, lot
-from edged.engines.base import ChatMessage, Finished, GenerateRequest, generate_all
+from edged.engines.base import ELSEWHERE, ChatMessage, Finished, GenerateRequest, generate_all
 from edged.link import TooLarge
 from edged.services import Services
 from edged.slot import Loaded, Slot, SlotStopped
@@ -193,7 +194,9 @@ class Prompts:
             return "cancelled" if interrupted else request.halt()
 
         hear = stream.add if stream else None
-        text, end = generate_all(loaded.generator, replace(request, halt=halt), hear)
+        # Another machine's work is none of this one.
+        with self._s.pace.waits() if loaded.manifest.engine in ELSEWHERE else nullcontext():
+            text, end = generate_all(loaded.generator, replace(request, halt=halt), hear)
         if interrupted:
             raise SlotStopped(self._pipeline)
         if stream:

@@ -11,7 +11,7 @@ from edged.wire.messages import Escalation, SampleEntry, Text, Verdict
 from tests.support.device import Bus, Device, tables, until
 from tests.support.openai_server import OpenAiServer
 from tests.system.broker import Broker
-from tests.system.test_text_tiers import NOT_DRAWN, PLAIN, UNSURE, ask, asker, put, speaker
+from tests.system.test_text_tiers import NOT_DRAWN, PLAIN, PROMPT, UNSURE, ask, asker, put, speaker
 from tests.system.test_tiers import alive
 
 KEY = "sk-s3cret-0123456789"
@@ -68,6 +68,9 @@ def test_a_server_labels_what_a_device_was_unsure_of_and_may_be_away_meanwhile(
             status = top.status() or {}
             assert status["models"]["farm"]["active"] == "server@1.0"
             assert status["bad"] == []
+
+            once = json.loads(top.cli("infer", "farm", "--prompt", PROMPT, "--tokens-max", "40").stdout)
+            assert (once["generated_response"].strip(), once["finish_reason"]) == (PLAIN, "stop")
 
             # The key is nowhere but in its file.
             assert KEY not in top.log() + json.dumps(status)
