@@ -52,6 +52,7 @@ Tiers = Annotated[
     Field(max_length=TIERS_MAX),
 ]
 MIB = 1 << 20
+CONCURRENCY_MAX = 64
 ANSWERS_MAX = 512  # of a release that its probation looks at, the last
 
 
@@ -207,6 +208,7 @@ class Responder(Section):
     queue_max: Annotated[int, Field(ge=1, le=10_000)] = 64
     escalate_to: Tiers = ()  # none: it always answers itself
     wait_s: Seconds = 60.0  # for the next tier, before it answers itself; less where somebody waits at the origin
+    concurrency: Annotated[int, Field(ge=1, le=CONCURRENCY_MAX)] = 1  # questions that a slot's server is asked at once
     policy: PolicyTable = Policy()
 
     @model_validator(mode="after")
@@ -353,7 +355,13 @@ class Settings(BaseSettings):
                     raise ValueError(
                         f"{kind}.{name}.slot={entry.slot!r}: no such slot; add [slots.{entry.slot}] (known: {known})"
                     )
-                if self.slots[entry.slot].server is not None and entry.task != SERVED_TASK:
+                served = self.slots[entry.slot].server is not None
+                if not served and isinstance(entry, Responder) and entry.concurrency > 1:
+                    raise ValueError(
+                        f"{kind}.{name}.concurrency={entry.concurrency}: the model of slots.{entry.slot} is here and "
+                        "answers one question at a time; only a server is asked several at once: remove concurrency"
+                    )
+                if served and entry.task != SERVED_TASK:
                     raise ValueError(
                         f"{kind}.{name}.task={entry.task!r}: slots.{entry.slot} asks a server, which labels no images: "
                         f'boxes of a chat have neither scores nor coordinates to rely on; use task = "{SERVED_TASK}"'

@@ -56,7 +56,10 @@ class Ready(NamedTuple):
 class Pipeline:
     """Runs the items of one source through one slot, in order."""
 
-    def __init__(self, name: str, config: PipelineConfig, slot: Slot, services: Services) -> None:
+    def __init__(
+        self, name: str, config: PipelineConfig, slot: Slot, services: Services, workers: int = 1
+    ) -> None:  # fmt: skip
+        """`workers`: so many other devices' prompts are answered at once; more than one where a server answers them."""
         self.name, self.config, self.slot, self._s = name, config, slot, services
         self.policy: Policy = replace(config.policy, escalate=config.policy.escalate and bool(config.escalate_to))
         self._queue: queue.Queue[Item] = queue.Queue(config.queue_max)
@@ -78,6 +81,10 @@ class Pipeline:
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=f"{what}-{name}", daemon=True)
             for what, body in (("preparer", self._prepare_all), ("worker", self._work_all))
+        ]
+        self._threads += [
+            threading.Thread(target=self._run, args=(self._work_all,), name=f"worker-{name}-{number}", daemon=True)
+            for number in range(2, workers + 1)
         ]
 
     def start(self) -> None:

@@ -64,7 +64,7 @@ class KeyRefused(BadAnswer):
 
 
 class OpenAiGenerator:
-    """The server of a slot, as a `Generator`. One worker thread at a time: one question is under way at once."""
+    """The server of a slot, as a `Generator`. Any number of threads may ask at once: nothing is shared between questions."""
 
     context = 1 << 20  # tokens; the server knows its own, and says when a question does not fit
 

@@ -357,6 +357,16 @@ def test_a_wrong_configuration_names_the_fix_and_shows_no_key(tmp_path: Path, li
     assert "sk-1" not in str(caught.value)
 
 
+def test_only_a_server_is_asked_several_questions_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "edged.toml"
+    path.write_text(
+        '[device]\nid = "d"\n[slots.tongue]\n'
+        '[responders.r]\ntier = "host"\ntask = "generate"\nslot = "tongue"\nconcurrency = 2\n'
+    )
+    with pytest.raises(ConfigError, match=r"responders\.r\.concurrency=2: the model of slots\.tongue is here.*remove"):
+        load(path)
+
+
 def test_images_are_not_sent_and_the_reason_is_said(tmp_path: Path) -> None:
     path = tmp_path / "edged.toml"
     path.write_text(

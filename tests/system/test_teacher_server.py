@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import socket
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
+from edged.wire import topics
 from edged.wire.messages import Escalation, SampleEntry, Text, Verdict
-from tests.support.device import Bus, Device, tables, until
+from tests.support.bad_server import BadServer, chat, reply
+from tests.support.device import SITE, Bus, Device, tables, until
 from tests.support.openai_server import OpenAiServer
 from tests.system.broker import Broker
 from tests.system.test_text_tiers import NOT_DRAWN, PLAIN, PROMPT, UNSURE, ask, asker, put, speaker
@@ -84,6 +89,45 @@ def test_a_server_labels_what_a_device_was_unsure_of_and_may_be_away_meanwhile(
             checked = {row["name"]: row for row in json.loads(top.cli("check", "--json").stdout)}
             assert checked["slots.farm"]["level"] == "ok"
         assert all(KEY not in question.model_dump_json() for question in bus.of(Escalation))
+
+
+def test_several_questions_are_asked_at_once_where_the_responder_says_so(
+    tmp_path: Path, broker: Broker, bus: Bus
+) -> None:
+    together = threading.Barrier(3)
+
+    def when_all_are_here(connection: socket.socket, ended: threading.Event) -> None:
+        together.wait(20)
+        reply(200, chat("yes"))(connection, ended)
+
+    with BadServer(when_all_are_here) as server:
+        plan = teacher(tmp_path, broker, server.url, prompts="chat", timeout_s=30.0)
+        plan["responders"]["r"]["concurrency"] = 3
+        with Device(tmp_path, plan):
+            alive(bus, "top")
+            for number in range(3):
+                escalate(bus, f"s{number}", json.dumps({"generation_prompt": f"question {number}"}))
+            verdicts = until("three verdicts", lambda: v if len(v := bus.of(Verdict)) == 3 else None)
+    assert {(v.sample, v.status, v.provenance.who) for v in verdicts} == {
+        (f"s{number}", "labelled", "farm") for number in range(3)
+    }
+    # What left: the prompt and how to answer it, the key, and nothing about whose question it is.
+    for _, request in server.requests:
+        head, _, body = request.partition(b"\r\n\r\n")
+        assert set(json.loads(body)) == {"model", "messages", "temperature", "max_tokens", "stream", "logprobs"}
+        assert json.loads(body)["messages"][0]["content"].startswith("question ")
+        assert not [word for word in (b"dev9", b"teach1", b"plant", b"chatter") if word in request]
+        assert f"Bearer {KEY}".encode() in head
+
+
+def escalate(bus: Bus, sample: str, prompt: str) -> None:
+    """A question of the device dev9."""
+    stamp = bus.stamp()
+    question = Escalation(
+        **stamp, sample=sample, pipeline="chatter", task="generate", release="x@1.0", reason="unsure", confidence=0.1,
+        prompt=prompt, sha256=hashlib.sha256(prompt.encode()).hexdigest(), label_by=stamp["ts"] + 60, origin="dev9",
+    )  # fmt: skip
+    bus.say(topics.ESCALATION(site=SITE, dev="dev9", tier="top", task="generate"), question)
 
 
 def test_what_the_server_cannot_answer_comes_back_unresolved_with_the_reason(
