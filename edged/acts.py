@@ -193,7 +193,7 @@ class Acts:
 
     def _options_of(self, slot: str) -> EngineOptions:
         config = self._configs[slot]
-        return EngineOptions(config.threads, tuple(config.providers), config.extra)
+        return EngineOptions(config.threads, tuple(config.providers), config.engine_keys())
 
     def _loaded(self, record: Record, ref: ReleaseRef, manifest: ReleaseManifest) -> Loaded:
         """Load a release as its slot is configured; raises EngineError.

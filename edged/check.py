@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from edged import check_server
 from edged.check_broker import broker, certificates
 from edged.check_machine import clock, disk, memory, permissions, service_user
 from edged.check_profile import profile
@@ -157,7 +158,9 @@ def _folder(title: str, path: Path) -> Finding:
 def slots(look: Look) -> Iterator[Finding]:
     """Every seed: whole, of a kind that the slot takes, and, when proving, answering as promised."""
     for name, slot in look.settings.slots.items():
-        if slot.seed is None:
+        if slot.server is not None:
+            yield check_server.finding(f"slots.{name}", slot.server)
+        elif slot.seed is None:
             yield Finding(f"slots.{name}", "ok", "no seed: the first model comes from the fleet's desired state")
         else:
             yield _seed(f"slots.{name}", slot, slot.seed, look.proving)

@@ -57,7 +57,7 @@ def _seeds(found: Profile, carries: Carries, settings: Settings, facts: Facts) -
 
     needed = 0
     for name, slot in settings.slots.items():
-        if slot.seed is None:
+        if slot.seed is None or slot.server is not None:
             continue
         try:
             manifest = read_manifest(slot.seed)

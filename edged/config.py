@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 
 from edged.config_host import Host
+from edged.config_server import SEED, SERVED_TASK, Server
 from edged.config_sources import (
     CameraSource,
     DirectorySource,
@@ -51,6 +52,7 @@ Tiers = Annotated[
     Field(max_length=TIERS_MAX),
 ]
 MIB = 1 << 20
+CONCURRENCY_MAX = 64
 ANSWERS_MAX = 512  # of a release that its probation looks at, the last
 
 
@@ -146,7 +148,8 @@ Provider = Annotated[str, AfterValidator(_provider)]
 
 class Slot(Section):
     """A place for one live model. `seed` is the release folder that a device starts with before the fleet says more, and
-    `adapter` that of a LoRA adapter for the model in it, unless the fleet names one.
+    `adapter` that of a LoRA adapter for the model in it, unless the fleet names one. `server`: the model is another machine's,
+    and asked over HTTP.
 
     `isolation`: whether the engine lives in a process of its own or in the daemon; None: in its own for a language model.
     """
@@ -164,6 +167,20 @@ class Slot(Section):
     isolation: Literal["process", "daemon"] | None = None
     swap: Literal["beside", "replace"] = "beside"  # `replace`: the old model leaves before the new one is loaded
     extra: dict[str, Any] = {}
+    server: Server | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("server") is not None:
+            if value.get("extra"):
+                raise ValueError("extra and server: keys of an engine here mean nothing to a server; remove extra")
+            return {"seed": SEED, **{name: each for name, each in value.items() if (name, each) != ("seed", None)}}
+        return value
+
+    def engine_keys(self) -> dict[str, Any]:
+        """What the slot's engine is told beside threads and providers."""
+        return self.extra if self.server is None else {"server": self.server.model_dump(mode="json")}
 
 
 class Pipeline(Section):
@@ -198,6 +215,7 @@ class Responder(Section):
     queue_max: Annotated[int, Field(ge=1, le=10_000)] = 64
     escalate_to: Tiers = ()  # none: it always answers itself
     wait_s: Seconds = 60.0  # for the next tier, before it answers itself; less where somebody waits at the origin
+    concurrency: Annotated[int, Field(ge=1, le=CONCURRENCY_MAX)] = 1  # questions that a slot's server is asked at once
     policy: PolicyTable = Policy()
 
     @model_validator(mode="after")
@@ -343,6 +361,17 @@ class Settings(BaseSettings):
                     known = ", ".join(sorted(self.slots)) or "none"
                     raise ValueError(
                         f"{kind}.{name}.slot={entry.slot!r}: no such slot; add [slots.{entry.slot}] (known: {known})"
+                    )
+                served = self.slots[entry.slot].server is not None
+                if not served and isinstance(entry, Responder) and entry.concurrency > 1:
+                    raise ValueError(
+                        f"{kind}.{name}.concurrency={entry.concurrency}: the model of slots.{entry.slot} is here and "
+                        "answers one question at a time; only a server is asked several at once: remove concurrency"
+                    )
+                if served and entry.task != SERVED_TASK:
+                    raise ValueError(
+                        f"{kind}.{name}.task={entry.task!r}: slots.{entry.slot} asks a server, which labels no images: "
+                        f'boxes of a chat have neither scores nor coordinates to rely on; use task = "{SERVED_TASK}"'
                     )
         return self
 

@@ -166,7 +166,8 @@ class Daemon:
     def make_responder(self, name: str, settings: Settings) -> Pipeline:
         """The pipeline of the responder `name`, not started."""
         config = settings.responders[name]
-        return Pipeline(f"responder-{name}", responding(config), self.slots[config.slot], self._services)
+        slot = self.slots[config.slot]
+        return Pipeline(f"responder-{name}", responding(config), slot, self._services, config.concurrency)
 
     def make_source(self, name: str, settings: Settings) -> Source | None:
         """The source of the pipeline `name`, not started; None when its items come as requests."""

@@ -1,4 +1,4 @@
-"""Blocks of files over HTTP(S), checked as they come: the only file of the device that imports httpx."""
+"""Blocks of files over HTTP(S), checked as they come. Here and in `engines.endpoint` alone the device imports httpx."""
 
 from __future__ import annotations
 

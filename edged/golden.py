@@ -15,7 +15,7 @@ from time import monotonic
 import numpy as np
 
 from edged.core.matching import iou_matrix
-from edged.engines.base import Detections, Detector, EngineError, GenerateRequest, Generator, generate_all
+from edged.engines.base import ELSEWHERE, Detections, Detector, EngineError, GenerateRequest, Generator, generate_all
 from edged.wire.manifest import ReleaseManifest
 
 IOU_MIN = 0.9  # another processor rounds int8 differently: boxes move by a fraction of a pixel
@@ -39,6 +39,8 @@ def check(
 
     Raises GoldenMismatch or EngineError.
     """
+    if manifest.engine in ELSEWHERE:  # another machine's model may be away now, and another one tomorrow
+        return 0
     if isinstance(engine, Detector):
         return _check_detector(engine, folder, manifest, inputs_max, took)
     return _check_generator(engine, folder, manifest, inputs_max, took)

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from edged.core import quarantine
 from edged.core.quarantine import CRASHES_MAX, Blame, Crash
 from edged.core.update import State
-from edged.engines.host import ProcessGenerator
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Item
 from edged.store import Store, StoreError
@@ -325,8 +324,8 @@ class Hands:
     def held(self, item: Item, record: int) -> Iterator[None]:
         """The item is in hand until the block ends. `record`: PREPARER or WORKER, which thread's hand."""
         live = self._slot.live
-        if item.prompt is not None and live is not None and isinstance(live.engine, ProcessGenerator):
-            # In another process's hands: when that ends, `ended` says so. This process does not end with it.
+        if item.prompt is not None and live is not None and not live.here:
+            # In another process's or machine's hands: when that ends, `ended` or an error says so. This one does not.
             shas = self._served().shas
             yield
             self._owner.answered(_key(item), shas)

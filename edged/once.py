@@ -73,7 +73,9 @@ def answer(
     try:
         folder = folder or _active(settings, slot)
         manifest = verify(folder, reference(folder))
-        engine = open_engine(folder, manifest, EngineOptions(config.threads, tuple(config.providers), config.extra))
+        engine = open_engine(
+            folder, manifest, EngineOptions(config.threads, tuple(config.providers), config.engine_keys())
+        )
         try:
             if image is not None:
                 if not isinstance(engine, Detector):

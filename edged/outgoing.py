@@ -127,15 +127,17 @@ class Outgoing:
             keep="verdict", sample=sample.id, correlation=sample.id.encode(),
         )  # fmt: skip
 
-    def verdict(self, asked: Asked, status: str, label: Label, p: float, release: str, reason: str) -> OutboxMessage:
+    def verdict(
+        self, asked: Asked, status: str, label: Label, p: float, release: str, reason: str, who: str = ""
+    ) -> OutboxMessage:
         """Our own answer to another device's escalation."""
-        own = self.opinion(asked, status, label, p, release)
+        own = self.opinion(asked, status, label, p, release, who)
         return self.answer(asked, own, [own], reason)
 
-    def opinion(self, asked: Asked, status: str, label: Label, p: float, release: str) -> Opinion:
-        """What this device's model makes of a question."""
+    def opinion(self, asked: Asked, status: str, label: Label, p: float, release: str, who: str = "") -> Opinion:
+        """What this device's model makes of a question; `who`: the server that answered for it, if one did."""
         return Opinion(
-            who=self.device, release=release, tier=asked.tier, status=status, confidence=p, label=label  # type: ignore[arg-type]
+            who=who or self.device, release=release, tier=asked.tier, status=status, confidence=p, label=label  # type: ignore[arg-type]
         )  # fmt: skip
 
     def answer(self, asked: Asked, own: Opinion, opinions: list[Opinion], reason: str) -> OutboxMessage:

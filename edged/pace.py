@@ -47,17 +47,18 @@ class Pace:
     def admitted(self, to: AbstractContextManager[T]) -> Iterator[T]:
         """As `to`. Until it lets the calling worker in, that one waits, and nobody has to rest from waiting."""
         with ExitStack() as inside:
-            with self._waits():
+            with self.waits():
                 value = inside.enter_context(to)
             yield value
 
     def wait(self, seconds: float, stopping: threading.Event) -> bool:
         """Wait for better times, which is no work either; true when `stopping` came first."""
-        with self._waits():
+        with self.waits():
             return stopping.wait(self._clock.real(seconds))
 
     @contextmanager
-    def _waits(self) -> Iterator[None]:
+    def waits(self) -> Iterator[None]:
+        """What the calling worker does meanwhile is no work: nobody has to rest from it."""
         began = self._clock.monotonic()
         try:
             yield

@@ -24,7 +24,7 @@ from edged.config import WHOLE
 from edged.config import Pipeline as PipelineConfig
 from edged.core.policy import Policy, judge, lot
 from edged.core.tracks import Lost, Track, follow
-from edged.engines.base import Detections, EngineError, Prepared, Unsuitable
+from edged.engines.base import Detections, EngineError, Prepared, Unanswered, Unsuitable
 from edged.engines.host import EngineEnded
 from edged.in_hand import PREPARER, WORKER
 from edged.outgoing import boxes
@@ -56,7 +56,10 @@ class Ready(NamedTuple):
 class Pipeline:
     """Runs the items of one source through one slot, in order."""
 
-    def __init__(self, name: str, config: PipelineConfig, slot: Slot, services: Services) -> None:
+    def __init__(
+        self, name: str, config: PipelineConfig, slot: Slot, services: Services, workers: int = 1
+    ) -> None:  # fmt: skip
+        """`workers`: so many other devices' prompts are answered at once; more than one where a server answers them."""
         self.name, self.config, self.slot, self._s = name, config, slot, services
         self.policy: Policy = replace(config.policy, escalate=config.policy.escalate and bool(config.escalate_to))
         self._queue: queue.Queue[Item] = queue.Queue(config.queue_max)
@@ -78,6 +81,10 @@ class Pipeline:
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=f"{what}-{name}", daemon=True)
             for what, body in (("preparer", self._prepare_all), ("worker", self._work_all))
+        ]
+        self._threads += [
+            threading.Thread(target=self._run, args=(self._work_all,), name=f"worker-{name}-{number}", daemon=True)
+            for number in range(2, workers + 1)
         ]
 
     def start(self) -> None:
@@ -244,7 +251,7 @@ class Pipeline:
         """The engine did not answer; probation hears of it unless the item is to blame."""
         unsuitable = isinstance(error, Unsuitable)
         to_blame = isinstance(error, EngineEnded) and self._in_hand.ended(item)
-        if not unsuitable and not to_blame:
+        if not unsuitable and not to_blame and not isinstance(error, Unanswered):
             self._s.engine_error(self.slot.name, ended=isinstance(error, EngineEnded))
         if item.asked is not None and unsuitable:  # asked again, it would be as unsuitable
             live = self.slot.live

@@ -318,7 +318,7 @@ def _defaults(profile: Profile, facts: Facts) -> dict[str, Any]:
 def _slot_defaults(profile: Profile, slot: str, view: Mapping[str, Any]) -> dict[str, Any]:
     own = profile.slot.model_dump(exclude={"threads", "vision", "language"})
     kind = lay.slot_kind(slot, view, _seed_kind(view["slots"][slot].get("seed")))
-    if kind is not None:
+    if kind is not None and not view["slots"][slot].get("server"):  # whose model is another machine's
         table: KindDefaults = getattr(profile.slot, kind)
         own |= table.model_dump(exclude_none=True)
     return own

@@ -7,6 +7,7 @@ Every other end is an answer and a record.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from edged.capture import Admission, Capture, Kept
 from edged.cases import Case, Written, of_text
 from edged.core.confidence import accept_threshold, answer_probability
 from edged.core.policy import Hints, Policy, decide, lot
-from edged.engines.base import ChatMessage, Finished, GenerateRequest, generate_all
+from edged.engines.base import ELSEWHERE, ChatMessage, Finished, GenerateRequest, generate_all
 from edged.link import TooLarge
 from edged.services import Services
 from edged.slot import Loaded, Slot, SlotStopped
@@ -114,7 +115,7 @@ class Prompts:
             "doubt": decision.reason if decision and decision.reason not in SURE else None,
             "release": made.release,
             "adapter": made.adapter,
-            "decided_by": self._s.outgoing.device,
+            "decided_by": made.end.who or self._s.outgoing.device,
             "finish_reason": reason,
             "prompt_tokens": made.end.prompt_tokens,
             "answer_tokens": made.end.answer_tokens,
@@ -132,7 +133,7 @@ class Prompts:
 
     def _commit_verdict(self, made: Written) -> None:
         """The answer to another device's question; where it is unsure, the next tier is asked."""
-        asked, release = made.item.asked, made.adapter or made.release
+        asked, release = made.item.asked, made.end.model or made.adapter or made.release
         assert asked is not None
         outgoing = self._s.outgoing
         self._count(made)
@@ -143,10 +144,10 @@ class Prompts:
             return
         label: Label = [Text(text=made.text)]
         if made.decision.action == "accept":
-            self._enqueue(outgoing.verdict(asked, "labelled", label, made.confidence.p, release, ""))
+            self._enqueue(outgoing.verdict(asked, "labelled", label, made.confidence.p, release, "", made.end.who))
             made.item.settle("")
             return
-        own = outgoing.opinion(asked, "labelled", label, made.confidence.p, release)
+        own = outgoing.opinion(asked, "labelled", label, made.confidence.p, release, made.end.who)
         self._s.unsure(Unsure(asked, own, made.decision.reason, made.item.settle))
 
     def refused(self, item: Item, release: str, reason: str) -> None:
@@ -193,7 +194,9 @@ class Prompts:
             return "cancelled" if interrupted else request.halt()
 
         hear = stream.add if stream else None
-        text, end = generate_all(loaded.generator, replace(request, halt=halt), hear)
+        # Another machine's work is none of this one.
+        with self._s.pace.waits() if loaded.manifest.engine in ELSEWHERE else nullcontext():
+            text, end = generate_all(loaded.generator, replace(request, halt=halt), hear)
         if interrupted:
             raise SlotStopped(self._pipeline)
         if stream:

@@ -234,7 +234,7 @@ def _main() -> int:
         print(json.dumps({"error": text, "short": short and arguments.memory_max is not None}))
         return 1
     found = {"load_s": loaded_at - started, "golden_s": time.monotonic() - loaded_at, "golden": count,
-             "fastest_ms": min(answers)}  # fmt: skip
+             "fastest_ms": min(answers, default=0.0)}  # fmt: skip
     print(json.dumps(found | meter.used()))
     return 0
 

@@ -13,13 +13,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from edged import golden
-from edged.engines.base import Detector, EngineError, EngineOptions, Generator, Unsuitable, open_engine
+from edged.engines.base import ELSEWHERE, Detector, EngineError, EngineOptions, Generator, Unsuitable, open_engine
 from edged.engines.host import ProcessGenerator
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
 
@@ -40,13 +40,14 @@ class WrongKind(Unsuitable):
 
 @dataclass(slots=True)
 class Loaded:
-    """A release in memory. `use` serialises the engine: one caller at a time, and an adapter changes only between calls."""
+    """A release in memory. `use` serialises the engine: one caller at a time, and an adapter changes only between calls.
+    Where another machine runs the model there is nothing to serialise."""
 
     ref: ReleaseRef
     manifest: ReleaseManifest
     engine: Detector | Generator
     adapter: ReleaseRef | None = None
-    use: threading.Lock = field(default_factory=threading.Lock)
+    use: AbstractContextManager[Any] = field(default_factory=threading.Lock)
     leases: int = 0
     retired: bool = False
     # Decided once: looking for every method of a protocol takes a tenth of a millisecond, and this is asked for each item.
@@ -54,6 +55,11 @@ class Loaded:
 
     def __post_init__(self) -> None:
         self._detects = isinstance(self.engine, Detector)
+
+    @property
+    def here(self) -> bool:
+        """Whether this process runs the model, and would end with it."""
+        return not isinstance(self.engine, ProcessGenerator) and self.manifest.engine not in ELSEWHERE
 
     @property
     def detector(self) -> Detector:
@@ -86,7 +92,7 @@ def load(
             'own: take isolation = "process" out of this slot'
         )
     engine: Detector | Generator
-    if manifest.kind == "llm" and isolation != "daemon":
+    if manifest.kind == "llm" and isolation != "daemon" and manifest.engine not in ELSEWHERE:
         engine = ProcessGenerator(folder, manifest, options, ended)
     else:
         engine = open_engine(folder, manifest, options)
@@ -95,6 +101,8 @@ def load(
     except BaseException:
         engine.close()
         raise
+    if manifest.engine in ELSEWHERE:
+        return Loaded(ref, manifest, engine, use=nullcontext())
     return Loaded(ref, manifest, engine)
 
 

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from trainer import cli_registration
 from trainer.checkpoints import MODEL_ID
 from trainer.terminal import CONFIG, Config, Json, fail, load, show
 
 release_app = typer.Typer(help="The registry of releases.", no_args_is_help=True)
+release_app.command("registrations")(cli_registration.registrations)
 
 
 @release_app.command("add")

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from edged.wire.manifest import Thresholds
 from edged.wire.messages import MIRRORS_MAX
 from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, make_rules
+from trainer.config_registration import TARGETS_MAX, Registration
 from trainer.config_text import TextModel
 from trainer.core.gate import Rules as GateRules
 from trainer.core.placement import Needs
@@ -269,8 +270,17 @@ class TrainerConfig(BaseSettings):
     rollout: Rollout = Rollout()
     worker: Worker = Worker()
     enrolment: Enrolment = Enrolment()
+    registration: Annotated[list[Registration], Field(max_length=TARGETS_MAX)] = []  # servers that are told of releases
     command_resend_s: Seconds = 30.0
     catalogue_refresh_s: Seconds = 3600.0  # ask every device for its whole catalogue this often
+
+    @field_validator("registration")
+    @classmethod
+    def _registration(cls, value: list[Registration]) -> list[Registration]:
+        names = [each.name for each in value]
+        if len(set(names)) != len(names):
+            raise ValueError("two of them have the same name: give each its own")
+        return value
 
     @property
     def database(self) -> Path:
@@ -401,4 +411,6 @@ def _resolve(value: Any, folder: Path) -> Any:
         return value.model_copy(update=changes)
     if isinstance(value, dict):
         return {name: _resolve(each, folder) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_resolve(each, folder) for each in value]
     return value

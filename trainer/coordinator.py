@@ -32,6 +32,7 @@ from trainer.database import Database, commands, desired, devices, events, jobs,
 from trainer.host import Host
 from trainer.jobs import Jobs
 from trainer.orders import Orders
+from trainer.registration import Registrations
 from trainer.releases import Registry
 from trainer.rollouts import Rollouts
 from trainer.server import Server, ServerOptions
@@ -72,6 +73,7 @@ class Coordinator:
         self.collect = Collect(self.host)
         self.orders = Orders(self.host, self.jobs, self.rollouts, self.collect)
         self.signing = Signing(self.host)
+        self.registrations = Registrations(self.host, lambda: self.url)
         self.counters: dict[str, int] = {}
         self.server = Server(
             ServerOptions(
@@ -122,6 +124,7 @@ class Coordinator:
         log.info("serving releases and taking samples at %s", self.url)
         self.link.start()
         self.blocks.start()
+        self.registrations.start()
         try:
             while not self._stopping.is_set():
                 self._take_in()
@@ -145,6 +148,7 @@ class Coordinator:
 
     def _end(self) -> None:
         self.jobs.stop()
+        self.registrations.stop()
         self.blocks.stop()
         if self.link.publish(self._address, self._presence("offline"), "goodbye"):
             deadline = time.monotonic() + GOODBYE_S

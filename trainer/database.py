@@ -28,7 +28,7 @@ from sqlalchemy import (
     update,
 )
 
-SCHEMA_VERSION = 2  # 2: leases, workers, opinions, pool, pulls: new tables only, which `create_all` makes
+SCHEMA_VERSION = 2  # 2: leases, workers, opinions, pool, pulls, registrations: new tables only, made by `create_all`
 BUSY_MS_MAX = 10_000
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
@@ -271,6 +271,23 @@ pulls = Table(  # pixels that an operator wants here without a training; see tra
     Index("pulls_by_state", "state"),
 )
 
+registrations = Table(  # which server was told of which release
+    "registrations",
+    metadata,
+    Column("target", String, primary_key=True),  # the server's name in the configuration
+    Column("release", String, primary_key=True),
+    Column("sha256", String, nullable=False),  # of the release's manifest; with its name the key of idempotency
+    Column("state", String, nullable=False),  # core.registration.State
+    Column("body", JSON),  # what is sent, the same at every try; null: not made yet
+    Column("tries", Integer, nullable=False, default=0),
+    Column("due", Float, nullable=False, default=0.0),  # of the next try
+    Column("status", Integer),  # of the last answer
+    Column("error", String, nullable=False, default=""),  # of the last try
+    Column("created", Float, nullable=False),
+    Column("updated", Float, nullable=False),
+    Index("registrations_by_state", "target", "state"),
+)
+
 
 class DatabaseError(RuntimeError):
     """The database file cannot be used; the message names it and the fix."""
@@ -292,7 +309,7 @@ class Database:
             )
         if found < SCHEMA_VERSION:
             with self.write() as connection:
-                metadata.create_all(connection)
+                metadata.create_all(connection)  # also what a newer schema adds to an older file
                 connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     @contextmanager

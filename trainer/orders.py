@@ -14,6 +14,7 @@ from trainer.database import Database, devices, requests
 from trainer.fleet import ORDERS, desire
 from trainer.host import Host, new_id
 from trainer.jobs import Jobs
+from trainer.registration import retry
 from trainer.releases import ReleaseError
 from trainer.rollouts import Rollouts, runs_now, start_rollout
 from trainer.signing import installable
@@ -80,6 +81,8 @@ class Orders:
             return self._desire(body["device"], body["models"], body["adapters"])
         if kind == "pull":
             return self._collect.start(body["samples"], body["seconds"])
+        if kind == "registration_retry":
+            return retry(self._host, body["release"], body["target"])
         if kind in ORDERS:
             return self._command(kind, body["device"], {k: v for k, v in body.items() if k != "device"})
         return {"error": f"order {kind!r} is unknown: the command line and `trainer serve` are of different versions"}

@@ -25,6 +25,10 @@ class Unsuitable(EngineError):
     """This model cannot answer this request: the fault of whoever sent it, not of the release."""
 
 
+class Unanswered(EngineError):
+    """Whoever runs the model elsewhere did not answer: neither the request nor a release here is to blame."""
+
+
 class PromptTooLong(Unsuitable):
     """The prompt does not fit the model's context; the message names both numbers."""
 
@@ -124,13 +128,16 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer: why it ended (`stop`, `length`, `truncated`, `cancelled`, `deadline`) and what it used."""
+    """The end of an answer: why it ended (`stop`, `length`, `truncated`, `cancelled`, `deadline`) and what it used.
+    `who`, `model`: whose answer it is where another machine runs the model; empty: this device's, of its release."""
 
     reason: str
     prompt_tokens: int  # of which `reused_tokens` needed no work, because the request before began with them too
     answer_tokens: int
     mean_logprob: float
     reused_tokens: int = 0
+    who: str = ""
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +197,10 @@ ENGINES: dict[str, str] = {
     "onnx_classify": "edged.engines.onnx_classify:OnnxClassifier",
     "onnx_phi": "edged.engines.onnx_phi:OnnxPhiGenerator",
     "llama": "edged.engines.llama:LlamaGenerator",
+    "openai": "edged.engines.openai:OpenAiGenerator",
 }
+# Of those, the ones whose model runs on another machine: nothing is loaded here, and no answer can be promised.
+ELSEWHERE = frozenset({"openai"})
 
 
 def open_engine(folder: Path, manifest: ReleaseManifest, options: EngineOptions) -> Detector | Generator:

@@ -112,7 +112,7 @@ def test_a_rest_follows_the_share_and_ends_with_the_daemon() -> None:
 
 
 def test_nobody_rests_from_having_waited() -> None:
-    """For a model that is replaced, for another pipeline's turn on it, for room in the store."""
+    """For a model that is replaced, for another pipeline's turn on it, for room in the store, for another machine."""
     clock = HandClock()
     pace, stopping = Pace(clock), Waits(clock)
     pace.set(0.5)
@@ -126,6 +126,8 @@ def test_nobody_rests_from_having_waited() -> None:
     with pace.admitted(turn(60.0)) as model, pace.admitted(turn(7.0)):
         assert model == "model"
         clock.time += 1.5
+        with pace.waits():
+            clock.time += 20.0
     assert not pace.wait(5.0, stopping)
     clock.time += 0.5
     stopping.waited = 0.0

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from trainer.config import ConfigError, load_config
+from trainer.config_registration import BODY
+from trainer.core.registration import Pace
 
 GOOD = """
 name = "host"
@@ -67,12 +69,14 @@ def test_gate_rules_come_over_as_the_gate_knows_them(tmp_path: Path) -> None:
 
 def test_the_example_loads_with_every_key_switched_on(tmp_path: Path) -> None:
     text = Path("docs/trainer.example.toml").read_text()
-    lines = [re.sub(r"^# (?=[a-z_]+ = )", "", line) for line in text.splitlines()]
+    lines = [re.sub(r"^# (?=[a-z_]+ = |\[\[)", "", line) for line in text.splitlines()]
     path = tmp_path / "trainer.toml"
     path.write_text("\n".join(lines) + "\n")
     config = load_config(path)
     assert config.models["defects"].gate["forget_max"] == 0.03
     assert config.models["defects"].threshold == 100
+    (told,) = config.registration
+    assert (told.body, told.when, told.pace()) == (BODY, "released", Pace())
 
 
 def test_a_wildcard_host_needs_the_address_that_devices_use(tmp_path: Path) -> None:
