@@ -148,8 +148,8 @@ Provider = Annotated[str, AfterValidator(_provider)]
 
 class Slot(Section):
     """A place for one live model. `seed` is the release folder that a device starts with before the fleet says more, and
-    `adapter` that of a LoRA adapter for the model in it, unless the fleet names one. `server`: the model is another machine's,
-    and asked over HTTP.
+    `adapter` that of a LoRA adapter for the model in it, unless the fleet names one. `server`: the model is another
+    machine's, and asked over HTTP.
 
     `isolation`: whether the engine lives in a process of its own or in the daemon; None: in its own for a language model.
     """

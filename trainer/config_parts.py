@@ -37,7 +37,7 @@ LoraTable = Annotated[LoraSettings, BeforeValidator(_lora)]
 
 def make_rules(rules: type[Rules], value: dict[str, float]) -> Rules:
     """The bounds of a gate, a dataclass with defaults, with those of a table; raises ValueError."""
-    defaults = {field.name: field.default for field in fields(rules)}  # type: ignore[arg-type]
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(rules)}  # type: ignore[arg-type]
     unknown = sorted(value.keys() - defaults.keys())
     if unknown:
         raise ValueError(f"unknown rule {', '.join(unknown)}; known: {', '.join(defaults)}")
