@@ -23,6 +23,7 @@ MODULES = {
     "link": "bench.link",
     "swap": "bench.swap",
     "delivery": "bench.delivery",
+    "loop": "bench.loop",
 }
 
 
