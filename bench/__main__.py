@@ -24,6 +24,7 @@ MODULES = {
     "swap": "bench.swap",
     "delivery": "bench.delivery",
     "labels": "bench.labels",
+    "loop": "bench.loop",
 }
 
 

@@ -16,6 +16,8 @@ from trainer.jobfile import TrainJob
 
 log = logging.getLogger(__name__)
 
+HISTORY_MAX = 2000  # rows of metadata.json's history
+
 Hear = Callable[[Mapping[str, Any]], None]  # "ts", "stage", and what else is known: "epoch", "epochs", "loss", ...
 
 
@@ -58,4 +60,6 @@ class Run:
     def epoch(self, values: Mapping[str, float]) -> None:
         """What an epoch (or a step) of the training gave, numbers by name, with `epoch` and `epochs` among them."""
         self.history.append(dict(values))
+        if len(self.history) > HISTORY_MAX:  # a long training tells every step: every second one shows as much
+            del self.history[1::2]
         self.progress("train", **values)

@@ -63,7 +63,9 @@ def test_the_runs_folder_holds_what_people_and_programs_ask_for(world: Path) -> 
     datetime.datetime.strptime(run.name, "clerk-%Y%m%dT%H%M%SZ")
     metadata = json.loads((run / "metadata.json").read_text())
     assert (metadata["outcome"], metadata["strategy"], metadata["target"]) == ("passed", "lora", "clerk-lora@1.0")
-    assert [row["epoch"] for row in metadata["history"]] == [1, 2, 3]
+    epochs = [row["epoch"] for row in metadata["history"]]
+    assert epochs == sorted(epochs)
+    assert epochs[-1] == 3
     assert metadata["samples"]["left_out"] == {"bad_line": 2}
     parts = [metadata["samples"][name] for name in ("training", "validation", "holdout")]
     assert sum(parts) == len(EXAMPLES)

@@ -1,0 +1,42 @@
+"""A language model learns to prefer one answer over another (DPO), from dataset.jsonl to a release."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.support.trained import EXAMPLES, text_trainer
+from trainer.config import load_config
+from trainer.jobfile import dataset_job
+from trainer.releases import read_manifest
+from trainer.train import train
+
+pytestmark = pytest.mark.skipif(find_spec("trainer.tuners.dpo") is None, reason="there is no tuner dpo")
+
+
+def test_pairs_make_an_adapter_that_prefers_the_wanted_answer(tmp_path: Path, phi: dict[str, Path]) -> None:
+    config = load_config(text_trainer(tmp_path, phi))
+    lines = []
+    for each in EXAMPLES:
+        steps = [
+            {"tool": "generate", "output": each.base, "status": "failure"},
+            {"tool": "escalate", "kind": "person", "status": "success"},
+        ]
+        row = {"goal": each.prompt, "context_summary": "", "plan": [{"tool": "generate"}], "execution": steps}
+        lines.append(json.dumps({**row, "summary": each.adapter}))
+    (tmp_path / "dataset.jsonl").write_text("\n".join(lines) + "\n")
+    job = dataset_job(config, "clerk", "dpo", tmp_path / "dataset.jsonl", tmp_path / "run", created="2026", job="run")
+    assert len(job.manifest.samples) == len(EXAMPLES)
+    assert {each.label["other"] for each in job.manifest.samples} == {each.base for each in EXAMPLES}
+    result = train(job)
+    assert result["outcome"] == "passed", result["reason"]
+    held_out = result["evaluation"]["held_out"]
+    assert held_out["base"]["preferred"] == 0.0, "the base says the other answer"
+    assert held_out["candidate"]["preferred"] > 0.8
+    assert held_out["candidate"]["margin"] > held_out["base"]["margin"]
+    assert {"gain", "wanted", "export"} <= {check["name"] for check in result["gate"]["checks"]}
+    assert read_manifest(tmp_path / "run" / "candidate").lineage["training"]["strategy"] == "dpo"
+    assert "preferred" in (tmp_path / "run" / "README.md").read_text()
