@@ -37,8 +37,8 @@ def read_work(path: Path) -> tuple[Tuner, Work]:
     told: dict[str, Any] = json.loads(path.read_bytes())
     chosen = tuner(told.pop("tuner"))
     settings = chosen.settings.model_validate(told.pop("settings"))
-    paths = {key: Path(told.pop(key)) for key in ("base", "out", "scratch")}
-    return chosen, Work(settings=settings, report=_report, **paths, **told)
+    base, out, scratch = (Path(told.pop(key)) for key in ("base", "out", "scratch"))
+    return chosen, Work(base=base, out=out, scratch=scratch, settings=settings, report=_report, **told)
 
 
 def _report(values: Mapping[str, float]) -> None:
