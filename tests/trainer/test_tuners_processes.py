@@ -205,31 +205,6 @@ def test_a_full_memory_is_answered_by_fewer_examples_at_once(tmp_path: Path) -> 
     same_but_for_rounding(tmp_path, starved, whole)
 
 
-@pytest.mark.long
-def test_processes_with_a_full_memory_are_started_again_with_fewer_examples_at_once(tmp_path: Path) -> None:
-    jobs, script = starving(tmp_path, 64), tmp_path / "starved.py"
-    script.write_text(STARVED)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--max_restarts",
-        "5",
-    ]
-    done = subprocess.run(
-        [*launch, str(script), str(jobs[0]), "400"],
-        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    starved, whole = tuned(done), alone(jobs[1])
-    batch = starved["facts"]["batch"]
-    assert "out of memory with 32 examples at once in one of 2 processes" in done.stderr
-    assert batch["at_once"] < 32 and batch["at_once"] * batch["passes"] == 32
-    same_but_for_rounding(tmp_path, starved, whole)
-
-
 def same_but_for_rounding(tmp_path: Path, starved: dict[str, Any], whole: Tuned) -> None:
     assert [row["loss"] for row in whole.history] == pytest.approx(
         [row["loss"] for row in starved["history"]], abs=1e-3

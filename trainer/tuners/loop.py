@@ -257,7 +257,7 @@ def _answer(batching: Batching, scratch: Scratch) -> Batching:
         # The others wait for this process in the middle of a step: only a new start can tell them.
         raise SettingsError(
             f"out of memory with {batching.at_once} examples at once in one of {batching.processes} processes: start it "
-            f"again (`--max_restarts 3` does it by itself), and it continues with {smaller.at_once}"
+            f"again, and it continues with {smaller.at_once}"
         )
     return smaller
 
