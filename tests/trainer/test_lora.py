@@ -130,6 +130,21 @@ def test_bias_says_which_biases_train(tmp_path: Path, bias: Any, trained: set[st
     assert bias == "all" or biases == trained
 
 
+def test_an_adapter_is_trained_further(base: Path, tmp_path: Path) -> None:
+    first = run(base, tmp_path / "first", LoraSettings(r=4, lora_dropout=0.1), epochs=4, learning_rate=1e-2)
+    second = run(base, tmp_path / "second", LoraSettings(r=4), adapter=tmp_path / "first", learning_rate=1e-2)
+    assert second.history[0]["loss"] < first.history[-1]["loss"]
+    assert not torch.equal(*(next(iter(weights(tmp_path / name).values())) for name in ("first", "second")))
+    for wrong in (LoraSettings(lora_dropout=0.2), LoraSettings(target_modules=("o_proj",))):
+        with pytest.raises(SettingsError, match="leave the key out"):
+            run(base, tmp_path / "third", wrong, adapter=tmp_path / "first")
+
+
+def test_a_base_that_is_none_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no Hugging Face checkpoint is there \(config.json\)"):
+        run(tmp_path / "nothing", tmp_path / "out", LoraSettings())
+
+
 def test_a_target_that_does_not_exist_is_an_error(base: Path, tmp_path: Path) -> None:
     settings = LoraSettings(target_modules=("qkv_proj", "q_proj"))
     with pytest.raises(SettingsError, match=r"'q_proj'.*qkv_proj"):

@@ -13,11 +13,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -72,10 +74,12 @@ def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
     except ValueError as error:
         raise SettingsError(str(error)) from None
     told = {"settings": settings.model_dump(mode="json"), "seed": work.seed, "processes": state.num_processes}
+    told["versions"] = [version(package) for package in ("torch", "transformers", "peft", "accelerate")]
     bases = [work.base, *([settings.adapter] if settings.adapter else [])]
-    name = fingerprint(told, [*work.data, None, *work.held_out], bases) if state.is_main_process else ""
+    names = [fingerprint(told, [*work.data, None, *work.held_out], bases) if state.is_main_process else ""]
+    broadcast_object_list(names)
     with state.main_process_first():
-        scratch = Scratch(work.scratch, name, writes=state.is_main_process)
+        scratch = Scratch(work.scratch, names[0], writes=state.is_main_process)
     batching = shared(batching.batch, batching.processes, scratch.at_once_max)
     with torch.random.fork_rng():
         torch.manual_seed(work.seed)  # the fresh adapter's weights
@@ -253,7 +257,7 @@ def _answer(batching: Batching, scratch: Scratch) -> Batching:
         # The others wait for this process in the middle of a step: only a new start can tell them.
         raise SettingsError(
             f"out of memory with {batching.at_once} examples at once in one of {batching.processes} processes: start it "
-            f"again (`--max_restarts 3` does it by itself), and it continues with {smaller.at_once}"
+            f"again, and it continues with {smaller.at_once}"
         )
     return smaller
 
