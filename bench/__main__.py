@@ -16,6 +16,7 @@ from bench.measure import Benchmark, Result, to_stderr
 # name -> module with a `BENCHMARK`; imported when it is asked for, because most pull in heavy libraries.
 MODULES = {
     "pipeline": "bench.pipeline",
+    "quantize": "bench.quantize",
     "footprint": "bench.footprint",
     "llm": "bench.llm",
     "store": "bench.store",

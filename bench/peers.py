@@ -2,6 +2,7 @@
 
 `bare`: `session.run` on float32 tensors that are ready before the clock starts, with the daemon's own decoding.
 `script`: the shortest script that answers files: onnxruntime and OpenCV, nothing else.
+`engine`: the device's own engine on a release's folder (MODEL), pictures decoded before the clock starts.
 `ultralytics`: `YOLO(MODEL).predict` on each file, as frames come. `ultralytics_stream`: one call of it for all files.
 
 Each prints one JSON object when it has answered its first picture, one when it is warm, and then for every line that it
@@ -39,6 +40,27 @@ def bare(model: str, size: int, threads: int, files: Sequence[str]) -> Passes:
     while True:
         for each in ready:
             answer(each)
+        yield
+
+
+def engine(model: str, size: int, threads: int, files: Sequence[str]) -> Passes:
+    """Prepare and infer."""
+    from pathlib import Path
+
+    import cv2
+    import numpy as np
+
+    from edged.engines.base import Detector, EngineOptions, open_engine
+    from edged.releases import read_manifest
+
+    running = open_engine(Path(model), read_manifest(Path(model)), EngineOptions(threads=threads))
+    assert isinstance(running, Detector)
+    images = [np.asarray(cv2.imread(file), np.uint8) for file in files]
+    running.infer([running.prepare(images[0])])
+    yield
+    while True:
+        for image in images:
+            running.infer([running.prepare(image)])
         yield
 
 
@@ -130,7 +152,7 @@ def _predict(model: str, size: int, threads: int) -> Callable[..., Any]:
     return partial(YOLO(model, task="detect").predict, imgsz=size, conf=SCORE, iou=IOU, device="cpu", verbose=False)
 
 
-PEERS = {each.__name__: each for each in (bare, script, ultralytics, ultralytics_stream)}
+PEERS = {each.__name__: each for each in (bare, engine, script, ultralytics, ultralytics_stream)}
 
 
 def main() -> None:

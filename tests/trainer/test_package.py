@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from bench.demo.scenes import LABELS, encode_png, make_scenes
+from bench.demo.scenes import encode_png
+from bench.photos import LABELS, photos, pieces
+from tests.support.checkpoints import SIZE, checkpoint
 from trainer.cli import app
+from trainer.core.parity import PARITY_KEY
 from trainer.datasets import LabelledBox, LabelledImage, write_folder
 from trainer.releases import read_manifest
-from trainer.tuners.yolo import TrainSettings, train_full, write_yolo_dataset
 
 DEVICE = Path("build/venv-device/bin/edged").absolute()
 
@@ -21,23 +25,16 @@ DEVICE = Path("build/venv-device/bin/edged").absolute()
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trainer")
-    scenes = make_scenes("train", 16, seed=1)
-    items = ((f"s{i}", encode_png(s.image), s.boxes, s.classes) for i, s in enumerate(scenes))
-    data = write_yolo_dataset(folder / "set", items, LABELS)
-    train_full(data, "yolo11n.yaml", folder / "base.pt", TrainSettings(epochs=1, imgsz=64, batch=8, seed=3))
+    shutil.copyfile(checkpoint("yolo11n.yaml"), folder / "base.pt")
     images = []
-    for scene in make_scenes("calibration", 24, seed=2):
-        png = encode_png(scene.image)
-        boxes = tuple(
-            LabelledBox(LABELS[k], tuple(float(v) for v in box))  # type: ignore[arg-type]
-            for box, k in zip(scene.boxes, scene.classes, strict=True)
-        )
-        images.append(LabelledImage(hashlib.sha256(png).hexdigest(), png, boxes))
+    for piece in (piece for photo in photos() for piece in pieces(photo)):
+        png = encode_png(piece)
+        images.append(LabelledImage(hashlib.sha256(png).hexdigest(), png, (LabelledBox(LABELS[0], (4, 4, 60, 60)),)))
     write_folder(folder / "calibration", images)
     path = folder / "trainer.toml"
     path.write_text(
-        f'data_dir = "data"\n[models.digits]\ncheckpoint = "base.pt"\nlabels = {list(LABELS)}\nimgsz = 64\nscore = 0.4\n'
-        'holdout = "none"\nholdout_clean = "none"\ncalibration = "calibration"\n'
+        f'data_dir = "data"\n[models.digits]\ncheckpoint = "base.pt"\nlabels = {json.dumps(LABELS)}\nimgsz = {SIZE}\n'
+        'score = 0.4\nholdout = "none"\nholdout_clean = "none"\ncalibration = "calibration"\n'
     )
     return path
 
@@ -50,6 +47,10 @@ def test_the_first_release_is_one_that_a_device_proves(config: Path, tmp_path: P
     manifest = read_manifest(out)
     assert (manifest.release, manifest.thresholds.score) == ("digits@1.0", 0.4)
     assert manifest.calibration.method == "uncalibrated", "24 images are too few to fit a probability on"
+    assert [(each["format"], each["passed"]) for each in manifest.lineage[PARITY_KEY]] == [
+        ("fp32", True),
+        ("int8", True),
+    ]
     added = CliRunner().invoke(app, ["release", "add", str(out), "--config", str(config)])
     assert added.exit_code == 0, added.output
     verified = subprocess.run([str(DEVICE), "models", "verify", str(out)], capture_output=True, text=True, check=False)
@@ -62,3 +63,23 @@ def test_a_model_that_is_not_configured_is_named(config: Path, tmp_path: Path) -
     assert done.exit_code != 0
     assert "models.owls" in done.output
     assert "digits" in done.output
+
+
+def test_a_checkpoint_that_finds_nothing_makes_no_release(config: Path, tmp_path: Path) -> None:
+    """Nothing would show that the file computes what the checkpoint does."""
+    from ultralytics import YOLO
+
+    network = YOLO("yolo11n.yaml")
+    network.model.names = dict(enumerate(LABELS))
+    untrained = type(network.model)("yolo11n.yaml", nc=len(LABELS), verbose=False)
+    untrained.names = dict(enumerate(LABELS))
+    network.model = untrained
+    network.save(tmp_path / "untrained.pt")
+    text = config.read_text().replace("base.pt", str(tmp_path / "untrained.pt"))
+    (config.parent / "untrained.toml").write_text(text)
+    arguments = ["release", "make", "digits", str(tmp_path / "out"), "--config", str(config.parent / "untrained.toml")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "detect boxes_changed nan" in done.stderr
+    assert "golden inputs that the checkpoint answers" in done.stderr
+    assert not (tmp_path / "out").exists()
