@@ -253,6 +253,13 @@ FAILURES: dict[str, tuple[Evidence, Evidence, Holdout, set[str], str]] = {
         {"measurable"},
         "could not be measured: release digits@1.1: model.onnx cannot be loaded",
     ),
+    "a current release that does not load any more": (
+        CANDIDATE,
+        replace(CURRENT, failures=("model.onnx is missing",)),
+        HOLDOUT,
+        {"measurable"},
+        "the current release could not be measured: model.onnx is missing",
+    ),
     "nearly training data in the holdout": (
         CANDIDATE,
         CURRENT,
