@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.unit.test_gate import CANDIDATE, CURRENT, FAILURES, FAST, HOLDOUT, LABELS, NO_CLAIM, PI, RULES
+from tests.unit.test_gate import CANDIDATE, CURRENT, FAILURES, HOLDOUT, LABELS, RULES
+from tests.unit.test_gate_targets import FAST, NO_CLAIM, PI
 from trainer.core.gate import Rules, judge
 
 TEXT = (Path(__file__).parents[2] / "docs" / "gate.md").read_text()

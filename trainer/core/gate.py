@@ -124,7 +124,7 @@ def judge(
     `rng` drives the draws of `core.paired`; `targets` are the profiles of the devices that it is for.
     """
     checks = [
-        *_failure_checks(candidate),
+        *_failure_checks("", candidate),
         *_holdout_checks(holdout, rules),
         _measured_check("target holdout", candidate.target, holdout.target),
         _measured_check("base holdout", candidate.base, holdout.base),
@@ -138,6 +138,7 @@ def judge(
     ]
     if current is not None:
         checks += [
+            *_failure_checks("the current release ", current),
             _differs("new_bytes", "model file", candidate.model_sha256, current.model_sha256),
             _differs("new_weights", "weights", candidate.weights_sha256, current.weights_sha256),
             _measured_check("target holdout, current release", current.target, holdout.target),
@@ -169,10 +170,8 @@ def _figure(evaluation: Evaluation | None) -> str:
     return evaluation.figure if evaluation is not None else "F1"
 
 
-def _failure_checks(candidate: Evidence) -> list[Check]:
-    if not candidate.failures:
-        return []
-    return [Check("measurable", False, None, None, f"could not be measured: {each}") for each in candidate.failures]
+def _failure_checks(whose: str, evidence: Evidence) -> list[Check]:
+    return [Check("measurable", False, None, None, f"{whose}could not be measured: {why}") for why in evidence.failures]
 
 
 def _holdout_checks(holdout: Holdout, rules: Rules) -> list[Check]:
