@@ -22,7 +22,7 @@ from trainer.core.labels import Task, area, enclosing
 from trainer.database import Database
 from trainer.datasets import read_folder
 from trainer.exchange import FORMATS, HOLD, Source, Summary, export_all, import_all, read
-from trainer.formats.base import FormatError
+from trainer.formats.base import FormatError, share_of
 from trainer.pool import Pool, Record, Wanted
 
 TOLERANCE_PX = {"coco": 1e-9, "jsonl": 0.0, "yolo": 1e-4}
@@ -209,14 +209,19 @@ def test_class_folders_are_what_ultralytics_reads() -> None:
 
     with new_pool() as (pool, folder):
         filled(pool, "classify", 24)
-        export_all(pool, Wanted(model="eye"), "yolo", folder / "out", ["cat", "dog: big"], val_share=0.25)
+        rare = picture(92)  # the only one of its class, and the only one in val
+        pool.add([(Record(_sha(rare), "eye", "classify", ({"label": "ant"},), "person", "ann"), rare)], 1.0)
+        alone = sorted(share_of(record.sha256) for record in pool.records())
+        share = share_of(_sha(rare)) + 1e-9
+        export_all(pool, Wanted(model="eye"), "yolo", folder / "out", [], val_share=share)
         described = check_cls_dataset(folder / "out")
-        assert described["names"] == {0: "cat", 1: "dog: big"}
+        assert described["names"] == {0: "ant", 1: "cat", 2: "dog: big"}
         truth = {record.sha256: record.label[0]["label"] for record in pool.records()}
         found = {}
         for split in ("train", "val"):
             dataset = ClassificationDataset(str(described[split]), get_cfg(overrides={"task": "classify", "imgsz": 64}))
             found |= {Path(row[0]).stem: described["names"][row[1]] for row in dataset.samples}
+            assert len(dataset.samples) == sum((each < share) == (split == "val") for each in alone)
         assert found == truth
 
 
@@ -373,7 +378,7 @@ def test_bad_lines_of_jsonl_are_named_and_the_others_come(tmp_path: Path) -> Non
             json.dumps({**lines[0], "task": "sing"}), "{}", json.dumps({"prompt": "x", "text": 3}),
             json.dumps({**lines[1], "provenance": {"kind": "model", "who": "m", "confidence": 7}}),
         ]  # fmt: skip
-        good = [json.dumps(lines[2]), json.dumps({"prompt": "A seven?\u2028", "text": "Yes."})]
+        good = [json.dumps(lines[2]), json.dumps({"prompt": "A seven?\u2028", "text": "Yes."}, ensure_ascii=False)]
         (folder / "out" / "labels.jsonl").write_bytes("\n".join([good[0], "", *bad, good[1]]).encode() + b"\n\xff\xfe")
         with new_pool() as (other, _):
             summary = take(other, "jsonl", folder / "out")
