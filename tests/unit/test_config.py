@@ -176,7 +176,7 @@ def test_every_key_is_in_the_example_with_its_default_and_a_word_about_it() -> N
     for name in ("store", "delivery"):
         assert getattr(settings, name) == getattr(plain, name)
     assert settings.pipelines["line"] == plain.pipelines["line"]
-    same = {"url", "group", "overrides", "extra", "bulk_certificate", "bulk_key", "metered_hours"}  # have no default to show
+    same = {"url", "group", "overrides", "extra", "bulk_certificate", "bulk_key", "metered_hours"}  # have no default
     for name in ("device", "broker", "host"):
         before, after = getattr(plain, name).model_dump(), getattr(settings, name).model_dump()
         assert {key: value for key, value in before.items() if key not in same} == {
