@@ -23,7 +23,7 @@ def test_pairs_make_an_adapter_that_prefers_the_wanted_answer(tmp_path: Path, ph
     # DPO cannot adapt the output layer.
     modules = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     own = config.text("clerk").model_copy(
-        update={"lora": LoraSettings(r=8, lora_alpha=16, target_modules=modules), "lr": 0.002}
+        update={"lora": LoraSettings(r=8, lora_alpha=16, target_modules=modules), "lr": 0.005, "epochs": 8}
     )
     config = config.model_copy(update={"models": {"clerk": own}})
     lines = []
