@@ -23,8 +23,9 @@ from edged.exchange import PASSING_S, Exchange, NoRoom
 from edged.fetch import FetchError, WrongContent
 from edged.in_service import InService
 from edged.machine import Memory
+from edged.named import bring
 from edged.prove import ProveCancelled, ProveFailed, ProveShort, prove, too_slow
-from edged.releases import BadRelease, Releases, read_manifest, reference, verify
+from edged.releases import BadRelease, Releases, read_manifest, verify
 from edged.room import Refusal, Room
 from edged.slot import Loaded, Slot, SlotStopped, load
 from edged.store import Store, StoreError
@@ -245,7 +246,7 @@ class Acts:
         assert record.candidate is not None
         folder = self._releases.folder(record.candidate)
         try:
-            self._bring_named(record, record.candidate)
+            bring(self._releases, self._configs[record.slot], record)
         except (BadRelease, OSError) as error:  # it may be half copied yet
             self._answer(record, Event.FETCH_FAILED, str(error), passing=True)
             return
@@ -263,12 +264,6 @@ class Acts:
             self._answer(record, Event.FETCH_FAILED, str(error), passing=True)
         else:
             self._answer(record, Event.DOWNLOADED)
-
-    def _bring_named(self, record: Record, wanted: ReleaseRef) -> None:
-        """An adapter that the configuration names lies on this machine. Whether it is trusted is asked as of any other."""
-        source = self._configs[record.slot].adapter
-        if record.is_adapter and source is not None and wanted == record.named and reference(source) == wanted:
-            self._releases.install(source)
 
     def _verify(self, record: Record) -> None:
         assert record.candidate is not None

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from edged.config import Slot
-from edged.releases import BadRelease, read_manifest, reference
+from edged.releases import BadRelease, Releases, read_manifest, reference
+from edged.update_record import Record
 from edged.wire.manifest import ReleaseRef
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,14 @@ class Named:
         log.error("%s", wrong)
         self._say("bad_adapter", wrong)
         return None
+
+
+def bring(releases: Releases, config: Slot, record: Record) -> None:
+    """An adapter that the configuration names lies on this machine: copy it in. Whether it is trusted is asked as of any
+    other. Raises BadRelease, OSError."""
+    source = config.adapter
+    if record.is_adapter and source is not None and record.candidate == record.named == reference(source):
+        releases.install(source)
 
 
 def faults(slot: str, folder: Path) -> Iterator[str]:

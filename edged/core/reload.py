@@ -13,17 +13,8 @@ from typing import Any
 Tables = Mapping[str, Any]
 
 # Applied while the daemon runs, with everything below them.
-LIVE = (
-    "device.group",
-    "device.tier",
-    "device.overrides",
-    "host",
-    "delivery",
-    "store",
-    "slots",
-    "pipelines",
-    "responders",
-)
+LIVE = ("device.group", "device.tier", "device.overrides", "host", "delivery", "store", "slots", "pipelines",
+        "responders")  # fmt: skip
 # Of a slot: read when they are next needed. Any other option of a slot is its engine's, which is loaded anew.
 SLOT_READ_LATER = frozenset({"seed", "adapter", "probation_s", "prove_s_max", "swap"})
 PIPELINE_READ_LATER = frozenset({"policy"})

@@ -13,12 +13,19 @@ from trainer.config import load_config
 from trainer.jobfile import dataset_job
 from trainer.releases import read_manifest
 from trainer.train import train
+from trainer.tuners.settings import LoraSettings
 
 pytestmark = pytest.mark.skipif(find_spec("trainer.tuners.dpo") is None, reason="there is no tuner dpo")
 
 
 def test_pairs_make_an_adapter_that_prefers_the_wanted_answer(tmp_path: Path, phi: dict[str, Path]) -> None:
     config = load_config(text_trainer(tmp_path, phi))
+    # DPO cannot adapt the output layer.
+    modules = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    own = config.text("clerk").model_copy(
+        update={"lora": LoraSettings(r=8, lora_alpha=16, target_modules=modules), "lr": 0.005, "epochs": 8}
+    )
+    config = config.model_copy(update={"models": {"clerk": own}})
     lines = []
     for each in EXAMPLES:
         steps = [

@@ -67,6 +67,8 @@ def test_what_is_better_passes(found: Evidence) -> None:
         (replace(PAIRS, candidate=scores(2.0, margin=-1.0)), "gain"),
         (replace(PAIRS, candidate=scores(2.0)), "gain"),
         (replace(PAIRS, candidate=scores(2.5, margin=3.0)), "wanted"),
+        (replace(PAIRS, candidate=scores(2.0, margin=-0.5)), "preferred"),
+        (replace(PAIRS, candidate=scores(2.0)), "preferred"),
         (replace(KEEPS, kept=scores(1.2)), "forgetting"),
         (replace(KEEPS, kept=None), "forgetting"),
     ],

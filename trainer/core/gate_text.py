@@ -28,6 +28,7 @@ class Rules:
     base_parity_max: float = (
         0.25  # a token: between the base that devices run, which may be quantised, and the checkpoint
     )
+    preferred_min: float = 0.5  # share of pairs of which the wanted answer is the likelier one, whatever it was before
     wanted_drop_max: float = 0.2  # a token: pairs may make the wanted answer itself so much less likely
     forget_max: float = 0.05  # a token: so much worse may the answers become that must not be forgotten
 
@@ -109,9 +110,10 @@ def judge(found: Evidence, rules: Rules, rng: np.random.Generator) -> Verdict:
     ]  # fmt: skip
     if found.pairs:
         drop = _less(_loss(found.candidate), _loss(found.base))
-        checks.append(
-            _maximum("wanted", drop, rules.wanted_drop_max, "nats a token lost on the wanted answers themselves")
-        )
+        checks += [
+            _preferred(found.candidate, rules),
+            _maximum("wanted", drop, rules.wanted_drop_max, "nats a token lost on the wanted answers themselves"),
+        ]
     if found.has_current:
         known = bool(found.adapter_sha256) and bool(found.current_sha256)
         text = f"adapter {found.adapter_sha256[:12]!r} against the current {found.current_sha256[:12]!r}"
@@ -161,6 +163,13 @@ def _gain(
     said = text if low <= 0 else f"gain over {other} in {what}"
     sure = f"{rules.gain_confidence:.0%} sure of more than {low:+.4f}, must be above 0"
     return Check(name, low > 0, low, 0.0, f"{said} {gain:+.4f}, {sure}")
+
+
+def _preferred(candidate: Scores | None, rules: Rules) -> Check:
+    margins = candidate.margins if candidate is not None else ()
+    share = sum(each > 0 for each in margins) / len(margins) if margins else None
+    text = f"share of pairs whose wanted answer is the likelier one (at least): {share}, bound {rules.preferred_min:g}"
+    return Check("preferred", share is not None and share >= rules.preferred_min, share, rules.preferred_min, text)
 
 
 def _measured(what: str, scores: Scores | None, held_out: frozenset[str]) -> Check:

@@ -14,10 +14,11 @@ import numpy as np
 from edged.core.confidence import accept_threshold
 from edged.wire.manifest import Calibration, ReleaseManifest
 from trainer import calibrate
-from trainer.candidate import candidate_manifest, complete_candidate, detector, export_int8
+from trainer.candidate import candidate_manifest, complete_candidate, detector, export_int8, golden_images
 from trainer.config import Model
 from trainer.core.evaluation import Evaluation
-from trainer.core.gate import Evidence, Holdout, Verdict, judge
+from trainer.core.gate import Evidence, Holdout, Parity, Verdict, judge
+from trainer.core.parity import PARITY_KEY
 from trainer.datasets import (
     Apart,
     DatasetError,
@@ -28,8 +29,10 @@ from trainer.datasets import (
     select_samples,
     shuffle_labels,
 )
-from trainer.evaluate import Labelled, calibration_items, evaluate, evaluate_release, image_sha256, observe
-from trainer.files import sha256_of
+from trainer.evaluate import Labelled, calibration_items, evaluate_release, image_sha256, observe
+from trainer.evidence import gather
+from trainer.export.parity import image_parity
+from trainer.footprint import Profile, read_profile
 from trainer.holdout import check_frozen, near_duplicates, remember
 from trainer.jobfile import TrainJob, bring_samples
 from trainer.releases import Registry
@@ -186,48 +189,60 @@ class Detection:
 
         self.target = [item.decode(self.settings.labels) for item in self.sets.target]
         self.base = [item.decode(self.settings.labels) for item in self.sets.base]
-        manifest, current = self.manifest, self.current
+        manifest, current, profiles = self.manifest, self.current, self._profiles()
         self.run.progress("evaluate", what="the file before quantisation")
-        before = evaluate_release(self.run.folder / "fp32", manifest, self.target).map50
+        before = evaluate_release(self.run.folder / "fp32", manifest, self.target).quality
         self.run.progress("evaluate", what="the candidate")
-        new_target, new_base = self._scored(self.run.candidate, manifest)
-        self.run.progress("evaluate", what="the current release")
-        old_target, old_base = self._scored(current.folder, current.manifest)
-        method, model = manifest.calibration.method, sha256_of(self.run.candidate / manifest.files["model"].path)
         trained, source = weights_sha256(self.run.folder / "model.pt"), weights_sha256(self.checkpoint)
-        self.new = Evidence(model, trained, new_target, new_base, method, self.ece, before, new_target.map50)
-        self.old = Evidence(current.manifest.files["model"].sha256, source, old_target, old_base)
+        self.new = gather(
+            self.run.candidate, manifest, self.target, self.base, weights_sha256=trained, calibration_ece=self.ece,
+            export_before=before, parity=self._parity(), profiles=profiles,
+        )  # fmt: skip
+        self.run.progress("evaluate", what="the current release")
+        self.old = gather(
+            current.folder, current.manifest, self.target, self.base, weights_sha256=source, profiles=profiles
+        )
         self.run.facts["evaluation"] = _evaluations(self.new, self.old)
         shutil.rmtree(self.run.folder / "fp32")  # only what ships is kept
 
-    def _scored(self, folder: Any, manifest: ReleaseManifest) -> tuple[Evaluation, Evaluation]:
-        """A release on the target and the base holdout."""
-        with detector(folder, manifest) as engine:
-            return (
-                evaluate(engine, self.target, manifest.thresholds, manifest.release),
-                evaluate(engine, self.base, manifest.thresholds, manifest.release),
-            )
+    def _parity(self) -> tuple[Parity, ...]:
+        """The exported network against the checkpoint; what quantising it costs is judged on the whole target holdout."""
+        folder = self.run.folder / "fp32"
+        report = image_parity(
+            self.run.folder / "model.pt", folder, candidate_manifest(self.job, folder), golden_images(self.calibration),
+            "fp32",
+        )  # fmt: skip
+        self.run.facts["parity"] = report.to_dict()
+        return report.rows
+
+    def _profiles(self) -> list[Profile]:
+        return [read_profile(name, self.settings.kind) for name in self.settings.profiles]
 
     def judge(self) -> Verdict:
         settings, seen = self.settings, [*self.trained_on, *self.sets.calibration]
+        judging = [*self.target, *self.base]
+        again = near_duplicates([*self.sets.target, *self.sets.base], seen)
         holdout = Holdout(
+            near_duplicates=frozenset(
+                image_sha256(item.image) for item, known in zip(judging, again, strict=True) if known
+            ),
             target=frozenset(image_sha256(item.image) for item in self.target),
             base=frozenset(image_sha256(item.image) for item in self.base),
             training=frozenset(image_sha256(item.decode(settings.labels).image) for item in seen),
         )
-        return judge(self.new, self.old, holdout, settings.gate_rules(), np.random.default_rng(settings.seed))
+        targets = [profile.target for profile in self._profiles()]
+        chance = np.random.default_rng(settings.seed)
+        return judge(self.new, self.old, holdout, settings.gate_rules(), chance, targets)
 
     def summary(self) -> dict[str, Any]:
         """F1 on the holdouts, after and before."""
-        new, old = self.new, self.old
-        assert new.target is not None and old.target is not None
-        assert new.base is not None and old.base is not None
         selected = self.sets.selected
+        found = {
+            "accuracy": self.new.target, "accuracy_before": self.old.target,
+            "accuracy_clean": self.new.base, "accuracy_clean_before": self.old.base,
+        }  # fmt: skip
         return {
-            "accuracy": round(new.target.f1, 4),
-            "accuracy_before": round(old.target.f1, 4),
-            "accuracy_clean": round(new.base.f1, 4),
-            "accuracy_clean_before": round(old.base.f1, 4),
+            **{name: round(each.f1, 4) for name, each in found.items() if each is not None},
             "samples_used": len(selected.training) + len(selected.calibration),
         }
 
@@ -254,7 +269,8 @@ class Detection:
                 "weights_sha256": new.weights_sha256,
             },
             # The same weights on the target holdout, in float32 and as they ship.
-            "export": {"precision": "int8", "map50_float32": new.export_before, "map50": new.export_after},
+            "export": {"precision": "int8", "quality_float32": new.export_before, "quality": new.export_after},
+            PARITY_KEY: [self.run.facts["parity"]],
         }
 
 
