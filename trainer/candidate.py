@@ -11,6 +11,7 @@ import numpy as np
 
 from edged.engines.base import Detector, EngineOptions, Image, open_engine
 from edged.wire.manifest import Calibration, ReleaseManifest
+from trainer.core.parity import Exported
 from trainer.evaluate import Labelled
 from trainer.files import write_whole
 from trainer.golden import write_detect_golden
@@ -70,12 +71,14 @@ def export_int8(
     *,
     imgsz: int,
     seed: int,
-) -> None:
+) -> Exported:
     """Export `checkpoint` to `model.onnx` in the folder `single` (float32) and in the folder `out` (int8, takes uint8).
 
-    `manifest` describes a folder with a `model.onnx`; `calibration` shows the activations' ranges. Raises EngineError.
+    `manifest` describes a folder with a `model.onnx`; `calibration` shows the activations' ranges. What is returned says
+    how far both files are off, on what will be the golden images. Raises EngineError, ValueError without an image.
     """
     from trainer.export.onnx import export_onnx
+    from trainer.export.parity import image_parity
     from trainer.export.quantize import quantize_static_int8
     from trainer.export.uint8 import take_uint8
 
@@ -85,6 +88,12 @@ def export_int8(
     with detector(single, manifest(single)) as engine:
         inputs = [engine.prepare(calibration[index].image).tensor[None] for index in order]
     take_uint8(quantize_static_int8(single / MODEL_FILE, out / MODEL_FILE, inputs), out / MODEL_FILE)
+    golden = golden_images(calibration)
+    reports = [
+        image_parity(checkpoint, folder, manifest(folder), golden, precision)
+        for folder, precision in ((single, "fp32"), (out, "int8"))
+    ]
+    return Exported({"model": MODEL_FILE}, tuple(reports))
 
 
 def golden_images(calibration: Sequence[Labelled]) -> list[Image]:

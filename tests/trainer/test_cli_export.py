@@ -120,6 +120,9 @@ def test_mistakes_are_named_with_the_fix(images: Path, phi: Path, tmp_path: Path
         (phi, ("--format", "gguf", "--precision", "Q9_9"), "'Q9_9': no tolerances are stated for it; known:"),
         (phi, ("--format", "gguf", "--golden", str(tmp_path / "empty")), "empty: no texts are in it"),
     ]
+    shutil.copytree(phi, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((phi / "model.safetensors").read_bytes()[:1000])
+    cases.append((tmp_path / "cut", ("--format", "gguf"), "cut: not a whole checkpoint"))
     for given, options, message in cases:
         done = export(given, out, *options)
         assert done.exit_code == 1

@@ -15,6 +15,7 @@ from edged.engines.base import EngineOptions, open_engine
 from edged.wire.manifest import Thresholds
 from tests.support.checkpoints import SIZE, checkpoint
 from tests.support.exports import IOU, SCORE, pictures
+from trainer.candidate import export_int8
 from trainer.core.parity import PARITY_KEY, Exported, ParityFailed
 from trainer.evaluate import Labelled
 from trainer.export.gguf_architectures import ExportError
@@ -166,3 +167,15 @@ def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
             calibration=labelled("classify"),
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_the_export_of_a_training_tells_its_parity(tmp_path: Path) -> None:
+    model = vision_model(checkpoint(NETWORKS["detect"]))
+    made = export_int8(
+        checkpoint(NETWORKS["detect"]), tmp_path / "fp32", tmp_path / "candidate",
+        lambda folder: vision_manifest(folder, "x@1", model.kind, labels=LABELS, imgsz=SIZE, thresholds=THRESHOLDS),
+        labelled("detect"), imgsz=SIZE, seed=0,
+    )  # fmt: skip
+    assert [report["format"] for report in made.lineage()] == ["fp32", "int8"]
+    assert made.parity[0].passed
+    assert all(row.value == row.value for row in made.parity[1].rows)  # everything could be compared

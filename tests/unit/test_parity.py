@@ -73,7 +73,10 @@ def test_boxes_that_are_the_same_are_not_off() -> None:
 CHANGED: dict[str, tuple[Answer, str]] = {
     "lost": (answer(BOXES[:2], (0.9, 0.8), (0, 1)), "boxes_changed"),
     "other class": (answer(kinds=(0, 1, 1)), "boxes_changed"),
-    "new": (answer(np.vstack([BOXES, [[60, 60, 90, 90]]]), (0.9, 0.8, 0.7, 0.6), (0, 1, 2, 2)), "boxes_changed"),
+    "new": (
+        answer(np.vstack([BOXES, [[60, 60, 90, 90], [5, 5, 9, 9]]]), (0.9, 0.8, 0.7, 0.6, 0.6), (0, 1, 2, 2, 2)),
+        "boxes_changed",
+    ),
     "moved": (answer(BOXES + np.array([8, 0, 8, 0], np.float32)), "iou_off"),
     "less sure": (answer(scores=(0.7, 0.6, 0.5)), "score_off"),
     "nothing": (answer(np.empty((0, 4)), (), ()), "boxes_changed"),

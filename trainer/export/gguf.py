@@ -105,7 +105,8 @@ def quantize_gguf(source: Path, out: Path, kind: str = "Q8_0") -> Path:
 def unsuitable(source: Path, kind: str) -> str:
     """What of the f16 or f32 GGUF `source` does not become `kind`, because its rows are no whole blocks of it; llama.cpp
     stores that with more bits. Empty when all of it does."""
-    block = 256 if kind.endswith(("_K", "_K_S", "_K_M", "_K_L")) or kind.startswith(("IQ", "TQ")) else 32
+    small = kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")  # the others are kinds of blocks of 256
+    block = 32 if small else 256
     matrices = [tensor for tensor in gguf.GGUFReader(source).tensors if sum(int(n) > 1 for n in tensor.shape) > 1]
     odd = [tensor for tensor in matrices if int(tensor.shape[0]) % block]
     if not odd:

@@ -35,7 +35,7 @@ from edged.engines.ort import Session
 from trainer.core.parity import TEXT_TOLERANCES, ParityReport, compare_logits, rows_of
 from trainer.export.gguf import read_json
 from trainer.export.gguf_architectures import ExportError
-from trainer.export.parity import GOLDEN_TEXTS
+from trainer.export.parity import GOLDEN_TEXTS, load_checkpoint
 from trainer.export.quantize import convert_fp16
 from trainer.files import write_whole
 from trainer.releases import build_manifest
@@ -97,22 +97,10 @@ def export_phi_as(
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:
     """The checkpoint in float32, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except Exception as error:  # transformers, safetensors and tokenizers each have their own
-        raise ExportError(f"{checkpoint}: not a whole checkpoint ({error}); save it with save_pretrained()") from error
-    if report["missing_keys"]:
-        lost = ", ".join(sorted(report["missing_keys"])[:5])
-        raise ExportError(f"{checkpoint}: lacks weights, among them {lost}; save it with save_pretrained()")
+    model, tokenizer = load_checkpoint(checkpoint)
     if not tokenizer.is_fast:
         raise ExportError(f"{checkpoint}: its tokenizer has no tokenizer.json; save it with a fast tokenizer class")
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _describe(checkpoint: Path, model: Any, tokenizer: Any) -> dict[str, Any]:

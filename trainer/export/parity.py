@@ -32,6 +32,7 @@ from trainer.core.parity import (
     rows_of,
     text_tolerances,
 )
+from trainer.export.gguf_architectures import ExportError
 
 TOKENS_MAX = 256  # of one text: enough to see a wrong rotation, and logits of a large vocabulary stay below 256 MB
 TEXTS_MAX = 16
@@ -59,24 +60,40 @@ class TextReference:
     adapted: tuple[NDArray[np.float32], ...] = ()
 
 
+def load_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
+    """A Hugging Face folder in float32, and its tokenizer; raises ExportError for one that is not whole."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    except Exception as error:  # transformers, safetensors and tokenizers each have their own
+        raise ExportError(f"{checkpoint}: not a whole checkpoint ({error}); save it with save_pretrained()") from error
+    if report["missing_keys"]:
+        lost = ", ".join(sorted(report["missing_keys"])[:5])
+        raise ExportError(f"{checkpoint}: lacks weights, among them {lost}; save it with save_pretrained()")
+    return model.eval(), tokenizer
+
+
 def text_reference(
     checkpoint: Path, texts: Sequence[str] = GOLDEN_TEXTS, *, adapter: Path | None = None, context: int = TOKENS_MAX
 ) -> TextReference:
     """Run the Hugging Face checkpoint (and the PEFT `adapter` on it) on `texts`, each cut to `context` tokens.
 
-    Raises ValueError without a text that has a token; transformers' own errors for a checkpoint that does not load.
+    Raises ExportError for a checkpoint or an adapter that is not whole, ValueError for a text without tokens.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    words = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
+    model, words = load_checkpoint(checkpoint)
     limit = min(context, TOKENS_MAX, int(model.config.max_position_embeddings))
     tokens = tuple(tuple(words(text)["input_ids"][:limit]) for text in texts[:TEXTS_MAX])
     if not tokens or not all(tokens):
         raise ValueError("a golden text has no tokens; give texts that are not empty")
-    model = model.to(device).eval()
+    model = model.to(device)
 
     def run() -> tuple[NDArray[np.float32], ...]:
         with torch.no_grad():
@@ -90,7 +107,10 @@ def text_reference(
         return TextReference(tuple(texts[:TEXTS_MAX]), tokens, logits)
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    try:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    except Exception as error:  # peft, safetensors and torch each have their own
+        raise ExportError(f"{adapter}: not a whole adapter for {checkpoint} ({error}); save it again") from error
     return TextReference(tuple(texts[:TEXTS_MAX]), tokens, logits, run())
 
 
