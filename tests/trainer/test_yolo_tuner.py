@@ -317,6 +317,7 @@ def test_too_little_memory_halves_the_batch_and_keeps_the_step(
     finally:
         hook.remove()
     assert tuned.facts["batch"] == {"asked": 12, "at_once": 6, "accumulated": 2}
+    assert tuned.facts["steps"] == 3 * 24 / 12  # as many as if the memory had sufficed
     assert "out of memory with 12 images at once: 6 now" in caplog.text
     assert tuned.facts["resumed_at_epoch"] == (epoch - 1 or None)
     assert [row["epoch"] for row in tuned.history] == [1, 2, 3]
