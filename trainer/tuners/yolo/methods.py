@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from trainer.tuners.settings import LoraSettings, SettingsError
@@ -36,6 +34,8 @@ def copy_class_rows(model: nn.Module, base: nn.Module, labels: dict[int, str]) -
 
 def inject(model: nn.Module, lora: LoraSettings, fresh: set[str]) -> None:
     """Wrap the layers that LoRA adapts; a layer that begins anew needs no adapter, it trains whole."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, and only LoRA needs it
+
     keys = lora.model_dump(exclude={"target_modules"})
     targets = [name for name in _targets(model, lora.target_modules) if name not in fresh]
     inject_adapter_in_model(LoraConfig(target_modules=targets, **keys), model)
@@ -73,6 +73,8 @@ def still_norms(model: nn.Module, method: Method) -> list[nn.Module]:
 
 def merge(model: nn.Module) -> None:
     """Add every LoRA product to its base layer's weights and put the base layer back in its place."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, layer in adapted:
         layer.merge()
@@ -111,6 +113,8 @@ def _targets(model: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
 
 def _freeze_all_but_lora(model: nn.Module, lora: LoraSettings) -> None:
     """Leave LoRA's matrices, batch norm and the biases that `lora.bias` names to learn."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(True)

@@ -286,6 +286,7 @@ def _finish(loop: Any, out: Path, files: Files, asked: int) -> Tuned:
         "device": str(loop.device),
         "processes": run.place.count,
         "epochs": epochs,
+        "steps": loop.ema.updates,  # of the optimizer
         "stopped_early": epochs < settings.epochs,
         "best_epoch": best_epoch,
         "resumed_at_epoch": loop.resumed_at or None,
