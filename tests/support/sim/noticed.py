@@ -61,6 +61,9 @@ NOT_SIMULATED = {
         "a person's command, repeated by hand: keys whose folder is gone have signed nothing that anybody has"
     ),
     "trainer/export/gguf.py:written_beside:os.fsync": "a step of a training, which begins anew after a power cut",
+    "trainer/formats/base.py:whole_folder:sync_folder(made)": "an export, which is made again after a power cut",
+    "trainer/formats/base.py:whole_folder:sync_folder(beside)": "the same",
+    "trainer/formats/base.py:whole_folder:sync_folder(folder.parent)": "the same",
     "trainer/server.py:Server._receive:os.fsync": "a device hands the pixels over again until its claim is confirmed",
     "trainer/server.py:Server._receive:run_in_threadpool(sync_folder, self._samples)": "the same",
 }
