@@ -14,7 +14,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State
 from trainer.core.rollout import Outcome, Window
-from trainer.database import commands, desired, devices, events, opinions, parts, put, samples, seen, windows
+from trainer.database import commands, desired, devices, events, opinions, parts, pulls, put, samples, seen, windows
 
 SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
@@ -145,6 +145,7 @@ def prune(connection: Connection, now: float) -> None:
     # What ends a claim is sent until it is heard, however long the device is away: else its samples stay claimed.
     given_up = [row.id for row in connection.execute(old) if row.body.get("action") not in ("release", "used")]
     connection.execute(update(commands).where(commands.c.id.in_(given_up)).values(state="expired"))
+    connection.execute(delete(pulls).where(pulls.c.state == "done", pulls.c.created < now - COMMAND_S_MAX))
     newest = select(events.c.id).order_by(events.c.ts.desc()).limit(EVENTS_MAX)
     connection.execute(delete(events).where(events.c.id.notin_(newest)))
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.labels import canonical, check, names
-from trainer.files import write_whole
-from trainer.formats.base import IMAGES, FormatError, Problem, read_json, size_of, suffix, whole_folder
+from trainer.formats.base import IMAGES, FormatError, Problem, put, read_json, size_of, suffix, whole_folder
 from trainer.formats.labelstudio import Judged, configuration, judged
 from trainer.formats.labelstudio import task as studio_task
 from trainer.pool import Pool, PoolError, Record, Wanted, said_by
@@ -69,7 +68,7 @@ def write_review(
             name = "" if record.task == "text" else f"{record.id}{suffix(data)}"
             shown = {"text": data.decode("utf-8", "replace")} if not name else {"image": image_url + name}
             if name:
-                write_whole(beside / IMAGES / name, data)
+                put(beside / IMAGES / name, data)
             size = (size_of(data) or (1, 1)) if name else (1, 1)
             label = json.dumps(list(record.label), ensure_ascii=False)
             values = (record.id, name or shown["text"], record.task, record.who, record.confidence, label, "")
@@ -77,9 +76,9 @@ def write_review(
             safe = [f"'{each}" if isinstance(each, str) and each.startswith(FORMULAS) else each for each in values]
             rows.writerow(dict(zip(COLUMNS, safe, strict=True)))
             studio.append(studio_task(record.id, record.task, shown, record.label, size, record.who, record.confidence))
-        write_whole(beside / CSV, text.getvalue().encode("utf-8"))
-        write_whole(beside / STUDIO_TASKS, json.dumps(studio).encode())
-        write_whole(beside / STUDIO, configuration(records[0].task, known).encode())
+        put(beside / CSV, text.getvalue().encode("utf-8"))
+        put(beside / STUDIO_TASKS, json.dumps(studio).encode())
+        put(beside / STUDIO, configuration(records[0].task, known).encode())
     return len(records)
 
 

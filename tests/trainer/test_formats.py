@@ -432,7 +432,7 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
-        monkeypatch.setattr("trainer.formats.yolo.write_whole", full)
+        monkeypatch.setattr("trainer.formats.yolo.put", full)
         with pytest.raises(OSError, match="No space"):
             export_all(pool, Wanted(model="eye"), "yolo", folder / "out", [])
         assert sorted(path.name for path in folder.iterdir() if "sqlite" not in path.name) == ["pool"]

@@ -98,6 +98,16 @@ def test_what_arrives_is_kept_with_its_label_and_the_samples_are_free_again(worl
     assert world.pool.read(record.sha256) == png(1)
 
 
+def test_old_pulls_are_forgotten_open_ones_are_not(world: World) -> None:
+    world.collect.start([world.sample(0)], 60)
+    world.collect.start([world.sample(1)], 60)
+    world.upload(png(0))
+    world.collect.tick()
+    with world.host.database.write() as connection:
+        fleet.prune(connection, world.host.now() + 30 * 86400)
+        assert [row.state for row in connection.execute(select(pulls))] == ["open"]
+
+
 def test_what_cannot_come_is_said_at_once_or_in_time(world: World) -> None:
     with_job, other = world.sample(0), world.sample(1, state="unresolved")
     with world.host.database.write() as connection:

@@ -133,6 +133,12 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path}: no JSON: {error}") from None
 
 
+def put(path: Path, data: bytes) -> None:
+    """Write a file of a `whole_folder`, which makes it durable at its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` when all is written; raises FormatError when that is taken."""
@@ -144,8 +150,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for made in (path for path in beside.rglob("*") if path.is_dir()):
-            sync_folder(made)
+        for made in beside.rglob("*"):
+            sync_folder(made)  # files too: once, when all are written
         sync_folder(beside)
         if folder.exists():
             folder.rmdir()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer.core.labels import Row, Task, area, names
-from trainer.files import write_whole
 from trainer.formats.base import (
     IMAGES,
     SIZE_SLACK_PX,
@@ -24,6 +23,7 @@ from trainer.formats.base import (
     Reading,
     examine,
     mark,
+    put,
     read_inside,
     read_json,
     size_of,
@@ -242,7 +242,7 @@ def write(folder: Path, examples: Iterable[Example], labels: Iterable[str] = ())
                 problems.append(Problem("not_expressible", example.place, f"COCO cannot hold a {example.task} label"))
                 continue
             name = f"{example.sha256}{suffix(example.data)}"
-            write_whole(beside / IMAGES / name, example.data)
+            put(beside / IMAGES / name, example.data)
             image = len(images) + 1
             images.append(_image_row(image, name, size, example))
             for label in sorted(names(example.label)):
@@ -256,7 +256,7 @@ def write(folder: Path, examples: Iterable[Example], labels: Iterable[str] = ())
             "annotations": annotations,
             "categories": [{"id": number, "name": name, "supercategory": ""} for name, number in categories.items()],
         }
-        write_whole(beside / "annotations" / "instances.json", json.dumps(value).encode())
+        put(beside / "annotations" / "instances.json", json.dumps(value).encode())
     return problems
 
 

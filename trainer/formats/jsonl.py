@@ -18,7 +18,6 @@ from typing import Any
 
 from trainer.core.labels import IMAGE_TASKS, Row, Task
 from trainer.core.labels import TASKS as ALL_TASKS
-from trainer.files import write_whole
 from trainer.formats.base import (
     IMAGES,
     Example,
@@ -27,6 +26,7 @@ from trainer.formats.base import (
     Reading,
     examine,
     mark,
+    put,
     read_inside,
     suffix,
     whole_folder,
@@ -150,10 +150,10 @@ def write(folder: Path, examples: Iterable[Example], labels: Iterable[str] = ())
         lines = []
         for example in examples:
             if example.task != "text":
-                write_whole(beside / IMAGES / _name(example), example.data)
+                put(beside / IMAGES / _name(example), example.data)
             # ASCII only: a line separator of Unicode in a name would end the line for some readers.
             lines.append(json.dumps(_row(example)) + "\n")
-        write_whole(beside / LABELS, "".join(lines).encode())
+        put(beside / LABELS, "".join(lines).encode())
     return []
 
 

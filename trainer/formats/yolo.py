@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from trainer.core.labels import Row, Task, names
-from trainer.files import make_folder, write_whole
 from trainer.formats.base import (
     IMAGES,
     SUFFIXES,
@@ -26,6 +25,7 @@ from trainer.formats.base import (
     Problem,
     Reading,
     examine,
+    put,
     share_of,
     size_of,
     suffix,
@@ -239,11 +239,11 @@ def write(folder: Path, examples: Iterable[Example], labels: Iterable[str], *, v
             if example.task == "classify":
                 _write_class(beside, split, name, example, problems)
                 continue
-            write_whole(beside / IMAGES / split / name, example.data)
+            put(beside / IMAGES / split / name, example.data)
             for label in sorted(names(example.label)):
                 classes.setdefault(label, len(classes))
             text = "".join(_line(row, classes, size, example.place, problems) for row in example.label)
-            write_whole(beside / LABELS / split / f"{example.sha256}.txt", text.encode())
+            put(beside / LABELS / split / f"{example.sha256}.txt", text.encode())
         if tasks == {"classify"}:
             _same_folders(beside)
         else:
@@ -271,7 +271,7 @@ def _write_class(folder: Path, split: str, name: str, example: Example, problems
     if label in (".", "..") or "/" in label or "\0" in label or len(label.encode()) > 255:
         problems.append(Problem("not_expressible", example.place, f"class {label!r} cannot be a folder's name"))
         return
-    write_whole(folder / split / label / name, example.data)
+    put(folder / split / label / name, example.data)
 
 
 def _same_folders(folder: Path) -> None:
@@ -279,7 +279,7 @@ def _same_folders(folder: Path) -> None:
     found = {each.name for split in SPLITS for each in (folder / split).glob("*") if each.is_dir()}
     for split in ("train", "val"):
         for name in found:
-            make_folder(folder / split / name)
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
 
 
 def _write_yaml(folder: Path, classes: dict[str, int]) -> None:
@@ -293,4 +293,4 @@ def _write_yaml(folder: Path, classes: dict[str, int]) -> None:
         "val": here.get("val", only),
         "names": {number: name for name, number in classes.items()},
     }
-    write_whole(folder / YAML, yaml.safe_dump(value, allow_unicode=True, sort_keys=False).encode())
+    put(folder / YAML, yaml.safe_dump(value, allow_unicode=True, sort_keys=False).encode())

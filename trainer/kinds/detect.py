@@ -14,11 +14,11 @@ import numpy as np
 from edged.core.confidence import accept_threshold
 from edged.wire.manifest import Calibration, ReleaseManifest
 from trainer import calibrate
-from trainer.candidate import candidate_manifest, complete_candidate, detector, export_int8, golden_images
+from trainer.candidate import candidate_manifest, complete_candidate, detector, export_int8
 from trainer.config import Model
 from trainer.core.evaluation import Evaluation
-from trainer.core.gate import Evidence, Holdout, Parity, Verdict, judge
-from trainer.core.parity import PARITY_KEY
+from trainer.core.gate import Evidence, Holdout, Verdict, judge
+from trainer.core.parity import PARITY_KEY, Exported
 from trainer.datasets import (
     Apart,
     DatasetError,
@@ -31,7 +31,6 @@ from trainer.datasets import (
 )
 from trainer.evaluate import Labelled, calibration_items, evaluate_release, image_sha256, observe
 from trainer.evidence import gather
-from trainer.export.parity import image_parity
 from trainer.footprint import Profile, read_profile
 from trainer.holdout import check_frozen, near_duplicates, remember
 from trainer.jobfile import TrainJob, bring_samples
@@ -64,6 +63,7 @@ class Detection:
     sets: Sets
     trained_on: list[LabelledImage]
     calibration: list[Labelled]  # decoded, without what was trained on
+    exported: Exported
     manifest: ReleaseManifest  # of the candidate, calibrated
     ece: float | None  # expected calibration error on items not fitted
     target: list[Labelled]
@@ -151,7 +151,7 @@ class Detection:
 
     def export(self) -> None:
         self.calibration = untrained(self.sets.calibration, self.trained_on, self.settings)
-        export_int8(
+        self.exported = export_int8(
             self.run.folder / "model.pt",
             self.run.folder / "fp32",
             self.run.candidate,
@@ -196,7 +196,8 @@ class Detection:
         trained, source = weights_sha256(self.run.folder / "model.pt"), weights_sha256(self.checkpoint)
         self.new = gather(
             self.run.candidate, manifest, self.target, self.base, weights_sha256=trained, calibration_ece=self.ece,
-            export_before=before, parity=self._parity(), profiles=profiles,
+            export_before=before, profiles=profiles,
+            parity=[row for report in self.exported.parity for row in report.rows],
         )  # fmt: skip
         self.run.progress("evaluate", what="the current release")
         self.old = gather(
@@ -204,16 +205,6 @@ class Detection:
         )
         self.run.facts["evaluation"] = _evaluations(self.new, self.old)
         shutil.rmtree(self.run.folder / "fp32")  # only what ships is kept
-
-    def _parity(self) -> tuple[Parity, ...]:
-        """The exported network against the checkpoint; what quantising it costs is judged on the whole target holdout."""
-        folder = self.run.folder / "fp32"
-        report = image_parity(
-            self.run.folder / "model.pt", folder, candidate_manifest(self.job, folder), golden_images(self.calibration),
-            "fp32",
-        )  # fmt: skip
-        self.run.facts["parity"] = report.to_dict()
-        return report.rows
 
     def _profiles(self) -> list[Profile]:
         return [read_profile(name, self.settings.kind) for name in self.settings.profiles]
@@ -270,7 +261,7 @@ class Detection:
             },
             # The same weights on the target holdout, in float32 and as they ship.
             "export": {"precision": "int8", "quality_float32": new.export_before, "quality": new.export_after},
-            PARITY_KEY: [self.run.facts["parity"]],
+            PARITY_KEY: self.exported.lineage(),
         }
 
 
