@@ -83,3 +83,41 @@ def test_the_same_pixels_in_another_file_do_not_calibrate(tmp_path: Path) -> Non
     assert trained.sha256 != again.sha256
     left = untrained([again, image(8)], [trained], settings)
     assert [item.image[0, 0, 0] for item in left] == [8]
+
+
+def scene(number: int, dim: float = 1.0) -> LabelledImage:
+    """A picture of blocks, drawn by its number; `dim` changes its light only."""
+    blocks = np.random.default_rng(number).uniform(0, 255, (6, 6, 3))
+    data = cv2.imencode(".png", (np.kron(blocks, np.ones((8, 8, 1))) * dim).astype(np.uint8))[1].tobytes()
+    return LabelledImage(sha256(data).hexdigest(), data, BOXES, {"kind": "person", "who": "annotator"})
+
+
+def test_what_looks_like_a_judge_is_in_no_other_set(tmp_path: Path) -> None:
+    """The camera took it twice, or somebody saved it again: other bytes, the same picture."""
+    samples = [scene(1, 0.8), scene(2, 0.8), *(scene(number) for number in range(40, 60))]
+    sets = _read_sets(
+        *job(
+            tmp_path, samples, holdout=[scene(1)], holdout_clean=[scene(2)],
+            calibration=[scene(1, 0.7), scene(3)], replay=[scene(number) for number in range(100, 110)],
+        )
+    )  # fmt: skip
+    assert sets.selected.left_out["near_holdout"] == 2
+    assert scene(1, 0.7).sha256 not in hashes(sets.calibration)
+    assert scene(3).sha256 in hashes(sets.calibration)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (LabelledImage(scene(1).sha256, scene(1).data, BOXES), "no_provenance"),
+        (
+            LabelledImage(scene(1).sha256, scene(1).data, BOXES, {"kind": "model", "who": "d1", "release": "eye@1.0"}),
+            "own_prediction",
+        ),
+        (scene(30, 0.9), "near_training"),  # the base has learned it
+    ],
+)
+def test_a_holdout_that_may_not_judge_stops_the_job(tmp_path: Path, bad: LabelledImage, reason: str) -> None:
+    task = job(tmp_path, [scene(50)], holdout=[scene(2), bad], replay=[scene(30)])
+    with pytest.raises(DatasetError, match=rf"holdout eye\.target: 1 of 2 images.*{bad.sha256[:12]}: {reason}"):
+        _read_sets(*task)
