@@ -100,8 +100,8 @@ def test_two_processes_train_what_one_trains(base: Path, tmp_path: Path, name: s
     assert two["facts"]["batch"] == {"step": 8, "at_once": 4, "passes": 1}
     assert two["history"][-1]["loss"] < two["history"][0]["loss"]
     moved = max(float(tensor.abs().max()) for key, tensor in weights(tmp_path / "one").items() if "lora_B" in key)
-    # Sums in another order, and nothing else; AdamW makes much of little where a gradient is nearly none.
-    assert furthest(tmp_path / "one", tmp_path / "two") < 0.02 * moved
+    # Sums in another order, and nothing else.
+    assert furthest(tmp_path / "one", tmp_path / "two") < 1e-3 * moved
     assert [a["loss"] for a in one.history] == pytest.approx([b["loss"] for b in two["history"]], abs=2e-3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "one.json", "two", "two.json"]
 
@@ -210,7 +210,7 @@ def same_but_for_rounding(tmp_path: Path, starved: dict[str, Any], whole: Tuned)
         [row["loss"] for row in starved["history"]], abs=1e-3
     )
     moved = max(float(tensor.abs().max()) for key, tensor in weights(tmp_path / "whole").items() if "lora_B" in key)
-    assert furthest(tmp_path / "starved", tmp_path / "whole") < 0.02 * moved
+    assert furthest(tmp_path / "starved", tmp_path / "whole") < 1e-3 * moved
 
 
 def test_a_memory_without_room_for_one_example_is_an_error_with_the_fix(
