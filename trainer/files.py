@@ -31,6 +31,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make everything in `folder` durable: files, and the names of all of them."""
+    for path in folder.rglob("*"):
+        sync_folder(path)  # a file as well
+    sync_folder(folder)
+
+
 def make_folder(folder: Path, mode: int = 0o777) -> None:
     """`folder` and what is missing above it, durably: what is put there is not lost with its name."""
     made = [path for path in (folder, *folder.parents) if not path.is_dir()]

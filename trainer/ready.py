@@ -3,7 +3,6 @@ whatever came of it, never calls for another, and one that is under way is not b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from trainer.config import Model, TrainerConfig
 from trainer.core.rollout import Phase
 from trainer.core.triggers import Fire, TriggerRules, Wait, decide
 from trainer.database import Database, jobs, rollouts
-from trainer.files import make_folder
+from trainer.files import write_whole
 from trainer.fleet import training_counts
 from trainer.jobfile import JobError, TrainJob, needed
 from trainer.locks import Held, held, is_held
 
 OPEN = ("claiming", "training", "deploying")  # statuses of a job that has not ended
-_DIGEST = 64  # hexadecimal digits of a SHA-256
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,23 +115,15 @@ def at_work(config: TrainerConfig, model: str) -> Iterator[None]:
 
 def mark_used(config: TrainerConfig, model: str, samples: Iterable[str]) -> None:
     """Remember that a training of `model` has had these samples (SHA-256)."""
-    path = _used_path(config, model)
-    make_folder(path.parent)
-    fresh = sorted(set(samples) - _used(config, model))
-    # Behind a line that was cut off by a crash: a half digest is nobody's.
-    text = "\n" + "".join(f"{digest}\n" for digest in fresh)
-    with path.open("ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    digests = sorted(set(samples) | _used(config, model))
+    write_whole(_used_path(config, model), "".join(f"{digest}\n" for digest in digests).encode())
 
 
 def _used(config: TrainerConfig, model: str) -> set[str]:
     try:
-        lines = _used_path(config, model).read_text().split()
+        return set(_used_path(config, model).read_text().split())
     except FileNotFoundError:
         return set()
-    return {line for line in lines if len(line) == _DIGEST}
 
 
 def _used_path(config: TrainerConfig, model: str) -> Path:

@@ -20,7 +20,15 @@ from tests.support.sim.noticed import NOT_SIMULATED, NOTICED
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
-SEEDS = {"updates": 500, "samples": 500, "rollouts": 60, "repairs": 1000, "ceremonies": 40, "commands": 300}
+SEEDS = {
+    "updates": 500,
+    "samples": 500,
+    "rollouts": 60,
+    "repairs": 1000,
+    "ceremonies": 40,
+    "commands": 300,
+    "folders": 200,
+}
 TIMES = int(os.environ.get("SIM_SEEDS", "1"))
 
 

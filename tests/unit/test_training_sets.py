@@ -95,7 +95,7 @@ def scene(number: int, dim: float = 1.0) -> LabelledImage:
 def test_what_looks_like_a_judge_is_in_no_other_set(tmp_path: Path) -> None:
     """The camera took it twice, or somebody saved it again: other bytes, the same picture."""
     samples = [scene(1, 0.8), scene(2, 0.8), *(scene(number) for number in range(40, 60))]
-    sets = _read_sets(
+    sets = read_sets(
         *job(
             tmp_path, samples, holdout=[scene(1)], holdout_clean=[scene(2)],
             calibration=[scene(1, 0.7), scene(3)], replay=[scene(number) for number in range(100, 110)],
@@ -120,4 +120,4 @@ def test_what_looks_like_a_judge_is_in_no_other_set(tmp_path: Path) -> None:
 def test_a_holdout_that_may_not_judge_stops_the_job(tmp_path: Path, bad: LabelledImage, reason: str) -> None:
     task = job(tmp_path, [scene(50)], holdout=[scene(2), bad], replay=[scene(30)])
     with pytest.raises(DatasetError, match=rf"holdout eye\.target: 1 of 2 images.*{bad.sha256[:12]}: {reason}"):
-        _read_sets(*task)
+        read_sets(*task)

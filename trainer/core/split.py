@@ -3,8 +3,8 @@
 A side follows from a sample alone, never from what else there is, so more data moves nothing. Time is cut into blocks of
 `block_s`; all that a device takes in one block falls on one side, because frames that follow each other show the same
 thing. Where two blocks with different sides meet, what was taken within `guard_s` of the border falls on neither, so that
-two samples of one device on different sides are at least twice `guard_s` apart (the embargo of M. Lopez de Prado, "Advances in
-financial machine learning", 2018, section 7.4).
+two samples of one device on different sides are at least twice `guard_s` apart (the embargo of M. Lopez de Prado,
+"Advances in financial machine learning", 2018, section 7.4).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from trainer.core.labels import IMAGE_TASKS, Row, Task, canonical, check
-from trainer.files import make_folder, sync_folder
+from trainer.files import make_folder, sync_folder, sync_tree
 
 IMAGES = "images"
 _KINDS = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"))
@@ -150,9 +150,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-        for made in beside.rglob("*"):
-            sync_folder(made)  # files too: once, when all are written
-        sync_folder(beside)
+        sync_tree(beside)  # once, when all are written
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -285,7 +284,4 @@ def _save(model: Any, out: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(model, beside)
-    for file in beside.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
     replace_folder(beside, out)

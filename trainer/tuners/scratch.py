@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from trainer.files import make_folder, sha256_of, sync_folder, write_json
+from trainer.files import make_folder, sha256_of, sync_folder, sync_tree, write_json
 
 log = logging.getLogger(__name__)
 
@@ -71,13 +70,8 @@ class Scratch:
 
     def complete(self, checkpoint: Path) -> None:
         """Say that every file of a checkpoint is there, after making them durable."""
+        sync_tree(checkpoint)
         files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != _COMPLETE)
-        for path in files:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
         sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
         write_json(checkpoint / _COMPLETE, sizes)
         sync_folder(checkpoint.parent)
@@ -107,10 +101,12 @@ def _whole(checkpoint: Path) -> bool:
 
 
 def replace_folder(made: Path, out: Path) -> None:
-    """Put the whole folder `made` in the place of `out`; the old one is gone only when the new one is there to be named."""
+    """Put the folder `made` in the place of `out`, on the disk; the old one is gone only when the new one is there to be
+    named."""
+    sync_tree(made)
     old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
+    if out.exists():  # else what a cut left as the old one is all there is
+        shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     made.rename(out)
     sync_folder(out.parent)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 ROOT = Path(__file__).parents[3]
-CALLED = {"sync", "sync_folder"}  # the product's own words for it
+CALLED = {"sync", "sync_folder", "sync_tree"}  # the product's own words for it
 FULL = "synchronous = FULL"  # as it is written in a PRAGMA, with or without the spaces
 
 

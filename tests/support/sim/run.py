@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SCENARIOS = ("updates", "samples", "rollouts", "repairs", "ceremonies", "commands")
+SCENARIOS = ("updates", "samples", "rollouts", "repairs", "ceremonies", "commands", "folders")
 MARK = "EDGED_SIM_RECORDER"
 
 
