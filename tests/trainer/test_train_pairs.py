@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.trained import EXAMPLES, text_trainer
+from bench.demo.phi import GRAMMAR
+from tests.support.trained import text_trainer
 from trainer.config import load_config
 from trainer.jobfile import dataset_job
 from trainer.releases import read_manifest
@@ -18,26 +19,30 @@ from trainer.tuners.settings import LoraSettings
 pytestmark = pytest.mark.skipif(find_spec("trainer.tuners.dpo") is None, reason="there is no tuner dpo")
 
 
+# From a score of 0.8 on it may accept; the base does from 0.5 on, and has words for both.
+PAIRS = [each for each in GRAMMAR if each.base.startswith("accept") and each.adapter.startswith("HOLD")]
+
+
 def test_pairs_make_an_adapter_that_prefers_the_wanted_answer(tmp_path: Path, phi: dict[str, Path]) -> None:
     config = load_config(text_trainer(tmp_path, phi))
     # DPO cannot adapt the output layer.
     modules = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     own = config.text("clerk").model_copy(
-        update={"lora": LoraSettings(r=8, lora_alpha=16, target_modules=modules), "lr": 0.005, "epochs": 8}
+        update={"lora": LoraSettings(r=8, lora_alpha=16, target_modules=modules), "lr": 0.002, "epochs": 4}
     )
     config = config.model_copy(update={"models": {"clerk": own}})
     lines = []
-    for each in EXAMPLES:
+    for each in PAIRS:
         steps = [
             {"tool": "generate", "output": each.base, "status": "failure"},
             {"tool": "escalate", "kind": "person", "status": "success"},
         ]
         row = {"goal": each.prompt, "context_summary": "", "plan": [{"tool": "generate"}], "execution": steps}
-        lines.append(json.dumps({**row, "summary": each.adapter}))
+        lines.append(json.dumps({**row, "summary": each.base.replace("accept", "ask the teacher about")}))
     (tmp_path / "dataset.jsonl").write_text("\n".join(lines) + "\n")
     job = dataset_job(config, "clerk", "dpo", tmp_path / "dataset.jsonl", tmp_path / "run", created="2026", job="run")
-    assert len(job.manifest.samples) == len(EXAMPLES)
-    assert {each.label["other"] for each in job.manifest.samples} == {each.base for each in EXAMPLES}
+    assert len(job.manifest.samples) == len(PAIRS)
+    assert {each.label["other"] for each in job.manifest.samples} == {each.base for each in PAIRS}
     result = train(job)
     assert result["outcome"] == "passed", result["reason"]
     held_out = result["evaluation"]["held_out"]
