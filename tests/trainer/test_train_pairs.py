@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
 
 from bench.demo.phi import GRAMMAR
 from tests.support.trained import text_trainer
@@ -15,9 +12,6 @@ from trainer.jobfile import dataset_job
 from trainer.releases import read_manifest
 from trainer.train import train
 from trainer.tuners.settings import LoraSettings
-
-pytestmark = pytest.mark.skipif(find_spec("trainer.tuners.dpo") is None, reason="there is no tuner dpo")
-
 
 # From a score of 0.8 on it may accept; the base does from 0.5 on, and has words for both.
 PAIRS = [each for each in GRAMMAR if each.base.startswith("accept") and each.adapter.startswith("HOLD")]

@@ -36,6 +36,7 @@ from trainer.holdout import check_frozen, near_duplicates, remember
 from trainer.jobfile import TrainJob, bring_samples
 from trainer.releases import Registry
 from trainer.run import Run
+from trainer.tuners.base import Work, tuner
 
 log = logging.getLogger(__name__)
 
@@ -123,31 +124,36 @@ class Detection:
         self._tune_lora(items)
 
     def _tune_lora(self, items: list[LabelledImage]) -> None:
-        from trainer.tuners.yolo import TrainSettings, tune_lora, write_yolo_dataset
+        from trainer.tuners.yolo import Example, YoloSettings
 
-        settings, dataset = self.settings, self.run.folder / "dataset"
-        shutil.rmtree(dataset, ignore_errors=True)
+        settings, scratch = self.settings, self.run.folder / "scratch"
         decoded = [(item, item.decode(settings.labels)) for item in items]
-        rows = [(item.sha256, each.image, each.boxes, each.classes) for item, each in decoded]
-        yaml = write_yolo_dataset(dataset, rows, settings.labels)
-        trained = tune_lora(
-            self.checkpoint,
-            yaml,
-            self.run.folder / "model.pt",
-            settings.lora,
-            TrainSettings(
+        replayed = {item.sha256 for item in self.sets.replay}
+        work = Work(
+            base=self.checkpoint,
+            data=[
+                Example(item.sha256, item.data, each.classes, boxes=each.boxes, replay=item.sha256 in replayed)
+                for item, each in decoded
+            ],
+            out=self.run.folder / "model.pt",
+            scratch=scratch,
+            settings=YoloSettings(
+                labels=tuple(settings.labels),
+                lora=settings.lora,
                 epochs=settings.epochs,
                 imgsz=settings.imgsz,
                 batch=settings.batch,
                 lr=settings.lr,
-                seed=settings.seed,
+                replay_ratio=settings.replay_ratio,
                 threads=settings.threads,
             ),
-            lambda epoch, epochs, metrics: self.run.epoch({"epoch": epoch, "epochs": epochs, **metrics}),
+            seed=settings.seed,
+            report=self.run.epoch,
         )
-        counts = {"trainable": trained.trainable, "parameters": trained.parameters}
-        self.run.facts["training"] = {**counts, **trained.metrics}
-        shutil.rmtree(dataset)  # the manifest says what was in it; the devices keep the images
+        tuned = tuner(self.job.strategy).tune(work)
+        counts = {"trainable": tuned.trainable, "parameters": tuned.parameters}
+        self.run.facts["training"] = {**counts, **tuned.facts}
+        shutil.rmtree(scratch, ignore_errors=True)
 
     def export(self) -> None:
         self.calibration = untrained(self.sets.calibration, self.trained_on, self.settings)
