@@ -67,7 +67,7 @@ class Sizes:
     seeds: int
 
 
-FULL_SIZES = Sizes(pool=1200, score=400, visits=900, chosen=(40, 80, 160), drawn=(40, 80, 160, 320), seeds=2)
+FULL_SIZES = Sizes(pool=1200, score=400, visits=2000, chosen=(40, 120), drawn=(40, 120, 360), seeds=2)
 QUICK_SIZES = Sizes(pool=400, score=120, visits=480, chosen=(30,), drawn=(30, 60), seeds=1)
 
 
