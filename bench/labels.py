@@ -45,6 +45,9 @@ MODELS, CACHE = ROOT / "build/demo-cache", ROOT / "build/bench"
 SEED = 1  # of the models, as the demo has them
 SCENES_SEED = 60_000  # of the scenes: none that the demo or its models ever drew
 SHIFTED = 0.25  # of the frames
+# The shift that the first release copes with worst (F1 0.37; 0.79 for blur): there is much to learn, so that what labels
+# bring stands out from what two trainings differ by.
+SHIFT = "invert"
 FRAME_S = 1.0  # between two frames
 POLICY = Policy(target_risk=0.1)  # as devices have it; nothing is deduplicated, because frames are drawn one by one
 BATCH, LR, RANK = 16, 0.004, 16  # as the demo trains
@@ -64,7 +67,7 @@ class Sizes:
     seeds: int
 
 
-FULL_SIZES = Sizes(pool=1200, score=300, visits=1200, chosen=(40, 80, 160), drawn=(40, 80, 160, 320), seeds=2)
+FULL_SIZES = Sizes(pool=1200, score=400, visits=2000, chosen=(40, 120), drawn=(40, 120, 360), seeds=2)
 QUICK_SIZES = Sizes(pool=400, score=120, visits=480, chosen=(30,), drawn=(30, 60), seeds=1)
 
 
@@ -185,7 +188,7 @@ def label_ratio(labels: float, f1: float, other: Sequence[tuple[float, float]]) 
 def _scenes(split: str, count: int) -> list[tuple[Scene, bool]]:
     """Scenes of the line, each with whether it is shifted."""
     shifted = round(count * SHIFTED)
-    bad = make_scenes(split, shifted, SCENES_SEED, "mix", DIGITS)
+    bad = make_scenes(split, shifted, SCENES_SEED, SHIFT, DIGITS)
     good = make_scenes(split, count - shifted, SCENES_SEED + 1, None, DIGITS)
     return [*((scene, True) for scene in bad), *((scene, False) for scene in good)]
 
