@@ -56,7 +56,7 @@ def run(
     config: Config = DEFAULT_CONFIG,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
     log_format: Annotated[
-        str | None, typer.Option("--log-format", help="auto, journald, text or json, instead of [log] format.")
+        str | None, typer.Option("--log-format", help="auto, journald, text or json, instead of log.format.")
     ] = None,
 ) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C; the item in hand is finished first, a second one ends at

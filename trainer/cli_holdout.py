@@ -18,7 +18,7 @@ holdout_app = typer.Typer(
     help="What releases are judged on: frozen before the first training, and only ever extended.", no_args_is_help=True
 )
 
-ModelName = Annotated[str, typer.Argument(help="The model, as configured under [models.NAME].", metavar="MODEL")]
+ModelName = Annotated[str, typer.Argument(help="The model, as configured under models.NAME.", metavar="MODEL")]
 Set = Annotated[str, typer.Option("--set", help="target (`holdout`), base (`holdout_clean`) or test (`holdout_test`).")]
 From = Annotated[
     Path | None,

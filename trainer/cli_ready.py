@@ -13,7 +13,7 @@ from trainer.terminal import CONFIG, EXIT_TOO_FEW, Config, Json, fail, load, sho
 
 
 def ready(
-    model: Annotated[str, typer.Argument(help="A model of the configuration: [models.NAME].")],
+    model: Annotated[str, typer.Argument(help="A model of the configuration, models.NAME.")],
     dataset: Annotated[
         Path | None, typer.Option(help="A dataset.jsonl or labelled folder here, instead of the fleet's samples.")
     ] = None,

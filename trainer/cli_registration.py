@@ -17,7 +17,7 @@ def registrations(
     state: Annotated[
         str | None, typer.Option(help="Only waiting, done, refused, gave_up, skipped or withdrawn ones.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Only this server: the name of its [[registration]].")] = None,
+    target: Annotated[str | None, typer.Option(help="Only this server: by the name of its registration.")] = None,
     retry: Annotated[str | None, typer.Option(help="name@version: tell the servers (--target: one) of it now.")] = None,
     config: Config = CONFIG,
     as_json: Json = False,

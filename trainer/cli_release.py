@@ -39,7 +39,7 @@ def release_add(
 
 @release_app.command("make")
 def release_make(
-    model: Annotated[str, typer.Argument(help="A model of the configuration: [models.NAME].")],
+    model: Annotated[str, typer.Argument(help="A model of the configuration, models.NAME.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, made anew.")],
     version: Annotated[str, typer.Option(help="The release's version.")] = "1.0",
     config: Config = CONFIG,

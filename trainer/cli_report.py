@@ -19,7 +19,7 @@ def register(samples_app: typer.Typer) -> None:
 
 
 def samples_report(
-    model: Annotated[str, typer.Argument(help="The model, as configured under [models.NAME].", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="The model, as configured under models.NAME.", metavar="MODEL")],
     source: Annotated[
         Path | None, typer.Option("--from", help="A labelled folder, instead of what the devices keep.")
     ] = None,

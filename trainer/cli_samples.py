@@ -24,7 +24,7 @@ samples_app = typer.Typer(
 PROBLEMS_SHOWN = 20
 ANY = "*"
 
-Model = Annotated[str, typer.Option(help="The model, as configured under [models.NAME].")]
+Model = Annotated[str, typer.Option(help="The model, as configured under models.NAME.")]
 Format = Annotated[str, typer.Option("--format", help="coco, yolo or jsonl.")]
 TaskOption = Annotated[str, typer.Option(help="detect, segment, classify or text. Default: what the model is for.")]
 Labels = Annotated[

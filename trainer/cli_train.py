@@ -26,7 +26,7 @@ Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trai
 
 def train(
     model: Annotated[
-        str | None, typer.Option(help="The model, as configured under [models.NAME]. Default: the only one that fits.")
+        str | None, typer.Option(help="The model, as configured under models.NAME. Default: the only one that fits.")
     ] = None,
     config: Config = CONFIG,
     strategy: Annotated[
