@@ -46,7 +46,7 @@ def release_make(
 ) -> None:
     """Make the first release of a model from its checkpoint: ONNX, int8, calibration, golden set.
 
-    Labels, size, thresholds and the calibration images come from [models.NAME]. Register it with `release add`.
+    Labels, size, thresholds and the calibration images come from models.NAME. Register it with `release add`.
     """
     from trainer.config import ConfigError
     from trainer.datasets import DatasetError, read_folder

@@ -23,6 +23,7 @@ def samples_report(
     source: Annotated[
         Path | None, typer.Option("--from", help="A labelled folder, instead of what the devices keep.")
     ] = None,
+    pool: Annotated[bool, typer.Option("--pool", help="What was imported and pulled, instead.")] = False,
     config: Config = CONFIG,
     as_json: Json = False,
 ) -> None:
@@ -30,7 +31,10 @@ def samples_report(
     from trainer import quality
     from trainer.config import ConfigError
     from trainer.datasets import DatasetError, read_folder
+    from trainer.pool import Pool, Wanted
 
+    if pool and source is not None:
+        fail(f"--pool and --from {source}: choose one")
     settings = load(config)
     try:
         own = settings.model(model)
@@ -39,6 +43,8 @@ def samples_report(
         fail(str(error))
     if source is not None:
         samples = quality.from_folder(items)
+    elif pool:
+        samples = quality.from_statements(Pool(open_database(settings), settings.pool).records(Wanted(model)))
     else:
         with open_database(settings).read() as connection:
             samples = quality.from_database(connection, model)

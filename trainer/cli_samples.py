@@ -121,11 +121,15 @@ def samples_import(
     release: Annotated[str, typer.Option(help="The labelling model's name@version.")] = "",
     confidence: Annotated[float, typer.Option(min=0, max=1, help="How sure the labels are.")] = 1.0,
     device: Annotated[str, typer.Option(help="The camera or device that the pictures are of.")] = "",
+    to: Annotated[
+        Path | None,
+        typer.Option(help="A new labelled folder instead of the pool: for a holdout, calibration or replay."),
+    ] = None,
     config: Config = CONFIG,
     as_json: Json = False,
 ) -> None:
     """Take own labelled data into the pool. Bad records are named and left out; what is known changes nothing."""
-    from trainer.exchange import KINDS, Source, import_all, read
+    from trainer.exchange import KINDS, Source, convert, import_all, read
     from trainer.formats.base import FormatError
     from trainer.pool import PoolError
 
@@ -142,11 +146,15 @@ def samples_import(
             images=images,
         )  # fmt: skip
         with progress(f"import of {path.name}", reading.total) as step:
-            summary = import_all(open_pool(settings), reading, source, time.time(), step)
+            if to is not None:
+                summary = convert(reading, source, to, step)
+            else:
+                summary = import_all(open_pool(settings), reading, source, time.time(), step)
     except (FormatError, PoolError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename or settings.pool}: {error.strerror}; what was taken in stays: start it again")
+        stays = "nothing is left of it" if to is not None else "what was taken in stays: start it again"
+        fail(f"{error.filename or to or settings.pool}: {error.strerror}; {stays}")
     tell(summary, as_json, {"model": model, "format": format_, "task": reading.task, "path": str(path)})
     if not summary.read:
         fail(f"{path}: nothing could be taken in")

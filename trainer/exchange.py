@@ -7,7 +7,7 @@ changes nothing. An export appears whole or not at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,6 +91,37 @@ def import_all(pool: Pool, reading: Reading, source: Source, now: float, step: S
     summary = Summary()
     batch: list[tuple[Record, bytes]] = []
     held = 0
+    for record, item in _taken(reading, source, summary, step):
+        batch.append((record, item.data))
+        held += len(item.data)
+        if len(batch) >= BATCH_MAX or held >= BATCH_BYTES_MAX:
+            _put(pool, batch, now, summary, step)
+            held = 0
+    _put(pool, batch, now, summary, step)
+    return summary
+
+
+def convert(reading: Reading, source: Source, folder: Path, step: Step = lambda _n: None) -> Summary:
+    """Write everything into a new labelled folder instead, each picture once; raises FormatError, OSError."""
+    summary = Summary()
+    jsonl.write(folder, _told(reading, source, summary, step))
+    return summary
+
+
+def _told(reading: Reading, source: Source, summary: Summary, step: Step) -> Iterator[Example]:
+    seen: set[str] = set()
+    for record, item in _taken(reading, source, summary, step):
+        step(1)
+        if record.sha256 in seen:
+            summary.known += 1
+            continue
+        seen.add(record.sha256)
+        summary.added += 1
+        yield replace(item, device=record.device, provenance=_said(record))
+
+
+def _taken(reading: Reading, source: Source, summary: Summary, step: Step) -> Iterator[tuple[Record, Example]]:
+    """What can be used of a data set; the rest is counted and named."""
     for item in reading.items:
         if isinstance(item, Problem):
             summary.note(item)
@@ -104,14 +135,8 @@ def import_all(pool: Pool, reading: Reading, source: Source, now: float, step: S
             step(1)
             continue
         summary.count(item)
-        batch.append((record, item.data))
-        held += len(item.data)
-        if len(batch) >= BATCH_MAX or held >= BATCH_BYTES_MAX:
-            _put(pool, batch, now, summary, step)
-            held = 0
-    _put(pool, batch, now, summary, step)
+        yield record, item
     summary.skipped = reading.skipped
-    return summary
 
 
 _WHOLE = frozenset({"image_bad", "image_missing", "image_unreadable", "label_missing"})  # no example follows these
@@ -178,7 +203,10 @@ def _examples(pool: Pool, records: Iterable[Record], summary: Summary, step: Ste
 
 def example_of(pool: Pool, record: Record) -> Example:
     """A record with its bytes, as formats write it; raises PoolError."""
-    said = {k: v for k, v in record.provenance().items() if k not in ("device", "captured", "record")}
-    return Example(
-        pool.read(record.sha256), record.task, record.label, f"record {record.id}", record.captured, record.device, said
-    )
+    data, place = pool.read(record.sha256), f"record {record.id}"
+    return Example(data, record.task, record.label, place, record.captured, record.device, _said(record))
+
+
+def _said(record: Record) -> dict[str, Any]:
+    """Whose label it is, as a labelled folder has it beside the device and the time."""
+    return {key: value for key, value in record.provenance().items() if key not in ("device", "captured", "record")}

@@ -17,7 +17,7 @@ from tests.support.models import make_release
 from trainer.cli import app
 from trainer.config import load_config
 from trainer.database import Database
-from trainer.datasets import select_samples
+from trainer.datasets import read_folder, select_samples
 from trainer.pool import Pool, Wanted
 from trainer.pool_sets import labelled_images
 
@@ -105,6 +105,28 @@ def test_coco_goes_in_is_shown_and_goes_out_in_every_format(shell: Shell) -> Non
         # YOLO has no place for who labelled: his word, without his name, is another's.
         assert (back["added"], back["known"]) == ((0, 5) if format_ == "jsonl" else (5, 0))
         assert back["classes"] == {"cat": 5, "dog": 5}
+
+
+def test_what_judges_goes_into_a_folder_and_can_be_frozen(shell: Shell) -> None:
+    """And not into the pool, from where it would train."""
+    file, out = coco(shell.folder / "own"), shell.folder / "offered"
+    told = shell.told("samples", "import", str(file), *COCO, "--rename", "Hund=dog", "--who", "ann", "--to", str(out))
+    assert (told["added"], told["classes"]) == (5, {"cat": 5, "dog": 5})
+    assert len(told["named"]) == 5
+    assert shell.told("samples", "list", "--pool") == []
+    items = read_folder(out)
+    assert [len(item.boxes) for item in items] == [2] * 5
+    assert {(item.provenance["kind"], item.provenance["who"]) for item in items} == {("person", "ann")}
+    assert shell.told("holdout", "freeze", "toy", "--from", str(out))["added"] == 5
+    assert "not empty" in shell.run("samples", "import", str(file), *COCO, "--to", str(out)).output
+
+
+def test_the_report_reads_the_pool(shell: Shell) -> None:
+    shell.told("samples", "import", str(coco(shell.folder / "own")), *COCO, "--who", "ann")
+    told = shell.told("samples", "report", "toy", "--pool")
+    assert (told["samples"], told["provenance"][0]["who"]) == (5, "ann")
+    assert shell.told("samples", "report", "toy")["samples"] == 0
+    assert "choose one" in shell.run("samples", "report", "toy", "--pool", "--from", "elsewhere").output
 
 
 def test_what_is_in_the_pool_trains_by_a_manifest(shell: Shell) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -203,7 +203,10 @@ class Detection:
         self.new = gather(
             self.run.candidate, manifest, self.target, self.base, weights_sha256=trained, calibration_ece=self.ece,
             export_before=before, profiles=profiles,
-            parity=[row for report in self.exported.parity for row in report.rows],
+            parity=[
+                replace(row, what=f"{report.format} {row.what}")
+                for report in self.exported.parity for row in report.rows
+            ],
         )  # fmt: skip
         self.run.progress("evaluate", what="the current release")
         self.old = gather(
