@@ -217,7 +217,7 @@ def _end(part: str, kills: int, storming: Storm, say: Say) -> dict[str, Any]:
     assert status is not None
     counters = {name: count for name, count in status["counters"].items() if count}
     rig.device.stop()
-    wrong |= findings(rig.device.state_dir, rig.device.inbox, counters)
+    wrong |= findings(rig.device.state_dir, rig.device.inbox, rig.device.log())
     failures = [f"{name}: {count}" for name, count in wrong.items() if count]
     say(f"{part}: " + ("; ".join(failures) if failures else "nothing lost, doubled or damaged"))
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import cv2
@@ -17,8 +18,13 @@ LEFT = (".part", ".new", ".tmp")
 MEANS_IT = (PLAIN + STRANGE) / 2  # between a picture that is asked about and one that is not
 
 
-def findings(state: Path, inbox: Path, counters: dict[str, int]) -> dict[str, int]:
-    """How often each thing that must not be was found; the device does not run."""
+NOT_KEPT = re.compile(r"pipeline \S+: (\S+): not kept as a sample")  # which a device says when its disk is full
+
+
+def findings(state: Path, inbox: Path, log: str) -> dict[str, int]:
+    """How often each thing that must not be was found; the device does not run. `log`: all that it has said."""
+    # By its log and not by its counter: a kill takes what was counted in the last second with it.
+    not_kept = set(NOT_KEPT.findall(log))
     store = Store(state)
     try:
         samples = list(store.samples(limit=1 << 30))
@@ -33,10 +39,8 @@ def findings(state: Path, inbox: Path, counters: dict[str, int]) -> dict[str, in
     for path in (inbox / "done").iterdir():
         image = cv2.imread(str(path))
         if path.name.endswith("-good.png") and image is not None and image.mean() > MEANS_IT:
-            missing += path.name not in by_item
+            missing += path.name not in by_item and path.name not in not_kept
             wrong += any(sample.sha256 != sha256_of(path) for sample in by_item.get(path.name, []))
-    # Where the disk was full nothing could be kept, which the device says and counts.
-    missing = max(0, missing - counters.get("samples_not_kept", 0))
     releases = Releases(state / "releases")
     damaged = 0
     for ref in (ref for record in records for ref in (record.active, record.previous) if ref is not None):

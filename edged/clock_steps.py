@@ -29,13 +29,18 @@ class ClockSteps:
         if self._wall is None:
             self._wall = clock.now()
 
+    def wall(self) -> float:
+        """The wall time that the last look saw: whatever waits has been told of every step before it."""
+        assert self._wall is not None
+        return self._wall
+
     def tick(self) -> None:
         """Notice that the wall clock was set since the last look, and tell what waits."""
         assert self._wall is not None
         wall, monotonic = self._clock.now(), self._clock.monotonic()
         by_s = (wall - self._wall) - (monotonic - self._monotonic)
         if abs(by_s) > self._allowed:
-            self._store.clock_stepped(by_s, wall)
+            self._store.clock_stepped(by_s, wall, max(self._allowed, monotonic - self._monotonic))
             self._store.count("clock_steps")
             log.warning("the clock went %+.0f s more than time did: what waits keeps the time that it had left", by_s)
         elif monotonic - self._kept_at >= KEEP_S:

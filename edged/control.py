@@ -70,6 +70,7 @@ class Control:
         self.looped = False  # `run` has come round
         self.health: Callable[[], dict[str, Any]] = dict  # set by the composition root: how the device is
         self.at_tick: dict[str, Callable[[], None]] = {}  # what else is done several times a second, by its name
+        self.wall = clock.now  # the time by which what waits is given up
         self._desired_policy: dict[str, dict[str, Any]] = {}
         self._settings, self._store, self._link, self._outgoing = settings, store, link, outgoing
         self._clock, self._window, self._pipelines = clock, window, pipelines
@@ -257,7 +258,6 @@ class Control:
         return {name: r.active for name, r in self.updater.reports().items() if r.active}
 
     def _tick(self) -> None:
-        now = self._clock.now()
         if not self._link.ensure_alive():
             self._store.count("network_thread_restarts")
         for name, act in self.at_tick.items():
@@ -272,6 +272,7 @@ class Control:
         if self._routes.changed():  # who was to answer is gone, and somebody else could
             self._sending.resend_all()
         self._beat()
+        now = self.wall()
         self._store.expire(now, self._outgoing.catalogue)
         self._store.drop_expired(now)
         self.updater.tick()

@@ -142,6 +142,7 @@ class Daemon:
         self.reloader = Reloader(config, self)
         self.control.health = lambda: self.vitals.look().document()
         self._clock_steps = ClockSteps(self.clock, self.store)
+        self.control.wall = self._clock_steps.wall
         self.control.at_tick |= {
             "clock": self._clock_steps.tick, "reload": self.reloader.tick, "storage": self.storage.tick,
             "orders": self.orders.tick,

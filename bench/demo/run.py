@@ -111,7 +111,7 @@ class Demo:
                 "replay": str(assets.replay), "holdout": str(assets.holdout),
                 "holdout_clean": str(assets.holdout_clean), "calibration": str(assets.calibration),
                 "epochs": plan.epochs, "lr": 0.004, "batch": 16, "replay_ratio": 0.6, "score": SCORE,
-                "seed": self._seed, "threshold": plan.threshold, "minimum_interval_s": 0.0,
+                "seed": self._seed, "threshold": plan.threshold, "minimum_interval_s": 3600.0,
                 "label_confidence_min": 0.5, "target_risk": TARGET_RISK, "ablate": self._ablate,
                 "lora": {"r": 16, "lora_alpha": 32},
                 # A stream of half a minute, whose frames are drawn one by one: neighbours in time have nothing in common.

@@ -112,15 +112,21 @@ class Store(Retention):
         """Keep the wall time, as far as nothing newer is lost with it."""
         self.set_value(WALL, now, durable=False)
 
-    def clock_stepped(self, by_s: float, now: float) -> None:
-        """The wall clock was set by `by_s` and shows `now`: messages and questions keep the time that they had left. In one
-        transaction with the time, so that a crash does it once."""
+    def clock_stepped(self, by_s: float, now: float, within_s: float) -> None:
+        """The wall clock was set by `by_s`, at most `within_s` ago, and shows `now`: messages and questions keep the time
+        that they had left. What was put in since then has its time by the new clock already. In one transaction with the
+        time, so that a crash does it once."""
+        fresh = (now - within_s, now + within_s)
         with self._db.write() as tables:
-            tables.execute("UPDATE outbox SET expires = expires + ? WHERE expires IS NOT NULL", (by_s,))
+            tables.execute(
+                "UPDATE outbox SET expires = expires + ?, enqueued = enqueued + ? WHERE enqueued NOT BETWEEN ? AND ?",
+                (by_s, by_s, *fresh),
+            )
             tables.execute("UPDATE outbox SET due = ? WHERE due > ?", (now, now))
             tables.execute(
-                "UPDATE sample SET label_by = label_by + ?, answer_by = answer_by + ? WHERE state = 'escalated'",
-                (by_s, by_s),
+                "UPDATE sample SET label_by = label_by + ?, answer_by = answer_by + ?"
+                " WHERE state = 'escalated' AND captured NOT BETWEEN ? AND ?",
+                (by_s, by_s, *fresh),
             )
             tables.execute(
                 "INSERT INTO value VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET json = excluded.json",

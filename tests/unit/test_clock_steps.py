@@ -44,6 +44,22 @@ def test_a_message_keeps_the_time_it_had_left_when_the_clock_is_set(tmp_path: Pa
     store.close()
 
 
+@pytest.mark.parametrize("by_s", [3600.0, -3600.0, -400 * DAY_S])
+def test_a_message_that_comes_between_the_step_and_the_look_keeps_its_time_too(tmp_path: Path, by_s: float) -> None:
+    clock, store = SetClock(START), Store(tmp_path)
+    steps = ClockSteps(clock, store)
+    store.enqueue(message("before", START + 60), clock.now())
+    clock.passes(10)
+    steps.tick()
+    clock.wall += by_s
+    store.enqueue(message("between", clock.now() + 60), clock.now())
+    clock.passes(0.5)
+    steps.tick()
+    assert left(store, clock) == {"before": pytest.approx(49.5), "between": pytest.approx(59.5)}
+    assert steps.wall() == clock.now()
+    store.close()
+
+
 def test_what_waits_for_a_retry_does_not_wait_for_the_clock_to_come_back(tmp_path: Path) -> None:
     clock, store = SetClock(START), Store(tmp_path)
     steps = ClockSteps(clock, store)

@@ -187,7 +187,9 @@ class Device:
         )  # fmt: skip
         self.control.orders = Orders(state, self.store, self.updater, self.control.tell_command)
         storage = StorageWatch(self.opened, clock, lambda kind, text, **more: None)
-        self.control.at_tick |= {"clock": ClockSteps(clock, self.store).tick, "storage": storage.tick}
+        steps = ClockSteps(clock, self.store)
+        self.control.at_tick |= {"clock": steps.tick, "storage": storage.tick}
+        self.control.wall = steps.wall
 
     def _fetch(self, ref: ReleaseRef, folder: Path, cancelled: Callable[[], bool]) -> None:
         self.carrier.fetch(ref, folder, cancelled)
