@@ -2,6 +2,9 @@
 
 A fixed draw takes a third of the items aside. The others fit the probability and the novelty reference; this third only
 counts what each threshold would have cost (`core.risk`), which is what makes those bounds hold. See docs/confidence.md.
+
+The novelty reference also takes the inputs that the weights have learned: what was trained on is known, and a fleet's few
+items that fall to the calibration alone would call most of a newly learned light new again.
 """
 
 from __future__ import annotations
@@ -75,17 +78,18 @@ class CalibrationReport:
         return asdict(self)
 
 
-def fit(items: Sequence[Item], answered: Thresholds) -> Calibration:
+def fit(items: Sequence[Item], answered: Thresholds, learned: Sequence[ImageStats] = ()) -> Calibration:
     """L2-regularised logistic regression with signed weights, the novelty reference, the boxes' scaling, the risk table.
 
-    Fewer than ITEMS_MIN items give an `uncalibrated` calibration. Items that are all right (or all wrong) are fine: the
-    targets are smoothed (Platt 1999), so that no number of right answers makes a probability of 1.
+    `learned`: statistics of the inputs that the weights were trained on; only the novelty reference takes them. Fewer
+    than ITEMS_MIN items give an `uncalibrated` calibration. Items that are all right (or all wrong) are fine: the targets
+    are smoothed (Platt 1999), so that no number of right answers makes a probability of 1.
     """
     if len(items) < ITEMS_MIN:
         return Calibration(items=len(items))
     counts = _parts(len(items)) == 0
     counting, fitting = _split(items, counts)
-    model = _fit_frames(fitting, answered)
+    model = _fit_frames(fitting, answered, learned)
     table = risk_table(*_probabilities(counting, answered, model))
     # Boxes have no bound to keep: all items may fit them.
     return model.model_copy(update={"items": len(items), "risk": table, "boxes": _boxes(items, answered)})
@@ -107,7 +111,9 @@ def fit_answers(pairs: Sequence[tuple[float, bool]]) -> Calibration:
     return model.model_copy(update={"risk": risk_table(p[counts], right[counts])})
 
 
-def cross_validate(items: Sequence[Item], answered: Thresholds) -> CalibrationReport:
+def cross_validate(
+    items: Sequence[Item], answered: Thresholds, learned: Sequence[ImageStats] = ()
+) -> CalibrationReport:
     """What a fit on two thirds of the items says about the other third, for every third; needs ITEMS_MIN items.
 
     Raises ValueError with fewer.
@@ -117,7 +123,7 @@ def cross_validate(items: Sequence[Item], answered: Thresholds) -> CalibrationRe
     parts, p = _parts(len(items)), np.empty(len(items))
     for part in range(PARTS):
         held, fitting = _split(items, parts == part)
-        model = _fit_frames(fitting, answered)
+        model = _fit_frames(fitting, answered, learned)
         p[parts == part] = [probability(item.detections, answered, item.stats, model).p for item in held]
     right = np.array([item.right for item in items], dtype=bool)
     brier = float(((p - right) ** 2).mean())
@@ -135,9 +141,9 @@ def _split(items: Sequence[Item], aside: NDArray[np.bool_]) -> tuple[list[Item],
     return [item for item, away in marked if away], [item for item, away in marked if not away]
 
 
-def _fit_frames(items: Sequence[Item], answered: Thresholds) -> Calibration:
+def _fit_frames(items: Sequence[Item], answered: Thresholds, learned: Sequence[ImageStats]) -> Calibration:
     """The probability of a frame and the novelty reference, without a risk table."""
-    reference = _reference([item.stats for item in items])
+    reference = _reference([*(item.stats for item in items), *learned])
     evidence = _evidence(items, answered, Calibration(novelty=reference))
     right = np.array([item.right for item in items], dtype=bool)
     penalty = min(PENALTIES, key=lambda each: _cross_validated_loss(evidence, right, each))

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench.demo.scenes import LABELS, encode_png, make_scenes
+from edged.core.confidence import novelty
 from edged.wire.manifest import Thresholds
+from trainer.calibrate import ITEMS_MIN
 from trainer.candidate import detector, export_int8, golden_images
 from trainer.config import load_config
 from trainer.datasets import LabelledBox, LabelledImage, read_folder, write_folder
@@ -20,6 +22,7 @@ from trainer.files import write_whole
 from trainer.golden import write_detect_golden
 from trainer.jobfile import TrainJob, dataset_job
 from trainer.kinds import begin
+from trainer.kinds.detect import Detection
 from trainer.releases import MANIFEST, Registry, canonical_bytes, read_manifest
 from trainer.run import Run
 from trainer.train import train
@@ -28,9 +31,9 @@ from trainer.tuners.yolo import TrainSettings, train_full, write_yolo_dataset
 DEVICE = Path("build/venv-device/bin/edged").absolute()
 
 
-def labelled(part: str, count: int, seed: int) -> list[LabelledImage]:
+def labelled(part: str, count: int, seed: int, shift: str | None = None) -> list[LabelledImage]:
     images = []
-    for scene in make_scenes(part, count, seed=seed):
+    for scene in make_scenes(part, count, seed, shift):
         png = encode_png(scene.image)
         boxes = tuple(
             LabelledBox(LABELS[k], tuple(float(v) for v in box))  # type: ignore[arg-type]
@@ -107,3 +110,27 @@ def test_what_passes_becomes_a_release_that_a_device_proves(world: Path) -> None
     assert manifest.evaluation["gate"]["checks"]
     done = subprocess.run([DEVICE, "models", "verify", run.candidate], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("ablate", "known"), [("", True), ("train", False)])
+def test_the_light_that_was_trained_on_is_novel_no_more(world: Path, ablate: str, known: bool) -> None:
+    write_folder(world / "inverted", labelled("train", 32, 5, "invert"))
+    write_folder(world / "upright", labelled("calibration", ITEMS_MIN, 6))
+    whole = dataset_job(
+        load_config(world / "trainer.toml"), "digits", "yolo", world / "inverted", world / f"light{ablate}", created="2026",
+        job=f"light{ablate}",
+    )  # fmt: skip
+    changes = {"ablate": ablate, "calibration": world / "upright", "calibration_share": 0.0}
+    own = whole.config.model("digits").model_copy(update=changes)
+    run = Run(replace(whole, config=whole.config.model_copy(update={"models": {"digits": own}})))
+    run.folder.mkdir()
+    training = begin(run, "detect")
+    assert isinstance(training, Detection)
+    for step in (training.read, training.tune, training.export, training.calibrate):
+        step()
+    calibration = training.manifest.calibration
+    with detector(run.candidate, training.manifest) as engine:
+        seen = [engine.prepare(s.image).stats for s in make_scenes("stream", 40, 7, "invert")]
+    novel = [novelty(each, calibration) > calibration.novelty.limit for each in seen if calibration.novelty]
+    assert len(novel) == 40
+    assert sum(novel) <= 4 if known else sum(novel) >= 36

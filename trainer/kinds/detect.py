@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edged.core.confidence import accept_threshold
+from edged.engines.base import Image
 from edged.wire.manifest import Calibration, ReleaseManifest
 from trainer import calibrate
 from trainer.candidate import candidate_manifest, complete_candidate, detector, export_int8
@@ -39,6 +42,7 @@ from trainer.run import Run
 from trainer.tuners.base import Work, tuner
 
 log = logging.getLogger(__name__)
+LEARNED_MAX = 2000  # images that tell the novelty reference what has been learned
 
 
 @dataclass(slots=True)
@@ -173,11 +177,12 @@ class Detection:
         folder = self.run.candidate
         with detector(folder, candidate_manifest(self.job, folder)) as engine:
             observed = observe(engine, [item.image for item in items])
+            learned = [engine.prepare(image).stats for image in self._learned()]
         rows = calibration_items(observed, items, thresholds)
-        fitted: Calibration = calibrate.fit(rows, thresholds)
+        fitted: Calibration = calibrate.fit(rows, thresholds, learned)
         self.ece = None
         if len(rows) >= calibrate.ITEMS_MIN:
-            report = calibrate.cross_validate(rows, thresholds)
+            report = calibrate.cross_validate(rows, thresholds, learned)
             threshold = accept_threshold(fitted, settings.target_risk)
             found = {**report.to_dict(), "target_risk": settings.target_risk, "threshold": threshold}
             self.run.facts["calibration"] = found
@@ -189,6 +194,12 @@ class Detection:
                     settings.target_risk, len(rows), min(fitted.risk.bounds) if fitted.risk else 1.0,
                 )  # fmt: skip
         self.manifest = candidate_manifest(self.job, folder, calibration=fitted)
+
+    def _learned(self) -> Iterator[Image]:
+        """Images that the weights have learned from, at most LEARNED_MAX of them, drawn evenly."""
+        items = [] if self.settings.ablate == "train" else self.trained_on
+        for item in items[:: max(1, math.ceil(len(items) / LEARNED_MAX))]:
+            yield item.decode(self.settings.labels).image
 
     def evaluate(self) -> None:
         from trainer.tuners.yolo import weights_sha256
