@@ -10,11 +10,13 @@ never torn.
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import os
 import shutil
 import struct
 import subprocess
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -241,7 +243,8 @@ class Disk:
         return int(self._c.sim_operations())
 
     def power_on(self, files: Model) -> None:
-        """Begin with these files."""
+        """Begin with these files. What the process before it had open is closed first: its end closed it."""
+        gc.collect()
         if self.root.exists():
             shutil.rmtree(self.root)
         self.root.mkdir(parents=True)
@@ -279,7 +282,8 @@ class Disk:
             if self.traced:
                 names = "" if op == WRITE else f"{first.decode()[prefix:]} {second.decode()[prefix:]}"
                 file = f" {fd}" if op in (WRITE, SIZE, FSYNC) else ""
-                self.trace.append(f"{NAMES[op]}{file} {offset} {n if op == WRITE else size} {names}")
+                data = f"{n} {zlib.crc32(first):08x}" if op == WRITE else str(size)
+                self.trace.append(f"{NAMES[op]}{file} {offset} {data} {names}")
             self._replay(op, fd, fd2, flags, offset, size, first, second)
 
     def _where(self, fd: int, path: bytes) -> tuple[Folder, str]:

@@ -21,8 +21,11 @@ from tests.support.sim.engine import Made, make
 from tests.support.sim.life import Life
 from tests.support.sim.world import Inbox, Violation, World
 from trainer import coordinator as module
+from trainer import worker
+from trainer.config import Broker as BrokerConfig
 from trainer.config import Rollout, TrainerConfig
 from trainer.coordinator import Coordinator
+from trainer.core.placement import HostFacts
 from trainer.core.rollout import Phase
 from trainer.database import Database, desired, events, requests, rollouts
 from trainer.orders import place
@@ -35,6 +38,8 @@ RULES = Rollout(
     canary_fraction=0.4, watch_s=15.0, items_min=30, extend_max=2, install_s_max=60.0, failed_grace_s=3.0
 )  # fmt: skip
 SLOT = "phi"
+# With TLS and without a certificate for blocks, a trainer has no second connection with a thread of its own.
+ONE_CONNECTION = BrokerConfig(ca=Path("ca.pem"), certificate=Path("trainer.pem"), key=Path("trainer.key"))
 KINDS = ("good", "good", "fails", "reverts", "errors")  # what the new release is like
 WIDE = (Phase.ROLLING, Phase.DONE)
 
@@ -61,7 +66,8 @@ class Trainer:
         module.Server = lambda *_values, **_more: SimpleNamespace(  # type: ignore[assignment, misc]
             start=lambda: None, stop=lambda: None, url="http://trainer"
         )
-        config = TrainerConfig(name="trainer", site="sim", data_dir=story.folder, rollout=RULES)
+        worker.host_facts = lambda name, _folder: HostFacts(name, 2, 8 << 30, 4 << 30, 90 << 30, ())
+        config = TrainerConfig(name="trainer", site="sim", data_dir=story.folder, rollout=RULES, broker=ONE_CONNECTION)
         self.coordinator = Coordinator(config, story.folder / "trainer.toml")
         self.database, self.link = self.coordinator.host.database, self.coordinator.link
         self.link.acknowledged = story.acknowledged  # type: ignore[attr-defined]

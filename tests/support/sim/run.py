@@ -6,6 +6,7 @@ It starts itself again with the recorder of disk changes preloaded (disk.c).
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import shutil
@@ -61,7 +62,10 @@ def _run(arguments: Any, seeds: range) -> int:
             here.move_to(world)
             try:
                 left = scenario.run(world, scratch / "outside", template)
-                template = template or left
+                if template is None:
+                    template = left
+                    gc.collect()
+                    gc.freeze()  # mostly modules: the collections between two starts need not look at them again
             except Exception as error:
                 failures += 1
                 if not isinstance(error, worlds.Violation):

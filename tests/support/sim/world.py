@@ -1,16 +1,21 @@
 """A world in one thread: a virtual clock, what happens when, chance by seed, and the power that may go at any change.
 
-Law: the same seed gives the same run. Whoever acts on the world (a message, a request, the clock) asks for power first, so
-that code which goes on after its power was cut changes nothing but the disk that is about to be forgotten.
+Law: the same seed gives the same run. The garbage collector too comes when the seed says (`Disk.power_on`), because files
+are closed by it; by itself it comes sooner or later, depending on where objects lie in memory. Whoever acts on the world
+(a message, a request, the clock) asks for power first, so that code which goes on after its power was cut changes nothing
+but the disk that is about to be forgotten.
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import os
 import queue
+import subprocess
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -139,6 +144,14 @@ class Worker:
         self._jobs.clear()
 
 
+class NotAlone(BaseException):
+    """A second thread or process in a world: it would act when the machine lets it, not when the seed says."""
+
+
+def _alone(*values: object, **_: object) -> None:
+    raise NotAlone(values)
+
+
 class Here:
     """This process lives in a world: its clock, its randomness and its process id are the world's."""
 
@@ -146,6 +159,9 @@ class Here:
 
     def __init__(self) -> None:
         self.dice = Random(0)
+        gc.disable()
+        threading.Thread.start = _alone  # type: ignore[method-assign]
+        subprocess.Popen.__init__ = _alone  # type: ignore[method-assign]
         time.time = lambda: self.world.clock.now()
         time.monotonic = lambda: self.world.clock.monotonic()
         os.urandom = lambda n: self.dice.randbytes(n)
