@@ -14,6 +14,7 @@ METADATA = "metadata.json"
 PROGRESS = "progress.jsonl"
 STOP_S_MAX = 10.0
 EXIT_BUSY = 75  # EX_TEMPFAIL: another process works in this run's folder
+EXIT_UNWRITTEN = 74  # EX_IOERR: the run's folder cannot be written, so that nothing there says how the run ended
 LOCK = "lock"  # in the run's folder, held by the child
 
 

@@ -79,11 +79,12 @@ def _take(settings: TrainerConfig, model: str, name: str, source: Path | None, *
     from trainer.datasets import DatasetError, read_folder
     from trainer.holdout import take
     from trainer.sketches import SketchError
+    from trainer.trained import LedgerError
 
     try:
         offered = read_folder(source) if source is not None else []
         taken = take(settings, model, name, offered, time.time(), first=first)
-    except (ConfigError, DatasetError, SketchError, OSError) as error:
+    except (ConfigError, DatasetError, LedgerError, SketchError, OSError) as error:
         fail(str(error))
     if not taken.entries:
         reasons = ", ".join(f"{len(items)} {reason}" for reason, items in taken.refused.items()) or "none was offered"

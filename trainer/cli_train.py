@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
 import signal
 import sys
@@ -82,8 +81,9 @@ def train(
         fail("--manifest and --dataset: give one of them")
     if parent is not None:
         die_with(parent)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it reports every figure that the gate reports
+    from trainer.watched import logged
+
+    logged()
     settings = _ablated(settings, name, ablate)
     job = _job(settings, name, chosen, manifest, dataset, samples, output_dir)
     if parent is None:
@@ -93,8 +93,8 @@ def train(
     from trainer.locks import Held, held
 
     try:
-        with held(job.run / LOCK):
-            _train_here(job, samples_min, dry_run, activate)
+        with held(job.run / LOCK) as lock:
+            _train_here(job, samples_min, dry_run, activate, lock)
     except Held as error:
         typer.echo(f"trainer: {error}", err=True)
         raise typer.Exit(EXIT_BUSY) from None
@@ -148,19 +148,22 @@ def _new_folder(runs: Path, name: str) -> Path:
     return runs / (name if number == 1 else f"{name}-{number}")
 
 
-def _train_here(job: TrainJob, samples_min: int | None, dry_run: bool, activate: Path | None) -> None:
-    """Train, print the summary, and end with the status that says how it went."""
-    from trainer.jobfile import needed, plan
-    from trainer.ready import UnderWay, at_work, mark_used, unused
+def _train_here(
+    job: TrainJob, samples_min: int | None, dry_run: bool, activate: Path | None, lock: int | None = None
+) -> None:
+    """Train, print the summary, and end with the status that says how it went. The training holds `lock` too."""
+    from trainer.child import EXIT_UNWRITTEN
+    from trainer.jobfile import JobError, needed, plan
+    from trainer.ready import at_work, unused
 
     least = None if samples_min is None else needed(job.settings, samples_min if samples_min > 0 else None)
+    try:
+        said = plan(job) if dry_run else {}
+        new = len(unused(job.config, job)) if job.dataset is not None else None
+    except (ValueError, OSError) as error:
+        fail(str(error))
     if dry_run:
-        try:
-            said = plan(job)
-        except (ValueError, OSError) as error:
-            fail(str(error))
-        if job.dataset is not None:
-            said["samples_new"] = len(unused(job.config, job))
+        said |= {} if new is None else {"samples_new": new}
         if least is not None and said.get("samples_new", said["samples_usable"]) < least:
             show({**said, "needed": least, "outcome": "too_few_samples"}, as_json=True)
             raise typer.Exit(EXIT_TOO_FEW)
@@ -168,24 +171,27 @@ def _train_here(job: TrainJob, samples_min: int | None, dry_run: bool, activate:
         return
     if activate is not None and job.kind != "llm":
         fail("--activate: only adapters of language models are activated by an overrides file")
-    if job.dataset is not None and least is not None and (new := len(unused(job.config, job))) < least:
+    if new is not None and least is not None and new < least:
         reason = f"{new} new samples, {least} are needed: what a training has had does not count again"
         show({"outcome": "too_few_samples", "reason": reason, "samples_new": new, "needed": least}, as_json=True)
         raise typer.Exit(EXIT_TOO_FEW)
-    from trainer.progress import shown, stdout_kept_clean
-    from trainer.train import TooFewSamples
-    from trainer.train import train as run
+    from trainer.ending import TooFewSamples
+    from trainer.watched import Died, Unwritten, die, watch
 
     try:
-        with stdout_kept_clean(), shown() as hear, at_work(job.config, job.model) if job.dataset else nullcontext():
-            result = run(job, samples_min=least, hear=hear)
-            if job.dataset is not None:
-                mark_used(job.config, job.model, (each.sha256 for each in job.manifest.samples))
-    except UnderWay as error:
+        with at_work(job.config, job.model) if job.dataset else nullcontext() as own:
+            result = watch(job, least, [each for each in (lock, own) if each is not None])
+    except JobError as error:  # it is under way, or the ledger is damaged
         fail(str(error))
     except TooFewSamples as error:
         show({"outcome": "too_few_samples", "reason": str(error), "needed": least}, as_json=True)
         raise typer.Exit(EXIT_TOO_FEW) from None
+    except Unwritten as error:
+        typer.echo(f"trainer: the run's folder cannot be written: {error}", err=True)
+        raise typer.Exit(EXIT_UNWRITTEN if lock is not None else EXIT_FAILED) from None
+    except Died as error:
+        typer.echo(f"trainer: {error}", err=True)
+        die(error)
     said = {**{key: result[key] for key in SHOWN}, "run": str(job.run)}
     if activate is not None and result["outcome"] == "passed":
         said["activated"] = _activate(job, activate)

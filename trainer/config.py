@@ -386,7 +386,9 @@ def load_config(path: Path) -> TrainerConfig:
         raise ConfigError("\n".join(f"{path}: {_explain(item)}" for item in error.errors(include_url=False))) from None
     except ValueError as error:  # TOML's and pydantic-settings' own
         raise ConfigError(f"{path}: {error}") from None
-    resolved: TrainerConfig = _resolve(config, path.resolve().parent)
+    # Of the class that other processes know: a job with its configuration is handed to one (`trainer.watched`).
+    plain = TrainerConfig.model_construct(config.model_fields_set, **dict(config))
+    resolved: TrainerConfig = _resolve(plain, path.resolve().parent)
     return resolved
 
 

@@ -1,8 +1,8 @@
 """Holdouts: frozen before the first training, and from then on only ever longer.
 
     DATA_DIR/holdouts/MODEL.SET.jsonl    the ledger, one entry an image: its hash, its labels' hash, who labelled it, when
-    DATA_DIR/holdouts/MODEL.trained.npz  thumbnails of everything that MODEL was ever trained on (trainer.sketches)
 
+What a model has learned from, and so may not judge it, is in the ledger of trainings (`trainer.trained`).
 Each entry holds the hash of the entry before it, so that none can be changed or taken out unseen; the images themselves
 lie in the labelled folders that the configuration names (`target`: `holdout`, `base`: `holdout_clean`, `test`:
 `holdout_test`) and are compared with the ledger before every use. Whoever replaces ledger and images together is found
@@ -29,7 +29,8 @@ from trainer.core.split import Times, side
 from trainer.datasets import LABELS, DatasetError, LabelledImage, append_folder, frozen_hash, read_folder
 from trainer.files import make_folder, write_whole
 from trainer.releases import StoredRelease
-from trainer.sketches import read_trained, remember_trained, sketches_of
+from trainer.sketches import sketches_of
+from trainer.trained import add_images, ledger_of, read_images
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,6 @@ def ledger_path(config: TrainerConfig, model: str, name: str) -> Path:
     if name not in FOLDERS:
         raise HoldoutError(f"holdout {name!r}: there is {', '.join(FOLDERS)}")
     return config.holdouts / f"{model}.{name}.jsonl"
-
-
-def trained_path(config: TrainerConfig, model: str) -> Path:
-    """Where the record of all that was trained on lies."""
-    return config.holdouts / f"{model}.trained.npz"
 
 
 def folder_of(settings: Model, name: str) -> Path | None:
@@ -197,9 +193,10 @@ def take(
 
 
 def remember(config: TrainerConfig, model: str, items: Sequence[LabelledImage]) -> int:
-    """Note that the model is trained on these; how many were new. Raises SketchError, OSError."""
+    """Note that the model is trained on these; how many were new. Raises LedgerError, SketchError,
+    OSError."""
     with _locked(config.holdouts):
-        return remember_trained(trained_path(config, model), items)
+        return add_images(ledger_of(config, model), items)
 
 
 def check_releases(
@@ -246,7 +243,7 @@ def _not_apart(
     """Why images that decode are not apart from training, calibration and the other sets."""
     settings = config.model(model)
     sketches = sketches_of(items)
-    trained = read_trained(trained_path(config, model))
+    trained = read_images(ledger_of(config, model))
     replay = _folder(settings.replay)
     learned = (near(sketches, trained.sketches()) >= 0) | (near(sketches, sketches_of(replay)) >= 0)
     others = [each for other in FOLDERS if _other_side(other, name) for each in _folder(folder_of(settings, other))]

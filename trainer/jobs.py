@@ -19,7 +19,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from edged.wire.manifest import TrainingManifest, TrainingSample
 from trainer import leases
-from trainer.child import Outcome, read_outcome
+from trainer.child import EXIT_UNWRITTEN, Outcome, read_outcome
 from trainer.claims import by_device, end_claims, forget_pixels, give_back, refused
 from trainer.config import Model
 from trainer.core.rollout import Phase, Rollout
@@ -205,7 +205,7 @@ class Jobs:
             with self._host.database.write() as connection:
                 leases.drop(connection, row["id"])
             return
-        last = self._log_end(run)
+        last = self._log_end(run) if code != EXIT_UNWRITTEN else f"{run} cannot be written; is its disk full?"
         with self._host.database.write() as connection:
             self._end(connection, row, "failed", f"the training ended with {code} and left no result: {last}")
 

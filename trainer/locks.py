@@ -15,16 +15,18 @@ class Held(Exception):
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def held(path: Path) -> Iterator[int]:
     """Hold the lock file `path` while the block runs; raises Held when another process does. It is no use to a network file
-    system whose hosts do not share locks."""
+    system whose hosts do not share locks.
+
+    The block gets the file's descriptor: a child that inherits it holds the lock too, also when this process has died."""
     make_folder(path.parent)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Held(f"{path} is locked by another process") from None
-        yield
+        yield file.fileno()
 
 
 def is_held(path: Path) -> bool:

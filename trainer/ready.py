@@ -3,7 +3,7 @@ whatever came of it, never calls for another, and one that is under way is not b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from trainer.config import Model, TrainerConfig
 from trainer.core.rollout import Phase
 from trainer.core.triggers import Fire, TriggerRules, Wait, decide
 from trainer.database import Database, jobs, rollouts
-from trainer.files import write_whole
 from trainer.fleet import training_counts
 from trainer.jobfile import JobError, TrainJob, needed
 from trainer.locks import Held, held, is_held
+from trainer.trained import had
 
 OPEN = ("claiming", "training", "deploying")  # statuses of a job that has not ended
 
@@ -97,37 +97,20 @@ def _of_dataset(config: TrainerConfig, job: TrainJob, least: int) -> Ready:
 
 def unused(config: TrainerConfig, job: TrainJob) -> set[str]:
     """The samples (SHA-256) of a job's data set that no training of its model has had."""
-    return {each.sha256 for each in job.manifest.samples} - _used(config, job.model)
+    return {each.sha256 for each in job.manifest.samples} - had(config, job.model)
 
 
 @contextmanager
-def at_work(config: TrainerConfig, model: str) -> Iterator[None]:
+def at_work(config: TrainerConfig, model: str) -> Iterator[int]:
     """Nobody else trains this model on a data set here while the block runs, also not when it ends by a kill.
 
-    Raises UnderWay.
+    The block gets the lock's descriptor, for a child that shall hold it too. Raises UnderWay.
     """
     try:
-        with held(_lock_path(config, model)):
-            yield
+        with held(_lock_path(config, model)) as lock:
+            yield lock
     except Held as error:
         raise UnderWay(f"a training of {model} is under way: wait for its end ({error})") from None
-
-
-def mark_used(config: TrainerConfig, model: str, samples: Iterable[str]) -> None:
-    """Remember that a training of `model` has had these samples (SHA-256)."""
-    digests = sorted(set(samples) | _used(config, model))
-    write_whole(_used_path(config, model), "".join(f"{digest}\n" for digest in digests).encode())
-
-
-def _used(config: TrainerConfig, model: str) -> set[str]:
-    try:
-        return set(_used_path(config, model).read_text().split())
-    except FileNotFoundError:
-        return set()
-
-
-def _used_path(config: TrainerConfig, model: str) -> Path:
-    return config.data_dir / "trained" / f"{model}.txt"
 
 
 def _lock_path(config: TrainerConfig, model: str) -> Path:

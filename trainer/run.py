@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.child import PROGRESS
+from trainer.files import write_json
 from trainer.jobfile import TrainJob
 
 log = logging.getLogger(__name__)
 
+FACTS = "facts.json"  # what is known so far, in the run's folder: all that is left when the process dies
 HISTORY_MAX = 2000  # rows of metadata.json's history
 
 Hear = Callable[[Mapping[str, Any]], None]  # "ts", "stage", and what else is known: "epoch", "epochs", "loss", ...
@@ -49,6 +51,8 @@ class Run:
         yield
         self.timings_s[name] = round(time.perf_counter() - started, 2)
         log.info("%s took %.1f s", name, self.timings_s[name])
+        known = {"timings_s": self.timings_s, "history": self.history, "facts": self.facts}
+        write_json(self.folder / FACTS, known)
 
     def progress(self, stage: str, **fields: Any) -> None:
         """One line of progress for whoever watches: in the run's folder, and for `hear`."""

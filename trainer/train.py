@@ -14,20 +14,20 @@ import time
 from typing import Any
 
 from edged.engines.base import EngineError
-from trainer.child import METADATA, PROGRESS
+from trainer.child import PROGRESS
 from trainer.core.gate import Verdict
 from trainer.datasets import DatasetError
-from trainer.files import write_json, write_whole
-from trainer.jobfile import LATEST, TrainJob
+from trainer.ending import Known, TooFewSamples, end
+from trainer.files import write_whole
+from trainer.jobfile import TrainJob
 from trainer.kinds import begin
 from trainer.releases import ReleaseError
-from trainer.run import Hear, Run
+from trainer.run import FACTS, Hear, Run
+from trainer.trained import begun
+
+__all__ = ["TooFewSamples", "train"]
 
 log = logging.getLogger(__name__)
-
-
-class TooFewSamples(ValueError):
-    """Fewer usable samples than the threshold asks for; the message names both numbers."""
 
 
 def train(job: TrainJob, *, samples_min: int | None = None, hear: Hear = lambda _line: None) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def train(job: TrainJob, *, samples_min: int | None = None, hear: Hear = lambda 
     usable; then nothing is left of the run.
     """
     job.run.mkdir(parents=True, exist_ok=True)
-    (job.run / PROGRESS).unlink(missing_ok=True)
+    for name in (PROGRESS, FACTS):
+        (job.run / name).unlink(missing_ok=True)
     run, started = Run(job, hear), time.time()
     summary: dict[str, Any] = {}
     try:
@@ -45,7 +46,8 @@ def train(job: TrainJob, *, samples_min: int | None = None, hear: Hear = lambda 
         outcome = "passed" if verdict.passed else "refused"
         reason = "; ".join(verdict.reasons) or "the gate passed"
     except TooFewSamples:
-        (job.run / PROGRESS).unlink(missing_ok=True)
+        for name in (PROGRESS, FACTS):
+            (job.run / name).unlink(missing_ok=True)
         if not any(job.run.iterdir()):
             job.run.rmdir()
         raise
@@ -54,33 +56,8 @@ def train(job: TrainJob, *, samples_min: int | None = None, hear: Hear = lambda 
     except Exception as error:  # of whatever kind a library has: the run says how it ended
         log.exception("the run failed")
         outcome, reason = "failed", str(error) or type(error).__name__
-    metadata = {
-        **job.describe(),
-        "outcome": outcome,
-        "reason": reason,
-        "summary": summary,
-        "started": started,
-        "finished": time.time(),
-        "timings_s": run.timings_s,
-        "history": run.history,
-        **run.facts,
-    }
-    _describe(job, metadata)
-    write_json(job.run / METADATA, metadata)
-    write_json(job.run.parent / LATEST, {"run": job.run.name, "outcome": outcome, "target": job.manifest.target})
-    return metadata
-
-
-def _describe(job: TrainJob, metadata: dict[str, Any]) -> None:
-    """The pictures and the model card of the run; what goes wrong with them costs the run nothing."""
-    from trainer.card import CARD, card
-    from trainer.plots import draw
-
-    try:
-        text = card(metadata, draw(job.run, metadata), job.command())
-        write_whole(job.run / CARD, text.encode())
-    except Exception:  # a picture is worth less than the release it shows
-        log.exception("%s: no model card", job.run)
+    known = Known(run.timings_s, run.history, run.facts)
+    return end(job, outcome, reason, known, summary=summary, started=started, finished=time.time())
 
 
 def _run(run: Run, samples_min: int | None) -> tuple[Verdict, dict[str, Any]]:
@@ -90,6 +67,7 @@ def _run(run: Run, samples_min: int | None) -> tuple[Verdict, dict[str, Any]]:
     log.info("samples: %s", run.facts.get("samples"))
     if samples_min is not None and usable < samples_min:
         raise TooFewSamples(f"{usable} usable samples, {samples_min} are needed")
+    begun(run.job.config, run.job.model, run.job.manifest)
     manifest = run.folder / "manifest.json"
     if not manifest.is_file():  # what it takes to train the same again
         write_whole(manifest, run.job.manifest.model_dump_json(indent=2).encode())

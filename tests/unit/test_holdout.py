@@ -20,6 +20,7 @@ from trainer.datasets import LabelledBox, LabelledImage, append_folder, read_fol
 from trainer.files import write_whole
 from trainer.holdout import HoldoutError, check_frozen, ledger_path, read_ledger, remember, take
 from trainer.releases import MANIFEST, Registry, build_manifest, canonical_bytes
+from trainer.trained import LedgerError, ledger_of
 
 PERSON = {"kind": "person", "who": "annotator"}
 TEACHER = {"kind": "model", "who": "srv", "release": "digits-teacher@2.0", "confidence": 0.9}
@@ -214,9 +215,9 @@ def test_a_killed_extension_is_finished_by_the_next(config: TrainerConfig, monke
 
 
 def test_a_damaged_record_of_training_is_named(config: TrainerConfig) -> None:
-    path = holdout.trained_path(config, "digits")
+    path = ledger_of(config, "digits") / "images-000001.npz"
     write_whole(path, b"PK but no zip")
-    with pytest.raises(ValueError, match=r"digits\.trained\.npz"):
+    with pytest.raises(LedgerError, match=r"digits/images-000001\.npz"):
         remember(config, "digits", [image(5)])
 
 

@@ -16,7 +16,7 @@ from trainer.cli import app
 from trainer.config import load_config
 from trainer.database import jobs, samples
 from trainer.jobfile import JobError
-from trainer.ready import UnderWay, at_work, mark_used, ready
+from trainer.ready import UnderWay, at_work, ready
 
 __all__ = ["world"]
 
@@ -60,15 +60,6 @@ def test_a_training_that_is_under_way_is_not_begun_twice(world: Path) -> None:
         with pytest.raises(UnderWay, match="clerk is under way"), at_work(config, "clerk"):
             pass
     assert ask(world, "clerk", "--dataset", dataset)[0] == 0
-
-
-def test_a_record_that_was_cut_off_costs_one_line(world: Path) -> None:
-    config = load_config(world / "trainer.toml")
-    mark_used(config, "clerk", ["a" * 64])
-    path = config.data_dir / "trained" / "clerk.txt"
-    path.write_bytes(path.read_bytes() + b"b" * 20)
-    mark_used(config, "clerk", ["c" * 64])
-    assert path.read_text().split() == ["a" * 64, "b" * 20, "c" * 64]
 
 
 def test_a_labelled_folder_counts_too(world: Path) -> None:

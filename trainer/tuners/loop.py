@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -33,6 +34,7 @@ from trainer.tuners.language import adapter_config
 from trainer.tuners.lora.settings import LanguageSettings
 from trainer.tuners.scratch import Scratch, fingerprint, replace_folder
 from trainer.tuners.settings import SettingsError
+from trainer.tuners.together import OutOfMemoryTogether, Together, patience
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +51,19 @@ class Prepared:
     facts: Mapping[str, Any]
 
 
-Prepare = Callable[[Batching, Scratch], Prepared]
+Prepare = Callable[[Batching, Scratch, Together], Prepared]
 
 
 def device() -> PartialState:
     """The processes of this training and what they run on: GPUs where there are some, else the CPU."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=patience())
 
 
 def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
     """Train what `prepare` makes until it is done, from the last checkpoint on, and save the adapter as `work.out`.
 
-    Out of memory: half as many examples at once, and so many more passes for one step; the steps stay the same. Raises
-    SettingsError when one example is too much, ValueError when nothing is left to train on.
+    Out of memory in any process: half as many examples at once in all of them, and so many more passes for one step; the
+    steps stay the same. Raises SettingsError when one example is too much, ValueError when nothing is left to train on.
     """
     if not (work.base / "config.json").is_file():
         raise SettingsError(f"base = {str(work.base)!r}: no Hugging Face checkpoint is there (config.json)")
@@ -79,19 +81,21 @@ def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
     broadcast_object_list(names)
     with state.main_process_first():
         scratch = Scratch(work.scratch, names[0], writes=state.is_main_process)
+    together = Together(state.num_processes)
     batching = shared(batching.batch, batching.processes, scratch.at_once_max)
     with torch.random.fork_rng():
         torch.manual_seed(work.seed)  # the fresh adapter's weights
         while True:
             try:
-                prepared = prepare(batching, scratch)
+                prepared = prepare(batching, scratch, together)
                 resumed = _train(prepared.trainer, scratch)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
+                agreed = isinstance(error, OutOfMemoryTogether)
             # Outside of `except`: the traceback would keep the tensors alive.
-            batching = _answer(batching, scratch)
+            batching = _answer(batching, scratch, state, agreed=agreed)
             torch.manual_seed(work.seed)
     trainer = prepared.trainer
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -138,6 +142,7 @@ def arguments(work: Work, settings: LanguageSettings, batching: Batching, scratc
         "prediction_loss_only": True,
         "dataloader_pin_memory": gpu,
         "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # they do not change, and nothing inside a step waits for another process
         "use_cpu": not gpu,
         "bf16": gpu and torch.cuda.is_bf16_supported(),
     }
@@ -186,7 +191,45 @@ class Checkpoints:
     rate rises at once: transformers' own schedules waste the first step, which may be the only one."""
 
     scratch: Scratch
+    together: Together
     lr_scheduler: Any
+    accelerator: Any
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """As before; of several processes each takes its share alone, then they agree, then they add up."""
+        if self.together.processes == 1:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+
+        def alone() -> Any:
+            self.together.room(model.parameters())
+            with self.accelerator.no_sync(model):
+                return super(Checkpoints, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+
+        loss = self.agreed(alone)
+        if self.accelerator.sync_gradients:  # the last pass of a step
+            self.together.average(model.parameters())
+        return loss
+
+    def prediction_step(self, *given: Any, **named: Any) -> Any:
+        """As before, or all processes find that the memory of one is too small."""
+        return self.agreed(lambda: super(Checkpoints, self).prediction_step(*given, **named))  # type: ignore[misc]
+
+    def agreed(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns, when no process runs out of memory in it; raises OutOfMemoryTogether in all of them else."""
+        if self.together.processes == 1:
+            return act()
+        found, short = None, False
+        try:
+            with _alone(self.accelerator):
+                found = act()
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            log.warning("out of memory in process %d: %s", self.args.process_index, str(error).splitlines()[0])  # type: ignore[attr-defined]
+            short = True
+        if self.together.agree(short):
+            raise OutOfMemoryTogether("out of memory in one of the processes")
+        return found
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Up over the first 5 % of the steps, then down in a line to a tenth."""
@@ -205,6 +248,20 @@ class Checkpoints:
         if self.is_world_process_zero():  # type: ignore[attr-defined]
             step = self.state.global_step  # type: ignore[attr-defined]
             self.scratch.complete(self.scratch.checkpoints / f"checkpoint-{step}")
+
+
+@contextmanager
+def _alone(accelerator: Any) -> Iterator[None]:
+    """What gathers numbers for the log inside a step would wait for a process that has run out of memory: in the block each
+    process has its own share's numbers."""
+    names = ("gather", "gather_for_metrics")
+    for name in names:
+        setattr(accelerator, name, lambda own, *_, **__: own)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(accelerator, name)
 
 
 def write_adapter(model: Any, folder: Path) -> None:
@@ -233,11 +290,15 @@ def _train(trainer: Any, scratch: Scratch) -> int:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
+    known = (torch.OutOfMemoryError, MemoryError, OutOfMemoryTogether)
+    return isinstance(error, known) or should_reduce_batch_size(error)
 
 
-def _answer(batching: Batching, scratch: Scratch) -> Batching:
-    """The next smaller way to take the same step; raises SettingsError when there is none."""
+def _answer(batching: Batching, scratch: Scratch, state: PartialState, *, agreed: bool) -> Batching:
+    """The next smaller way to take the same step, the same in every process; raises SettingsError when there is none.
+
+    `agreed`: every process is here. Else it is one alone, and the others wait for it somewhere.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -251,13 +312,14 @@ def _answer(batching: Batching, scratch: Scratch) -> Batching:
         "out of memory with %d examples at once: now %d at once, %d times a step (%d examples a step, as before)",
         batching.at_once, smaller.at_once, smaller.passes, smaller.batch,
     )  # fmt: skip
-    scratch.remember(smaller.at_once)
-    if batching.processes > 1:
-        # The others wait for this process in the middle of a step: only a new start can tell them.
+    if batching.processes == 1 or not agreed or state.is_main_process:
+        scratch.remember(smaller.at_once)
+    if batching.processes > 1 and not agreed:
         raise SettingsError(
-            f"out of memory with {batching.at_once} examples at once in one of {batching.processes} processes: start it "
-            f"again, and it continues with {smaller.at_once}"
+            f"out of memory with {batching.at_once} examples at once in one of {batching.processes} processes, outside of "
+            f"a step: start it again, and it continues with {smaller.at_once}"
         )
+    state.wait_for_everyone()
     return smaller
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.tuners.dpo.data import Pair
 from trainer.tuners.dpo.settings import DpoSettings
 from trainer.tuners.scratch import Scratch
 from trainer.tuners.settings import SettingsError
+from trainer.tuners.together import Together
 
 
 def tune(work: Work) -> Tuned:
@@ -31,7 +33,7 @@ def tune(work: Work) -> Tuned:
     settings = work.settings
     if not isinstance(settings, DpoSettings):
         raise SettingsError(f"dpo: settings of {type(settings).__name__}; use DpoSettings")
-    return loop.run(work, settings, lambda batching, scratch: _prepare(work, settings, batching, scratch))
+    return loop.run(work, settings, partial(_prepare, work, settings))
 
 
 class _Trainer(loop.Checkpoints, DPOTrainer):
@@ -43,7 +45,16 @@ class _Trainer(loop.Checkpoints, DPOTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """The reference's log-probabilities; its dropout would make noise of them."""
         model.eval()
-        return super().compute_ref_log_probs(model, inputs)
+        return self.agreed(lambda: super(_Trainer, self).compute_ref_log_probs(model, inputs))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The log's numbers are of all processes; inside a step each had those of its own share (`loop.Checkpoints`)."""
+        told = self._metrics["train" if self.model.training else "eval"]
+        if self.together.processes > 1 and told:
+            own = torch.tensor([sum(values) / len(values) for values in told.values()], device=self.args.device)
+            means = self.accelerator.reduce(own, "mean").tolist()
+            told.update({name: [mean] for name, mean in zip(told, means, strict=True)})
+        super().log(logs, start_time)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Leave the card to the run that this training belongs to."""
@@ -52,7 +63,9 @@ class _Trainer(loop.Checkpoints, DPOTrainer):
         pass
 
 
-def _prepare(work: Work, settings: DpoSettings, batching: Batching, scratch: Scratch) -> loop.Prepared:
+def _prepare(
+    work: Work, settings: DpoSettings, batching: Batching, scratch: Scratch, together: Together
+) -> loop.Prepared:
     disable_progress_bars()  # `Work.report` tells how it goes
     base = language.load(work.base, settings)
     rows, left_out = encode(base, work.data)
@@ -84,7 +97,7 @@ def _prepare(work: Work, settings: DpoSettings, batching: Batching, scratch: Scr
         eval_dataset=_stored(held_out, scratch.folder / "held-out") if held_out else None,
         callbacks=loop.callbacks(work, settings),
     )
-    trainer.scratch = scratch
+    trainer.scratch, trainer.together = scratch, together
     facts = {"pairs": len(rows), "left_out": left_out, "held_out": len(held_out), "held_left_out": held_left_out}
     return loop.Prepared(trainer, base.facts | facts | {"beta": settings.beta})
 

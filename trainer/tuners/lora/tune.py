@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from trainer.tuners.lora.data import Example
 from trainer.tuners.lora.settings import LanguageSettings
 from trainer.tuners.scratch import Scratch
 from trainer.tuners.settings import SettingsError
+from trainer.tuners.together import Together
 
 Tokens = dict[str, list[int]]  # `input_ids`, and `labels`: the tokens where they are the answer's, else IGNORED
 
@@ -31,7 +33,7 @@ def tune(work: Work) -> Tuned:
     settings = work.settings
     if not isinstance(settings, LanguageSettings):
         raise SettingsError(f"lora: settings of {type(settings).__name__}; use LanguageSettings")
-    return loop.run(work, settings, lambda batching, scratch: _prepare(work, settings, batching, scratch))
+    return loop.run(work, settings, partial(_prepare, work, settings))
 
 
 class _Trainer(loop.Checkpoints, Trainer):
@@ -51,7 +53,9 @@ class _Rows(Dataset[Tokens]):
         return self._rows[place]
 
 
-def _prepare(work: Work, settings: LanguageSettings, batching: Batching, scratch: Scratch) -> loop.Prepared:
+def _prepare(
+    work: Work, settings: LanguageSettings, batching: Batching, scratch: Scratch, together: Together
+) -> loop.Prepared:
     base = language.load(work.base, settings)
     rows, left_out = encode(base, work.data)
     if not rows:
@@ -70,7 +74,7 @@ def _prepare(work: Work, settings: LanguageSettings, batching: Batching, scratch
         eval_dataset=_Rows(held_out) if held_out else None,
         callbacks=loop.callbacks(work, settings),
     )
-    trainer.scratch = scratch
+    trainer.scratch, trainer.together = scratch, together
     facts = {"examples": len(rows), "left_out": left_out, "held_out": len(held_out), "held_left_out": held_left_out}
     return loop.Prepared(trainer, base.facts | facts)
 
