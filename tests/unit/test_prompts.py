@@ -415,12 +415,13 @@ def test_another_devices_question_is_answered_or_passed_on(tmp_path: Path, calib
     bench.store.close()
 
 
-def test_a_question_that_could_not_be_answered_whole_stays_open_for_somebody_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", ["truncated", "invalid"])
+def test_a_question_that_could_not_be_answered_whole_stays_open_for_somebody_else(tmp_path: Path, reason: str) -> None:
     bench = asking(tmp_path, calibration=SURE)
-    halted = replace(ASK, halt=lambda: "truncated")
+    halted = replace(ASK, halt=lambda: reason)
     bench.prompts.handle(
         Item("big:s1", "s1", 0.0, prompt=halted, asked=question_of("dev9"), settle=bench.settled.append)
     )
     (verdict,) = bench.verdicts
-    assert (verdict.status, verdict.label, verdict.reason) == ("unresolved", [], "its answer ended as truncated")
+    assert (verdict.status, verdict.label, verdict.reason) == ("unresolved", [], f"its answer ended as {reason}")
     bench.store.close()
