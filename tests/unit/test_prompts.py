@@ -192,7 +192,7 @@ def test_a_link_that_takes_nothing_costs_the_pieces_and_not_the_answer(bench: Be
 
 def test_a_piece_that_no_broker_would_take_is_dropped(bench: Bench) -> None:
     def refuse() -> bool:
-        raise TooLarge("3 bytes do not fit")
+        raise TooLarge("t", 3, 2)
 
     bench.link = refuse
     bench.prompts.handle(bench.item(ASK))
