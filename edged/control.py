@@ -96,7 +96,7 @@ class Control:
         self._verdicts = Verdicts(store, link, outgoing, clock, self._questions, self._guarded)
         presence = Presence()
         self._routes = Routes(presence, outgoing, clock, settings.pipelines)
-        self._sending = Sending(store, link, clock, settings.delivery, self._routes)
+        self._sending = Sending(store, link, clock, settings.delivery, self._routes, outgoing)
         self._responding = Responders(
             store, link, outgoing, clock, settings.responders, responders, presence,
             self._enqueue, self.wake, self._full,

@@ -60,7 +60,11 @@ class _OfPublish:
 
 
 class TooLarge(ValueError):
-    """A payload that the broker would refuse for ever; the message names both sizes."""
+    """A payload that the broker would refuse for ever; the message names both sizes, in bytes."""
+
+    def __init__(self, topic: str, size: int, size_max: int) -> None:
+        super().__init__(f"{topic}: {size} bytes do not fit the broker's max_packet_size {size_max}")
+        self.size, self.size_max = size, size_max
 
 
 class BadCredentials(ValueError):
@@ -277,9 +281,7 @@ class Link:
         sent from any thread. Raises TooLarge.
         """
         if self._packet_max and len(payload) + PACKET_OVERHEAD > self._packet_max:
-            raise TooLarge(
-                f"{address.topic}: {len(payload)} bytes do not fit the broker's max_packet_size {self._packet_max}"
-            )
+            raise TooLarge(address.topic, len(payload), self._packet_max)
         if self.room() == 0 or (address.qos == 0 and self._unwritten() >= UNWRITTEN_MAX):
             return False
         properties = _OfPublish(address.expiry_s, correlation)

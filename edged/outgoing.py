@@ -88,6 +88,19 @@ class Outgoing:
             stamp |= {"id": derived(request, "reply")}
         return self.message(address, messages.InferReply(**stamp, request=request, **fields))
 
+    def instead(self, message: OutboxMessage, size: int, size_max: int) -> OutboxMessage | None:
+        """What is said where `message` of `size` bytes cannot be sent because the broker takes packets of at most
+        `size_max` bytes: whoever asked gets an error for a reply. None: nobody waits for it."""
+        fields = topics.REPLY.match(message.topic)
+        if fields is None:
+            return None
+        error = (
+            f"the reply has {size} bytes, and the broker takes packets of at most {size_max}: send a shorter prompt (the "
+            "reply repeats it), or a smaller tokens_max"
+        )
+        reply = self.reply(fields["id"], error=error)
+        return reply if len(reply.payload) < size else None  # where nothing fits, nothing is said again and again
+
     def command_state(
         self, kind: str, command: str, state: Literal["accepted", "done", "failed"], reason: str, detail: dict[str, Any]
     ) -> OutboxMessage:

@@ -31,7 +31,7 @@ PARTIAL_S = 0.05  # pieces of one answer are at least this far apart: a fast mod
 MODEL_WAIT_S = 60.0  # for a model on its way; longer than this no broker keeps a request
 REFUSED_CHARS_MAX = 2000  # of a prompt that was refused, perhaps for its length
 # Reasons of `Finished` that are no whole answer; each is also the reply's error and the record's outcome.
-UNFINISHED = ("truncated", "cancelled", "deadline")
+UNFINISHED = ("truncated", "invalid", "cancelled", "deadline")
 SURE = ("confident", "audit")  # reasons of a decision that are no doubt
 
 

@@ -11,6 +11,7 @@ import logging
 from edged.clock import Clock
 from edged.config import Delivery
 from edged.link import Link, Published, TooLarge
+from edged.outgoing import Outgoing
 from edged.routes import Routes
 from edged.store import Store
 from edged.wire.topics import Address
@@ -23,9 +24,11 @@ UNSAVED_MAX = 32  # messages whose progress is not in the store yet: every look 
 class Sending:
     """Hands due rows to the link, never more than it may hold; who we are goes first."""
 
-    def __init__(self, store: Store, link: Link, clock: Clock, delivery: Delivery, routes: Routes) -> None:
+    def __init__(
+        self, store: Store, link: Link, clock: Clock, delivery: Delivery, routes: Routes, outgoing: Outgoing
+    ) -> None:
         self._store, self._link, self._clock, self._delivery = store, link, clock, delivery
-        self._routes = routes
+        self._routes, self._outgoing = routes, outgoing
         self._announced: list[tuple[Address, bytes]] = []  # what the link has not taken yet
         self._attempts: dict[str, int] = {}  # of the rows that the link holds
         self.held_back = False  # the last pump would have sent more, had there been room
@@ -66,6 +69,7 @@ class Sending:
             return
         now = self._clock.now()
         rows = self._store.due(now, room, self._passed_over())
+        more = False
         for row in rows:
             m = row.message
             expiry = None if m.expires is None else max(1, int(m.expires - now))
@@ -77,12 +81,14 @@ class Sending:
             except TooLarge as error:
                 log.error("%s", error)
                 self._store.count("messages_too_large")
-                self._store.bury(m.id, str(error))
+                told = self._outgoing.instead(m, error.size, error.size_max)
+                self._store.bury(m.id, str(error), told, now)
+                more = more or told is not None
                 continue
             if not sent:
                 return
             self._attempts[m.id] = self._sent[m.id] = row.attempts + 1
-        self.held_back = len(rows) == room or self.announcing
+        self.held_back = more or len(rows) == room or self.announcing
 
     def _passed_over(self) -> set[str]:
         """What the link holds, and what the store does not know the progress of."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.cli_samples import PROBLEMS_SHOWN, OnlyClass, OnlyDevice, OnlyModel, SureMax, SureMin, progress
+from trainer.cli_options import PROBLEMS_SHOWN, OnlyClass, OnlyDevice, OnlyModel, SureMax, SureMin, progress
 from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
 
 if TYPE_CHECKING:

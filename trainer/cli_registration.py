@@ -15,10 +15,13 @@ SHOWN_CHARS_MAX = 100  # of an error in the table; --json shows all of it
 
 def registrations(
     state: Annotated[
-        str | None, typer.Option(help="Only waiting, done, refused, gave_up, skipped or withdrawn ones.")
+        str | None, typer.Option(help="Only those in this state, such as `refused` or `still_there`.")
     ] = None,
     target: Annotated[str | None, typer.Option(help="Only this server: by the name of its registration.")] = None,
-    retry: Annotated[str | None, typer.Option(help="name@version: tell the servers (--target: one) of it now.")] = None,
+    retry: Annotated[
+        str | None,
+        typer.Option(help="name@version: tell the servers (--target: one) of it, or of its revocation, now."),
+    ] = None,
     config: Config = CONFIG,
     as_json: Json = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")] = ANSWER_S,

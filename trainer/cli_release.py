@@ -50,13 +50,13 @@ def release_make(
     """
     from trainer.config import ConfigError
     from trainer.datasets import DatasetError, read_folder
-    from trainer.package import package_detector
+    from trainer.package import package_vision
 
     settings = load(config)
     try:
         chosen = settings.model(model)
         calibration = [image.decode(chosen.labels) for image in read_folder(chosen.calibration)]
-        manifest = package_detector(
+        manifest = package_vision(
             chosen.checkpoint,
             out,
             f"{model}@{version}",

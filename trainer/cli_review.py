@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli_samples import (
+from trainer.cli_options import (
     PROBLEMS_SHOWN,
     Labels,
     OnlyClass,
     OnlyDevice,
+    OnlyKind,
     SureMax,
     SureMin,
     TaskOption,
@@ -43,7 +44,7 @@ def samples_review(
     labels: Labels = "",
     device: OnlyDevice = "",
     label: OnlyClass = "",
-    kind: Annotated[str, typer.Option(help="With --out: only labels of a person, or of a model.")] = "",
+    kind: OnlyKind = "",
     confidence_min: SureMin = 0.0,
     confidence_max: SureMax = 1.0,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="With --out: the least sure ones, so many.")] = 100,

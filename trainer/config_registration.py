@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from edged.core.address import BadEndpoint, check_url
 from edged.wire.manifest import Kind
-from trainer.core.registration import PLACEHOLDERS, Pace, unknown_placeholders
+from trainer.core.registration import PLACEHOLDERS, REASON, Pace, unknown_placeholders
 
 TARGETS_MAX = 16
 _OURS = {"content-type", "content-length", "idempotency-key", "host", "transfer-encoding"}
@@ -20,10 +20,22 @@ BODY: dict[str, Any] = {
 }  # fmt: skip
 
 
+class Revocation(BaseModel):
+    """How a server is told that a release which it knows was revoked. `url` has no default: a DELETE of the address that
+    releases are told to could mean all of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    method: Literal["DELETE", "POST", "PUT", "PATCH"] = "DELETE"
+    body: dict[str, Any] = {}  # {}: none
+
+
 class Registration(BaseModel):
     """One server that is told of new releases. `token_file`: a key that goes as `Authorization: Bearer KEY`, or bare in
     `token_header` where that is another. `when`: as soon as a release is registered and may be installed, or when a
-    rollout has brought it to the whole fleet. `models`: only these; none: all of `kinds`."""
+    rollout has brought it to the whole fleet (an adapter: when every slot with its base runs it). `models`: only these;
+    none: all of `kinds`. `revocation`: without it the server hears of no revocation, and an event says so."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,6 +49,7 @@ class Registration(BaseModel):
     when: Literal["released", "promoted"] = "released"
     kinds: Annotated[list[Kind], Field(min_length=1)] = ["llm", "lora"]
     models: list[str] = []
+    revocation: Revocation | None = None
     ca: Path | None = None  # who signed the server's certificate; none: those that this machine trusts
     certificate: Path | None = None  # ours, where the server asks for one
     key: Path | None = None
@@ -48,19 +61,26 @@ class Registration(BaseModel):
 
     @model_validator(mode="after")
     def _usable(self) -> Registration:
-        # Placeholders stand in the path at most: where a release is sent must not depend on its name.
-        if "{" in urlsplit(self.url).netloc:
-            raise ValueError("url: a placeholder cannot stand in the server's name; write that out")
-        try:
-            check_url(self.url, plain=self.allow_plain)
-        except BadEndpoint as error:
-            raise ValueError(f"url: {error}") from None
-        unknown = unknown_placeholders({"url": self.url, **self.body})
-        if unknown:
-            raise ValueError(f"unknown placeholder {{{unknown[0]}}}; known: {', '.join(PLACEHOLDERS)}")
+        self._check("", self.url, self.body, PLACEHOLDERS)
+        if self.revocation is not None:
+            known = (*PLACEHOLDERS, REASON)
+            self._check("revocation.", self.revocation.url, self.revocation.body, known)
+            if urlsplit(self.revocation.url)[:2] != urlsplit(self.url)[:2]:
+                raise ValueError("revocation.url: another server than url's: the key is for that one alone")
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key belong together: set both or none")
         return self
+
+    def _check(self, where: str, url: str, body: dict[str, Any], known: tuple[str, ...]) -> None:
+        # Placeholders stand in the path at most: where a release is sent must not depend on its name.
+        if "{" in urlsplit(url).netloc:
+            raise ValueError(f"{where}url: a placeholder cannot stand in the server's name; write that out")
+        try:
+            check_url(url, plain=self.allow_plain)
+        except BadEndpoint as error:
+            raise ValueError(f"{where}url: {error}") from None
+        if unknown := unknown_placeholders([url, body], known):
+            raise ValueError(f"{where}unknown placeholder {{{unknown[0]}}}; known: {', '.join(known)}")
 
     @field_validator("headers")
     @classmethod

@@ -13,10 +13,10 @@ from typing import Any, cast
 
 from trainer.core.labels import Task
 from trainer.formats import coco, jsonl, yolo
-from trainer.formats.base import Example, FormatError, Problem, Reading
+from trainer.formats.base import Asked, Example, FormatError, Problem, Reading
 from trainer.pool import BATCH_MAX, Kind, Pool, PoolError, Record, Wanted
 
-READERS: dict[str, Callable[..., Reading]] = {"coco": coco.read, "yolo": yolo.read, "jsonl": jsonl.read}
+READERS: dict[str, Callable[[Path, Asked], Reading]] = {"coco": coco.read, "yolo": yolo.read, "jsonl": jsonl.read}
 HOLD: dict[str, tuple[Task, ...]] = {"coco": coco.TASKS, "yolo": yolo.TASKS, "jsonl": jsonl.TASKS}
 FORMATS = tuple(READERS)
 KINDS = ("person", "model")
@@ -83,7 +83,7 @@ def read(
         raise FormatError(f"--format {format_}: use one of {', '.join(FORMATS)}")
     if task is not None and task not in HOLD[format_]:
         raise FormatError(f"--format {format_} cannot hold task {task!r}: it holds {', '.join(HOLD[format_])}")
-    return READERS[format_](path, task=task, known=known, rename=dict(rename), images=images)
+    return READERS[format_](path, Asked(task, known, rename, images))
 
 
 def import_all(pool: Pool, reading: Reading, source: Source, now: float, step: Step = lambda _n: None) -> Summary:

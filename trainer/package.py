@@ -76,25 +76,6 @@ def package_vision(
     return _finish(beside, folder, manifest)
 
 
-def package_detector(
-    checkpoint: Path,
-    folder: Path,
-    release: str,
-    *,
-    labels: Sequence[str],
-    imgsz: int,
-    calibration: Sequence[Labelled],
-    thresholds: Thresholds | None = None,
-    lineage: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> ReleaseManifest:
-    """`package_vision` as int8."""
-    return package_vision(
-        checkpoint, folder, release, labels=labels, imgsz=imgsz, calibration=calibration, thresholds=thresholds,
-        lineage=lineage, seed=seed,
-    )  # fmt: skip
-
-
 def package_language(
     source: Path,
     folder: Path,

@@ -22,17 +22,22 @@ from edged.engines.endpoint import EndpointError, Halted, Limits, Reply, read_se
 from edged.wire.manifest import FileEntry, ReleaseId
 from trainer.config_registration import Registration
 from trainer.core.registration import (
+    AIMS,
     CONFLICT,
+    REASON,
+    REVOKE,
     WAITING,
     Told,
     answered,
     first_states,
     is_due,
+    reached_all,
     render,
+    revocation,
     unanswered,
 )
 from trainer.core.rollout import Phase
-from trainer.database import registrations, rollouts
+from trainer.database import devices, registrations, rollouts
 from trainer.host import Host
 from trainer.keys import TrustError
 from trainer.releases import ReleaseError, StoredRelease
@@ -43,7 +48,11 @@ log = logging.getLogger(__name__)
 LOOK_S = 2.0  # between two looks for what is new and what is due
 STOP_S_MAX = 5.0  # a request under way is given up at once; its row stays
 ANSWER_BYTES_MAX = 64 << 10
-RETRIED = ("refused", "gave_up", "skipped", "withdrawn", "waiting")  # states that a person may set to `waiting`
+# What a person may have tried again, and what the row becomes.
+RETRIED = dict.fromkeys(("refused", "gave_up", "skipped", "withdrawn", "waiting"), WAITING) | dict.fromkeys(
+    ("revoking", "still_there"), REVOKE.asked
+)
+NOT_CONFIGURED = "revoked, and its [registration.revocation] is not configured: take it out of the server by hand"
 
 
 class Registrations:
@@ -83,6 +92,7 @@ class Registrations:
         """Note what the server is to be told of, and send what is due, oldest first."""
         try:
             self._note(target)
+            self._note_revoked(target)
             for row in self._due(target):
                 if self._stopping.is_set():
                     return
@@ -101,14 +111,13 @@ class Registrations:
                     select(registrations.c.release).where(registrations.c.target == target.name)
                 ).scalars()
             )
-            promoted = _promoted(connection) if target.when == "promoted" else None
-        found = {
-            each.ref.release: each
-            for each in host.registry.list()
-            if each.manifest.kind in target.kinds and _wanted(target, each)
-        }
-        if promoted is not None:
-            found = {release: each for release, each in found.items() if (release, each.ref.sha256) in promoted}
+            found = {
+                each.ref.release: each
+                for each in host.registry.list()
+                if each.manifest.kind in target.kinds and _wanted(target, each)
+            }
+            if target.when == "promoted":
+                found = _promoted(connection, found)
         if not found.keys() - known:
             return
         found = {release: found[release] for release in _installable(host, found)}
@@ -122,8 +131,26 @@ class Registrations:
                 row = {"target": target.name, "release": release, "sha256": found[release].ref.sha256, "state": state}
                 connection.execute(insert(registrations).values(**row, error=skipped, created=now, updated=now))
 
+    def _note_revoked(self, target: Registration) -> None:
+        """What the server may know and was revoked: it is told so, or a person is. Raises TrustError."""
+        repository = repository_of(self._host.config)
+        gone = repository.revoked() if repository is not None else {}
+        if not gone:
+            return
+        query = select(registrations).where(registrations.c.target == target.name)
+        with self._host.database.read() as connection:
+            rows = [row for row in connection.execute(query) if row.release in gone]
+        for row in rows:
+            state = revocation(row.state, sent=row.body is not None, told_of_revocations=target.revocation is not None)
+            if state == REVOKE.asked:
+                self._save(target, row, Told(state), tries=0, status=None, body=None)
+            elif state == REVOKE.refused:
+                self._save(target, row, Told(state, error=NOT_CONFIGURED))
+            elif state == "withdrawn":
+                self._save(target, row, Told(state, error="revoked before it was told of it"))
+
     def _due(self, target: Registration) -> list[Any]:
-        query = select(registrations).where(registrations.c.target == target.name, registrations.c.state == WAITING)
+        query = select(registrations).where(registrations.c.target == target.name, registrations.c.state.in_(AIMS))
         with self._host.database.read() as connection:
             rows = connection.execute(query).all()
         now = self._host.now()
@@ -134,55 +161,63 @@ class Registrations:
         try:
             stored = self._host.registry.get(row.release)
         except ReleaseError as error:  # removed by hand, or damaged: the other releases go on
-            self._save(target, row, Told("withdrawn", error=str(error)))
+            self._save(target, row, Told("withdrawn" if row.state == WAITING else REVOKE.refused, error=str(error)))
             return
-        if row.release not in _installable(self._host, {row.release: stored}):
-            self._save(
-                target, row, Told("withdrawn", error="revoked, or not signed any more, before it was told of it")
-            )
+        if row.state == WAITING and row.release not in _installable(self._host, {row.release: stored}):
+            self._save(target, row, Told("withdrawn", error="not signed any more, before it was told of it"))
+            return
+        if row.state == REVOKE.asked and target.revocation is None:
+            self._save(target, row, Told(REVOKE.refused, error=NOT_CONFIGURED))
             return
         body = row.body if row.body is not None else self._body(target, row, stored)
-        tries, status = row.tries + 1, None
+        tries, status, aim = row.tries + 1, None, AIMS[row.state]
         try:
             reply = self._send(target, row, stored, body)
         except Halted:
             return  # it was not this server's fault, and is no try
         except BadEndpoint as error:
-            told = Told("refused", error=f"{error}; then `trainer release registrations --retry {row.release}`")
+            told = Told(aim.refused, error=f"{error}; then `trainer release registrations --retry {row.release}`")
         except EndpointError as error:
-            told = unanswered(str(error), tries, target.pace(), self._host.now(), self._chance())
+            told = unanswered(str(error), tries, target.pace(), self._host.now(), self._chance(), aim=aim)
         else:
             status = reply.status
             told = answered(
                 status, reply.said(), tries, target.pace(), self._host.now(), self._chance(),
-                reply.headers.get("retry-after", "").strip(),
+                reply.headers.get("retry-after", "").strip(), aim,
             )  # fmt: skip
         self._save(target, row, told, tries=tries, status=status)
 
     def _body(self, target: Registration, row: Any, stored: StoredRelease) -> Any:
         """What is said, saved before it is sent: a try that comes again says the same under the same key."""
-        body = render(target.body, values_of(stored, self._url()))
+        body = render(_words(target, row)[2], self._values(row, stored, self._url()))
         with self._host.database.write() as connection:
             connection.execute(_row(target.name, row.release).values(body=body))
         return body
 
     def _send(self, target: Registration, row: Any, stored: StoredRelease, body: Any) -> Reply:
         """Raises BadEndpoint, EndpointError, Halted."""
-        quoted = {name: quote(str(value), safe="") for name, value in values_of(stored, "").items()}
-        url = render(target.url, quoted)
+        quoted = {name: quote(str(value), safe="") for name, value in self._values(row, stored, "").items()}
+        method, url, _ = _words(target, row)
+        url = render(url, quoted)
         check_url(url, plain=target.allow_plain)
-        headers = {
-            **target.headers, "Content-Type": "application/json", "Idempotency-Key": key_of(row.release, row.sha256),
-        }  # fmt: skip
+        key = key_of(row.release, row.sha256) + ("" if row.state == WAITING else f":{REVOKE.done}")
+        headers = {**target.headers, "Content-Type": "application/json", "Idempotency-Key": key}
         secret = read_secret(target.token_file) if target.token_file else ""
         if secret:
             bearer = target.token_header.lower() == "authorization"
             headers[target.token_header] = f"Bearer {secret}" if bearer else secret
         limits = Limits(target.timeout_s, ANSWER_BYTES_MAX, lambda: "stopping" if self._stopping.is_set() else "")
         context = tls(target.ca, target.certificate, target.key)
-        reply = send(target.method, url, headers, json.dumps(body).encode(), context, limits)
+        data = b"" if row.state == REVOKE.asked and not body else json.dumps(body).encode()
+        reply = send(method, url, headers, data, context, limits)
         # Servers repeat a wrong key in their answer.
         return Reply(reply.status, reply.headers, reply.said(secret).encode())
+
+    def _values(self, row: Any, stored: StoredRelease, url: str) -> dict[str, Any]:
+        """What placeholders mean for a row. Raises TrustError."""
+        values = values_of(stored, url)
+        repository = repository_of(self._host.config) if row.state == REVOKE.asked else None
+        return values | ({REASON: repository.revoked().get(row.release, "")} if repository is not None else {})
 
     def _save(self, target: Registration, row: Any, told: Told, **tried: Any) -> None:
         host, now = self._host, self._host.now()
@@ -190,15 +225,33 @@ class Registrations:
         with host.database.write() as connection:
             # A person may have set it back meanwhile; what the server said of the same release still holds.
             connection.execute(_row(target.name, row.release).values(**values))
-            if told.state == "done":
-                text = "knew it already" if tried.get("status") == CONFLICT else "was told"
-                host.announce(connection, "release_told", f"{row.release}: {target.name} {text}", release=row.release)
-            elif told.state != WAITING:
-                text = f"{row.release}: {target.name} was not told: {told.error}"
-                host.announce(connection, f"release_{told.state}", text, release=row.release, server=target.name)
-        if told.state == WAITING:
+            event = _event(told, tried.get("status"))
+            if event is not None:
+                kind, text = event
+                told_of = {} if kind == "release_told" else {"server": target.name}
+                host.announce(connection, kind, f"{row.release}: {target.name} {text}", release=row.release, **told_of)
+        if told.state in AIMS and told.error:
             pause_s = max(0.0, told.due - now)
             log.warning("registration %s: %s: %s; again in %.0f s", target.name, row.release, told.error, pause_s)
+
+
+def _event(told: Told, status: int | None) -> tuple[str, str] | None:
+    """The kind of event that a new state is, and what is said of the server; None: it is on its way."""
+    if told.state in AIMS:
+        return None
+    if told.state == "done":
+        return "release_told", "knew it already" if status == CONFLICT else "was told"
+    if told.state == REVOKE.done:
+        return "release_revoked_there", "was told that it is revoked"
+    if told.state == REVOKE.refused:
+        return "release_still_there", f"may still serve it: {told.error}"
+    return f"release_{told.state}", f"was not told: {told.error}"
+
+
+def _words(target: Registration, row: Any) -> tuple[str, str, dict[str, Any]]:
+    """Method, address and body with their placeholders."""
+    said = target.revocation if row.state == REVOKE.asked and target.revocation is not None else target
+    return said.method, said.url, said.body
 
 
 def key_of(release: str, sha256: str) -> str:
@@ -248,9 +301,10 @@ def retry(host: Host, release: str, target: str | None) -> dict[str, Any]:
             known = connection.execute(select(registrations.c.release).distinct()).scalars().all()
             return {"error": f"{release} is to be told to nobody; there are {', '.join(sorted(known)) or 'none'}"}
         again = [row.target for row in rows if row.state in RETRIED]
-        for name in again:
-            fresh = {"state": WAITING, "tries": 0, "due": 0.0, "body": None, "updated": now}
-            connection.execute(_row(name, rows[0].release).values(**fresh))
+        for row in rows:
+            if row.state in RETRIED:
+                fresh = {"state": RETRIED[row.state], "tries": 0, "due": 0.0, "body": None, "updated": now}
+                connection.execute(_row(row.target, row.release).values(**fresh))
     return {
         "release": rows[0].release,
         "again": again,
@@ -266,10 +320,19 @@ def _wanted(target: Registration, stored: StoredRelease) -> bool:
     return not target.models or ReleaseId(stored.ref.release).name in target.models
 
 
-def _promoted(connection: Connection) -> set[tuple[str, str]]:
-    """The releases that a rollout has brought to everybody."""
+def _promoted(connection: Connection, found: dict[str, StoredRelease]) -> dict[str, StoredRelease]:
+    """Those that everybody has: a rollout has brought the model, or every slot with its base runs the adapter."""
     query = select(rollouts.c.release, rollouts.c.sha256).where(rollouts.c.phase == Phase.DONE.value)
-    return {(row.release, row.sha256) for row in connection.execute(query)}
+    rolled = {(row.release, row.sha256) for row in connection.execute(query)}
+    slots = [slot for models in connection.execute(select(devices.c.models)).scalars() for slot in models.values()]
+
+    def everywhere(release: str, each: StoredRelease) -> bool:
+        base = each.manifest.base
+        if each.manifest.kind == "lora" and base is not None:
+            return reached_all(release, base.release, slots)
+        return (release, each.ref.sha256) in rolled
+
+    return {release: each for release, each in found.items() if everywhere(release, each)}
 
 
 def _installable(host: Host, found: dict[str, StoredRelease]) -> list[str]:

@@ -15,7 +15,7 @@ from trainer.datasets import LabelledBox, LabelledImage, write_folder
 from trainer.evaluate import Labelled
 from trainer.export.gguf import export_gguf
 from trainer.export.gguf_lora import export_lora_gguf
-from trainer.package import package_detector, package_language
+from trainer.package import package_language, package_vision
 from trainer.releases import reference
 
 Say = Callable[[str], None]
@@ -132,7 +132,7 @@ def _detector(cache: Path, checkpoint: Path, release: str, calibration: Sequence
     folder = cache / f"{release}-{told.hexdigest()[:12]}"
     if not folder.is_dir():
         say(f"{release}: export, int8, calibration, golden set")
-        package_detector(
+        package_vision(
             checkpoint, folder, release, labels=LABELS, imgsz=SIZE, calibration=calibration,
             thresholds=Thresholds(score=SCORE), lineage={"checkpoint": checkpoint.name},
         )  # fmt: skip

@@ -104,8 +104,9 @@ class GenerateRequest:
     """A prompt for a `Generator`. `tokens_max` 0 means: as many as the context leaves room for.
 
     `messages`: a conversation instead of `prompt`, put into the model's own chat template. `schema`: the answer must be
-    JSON that this JSON Schema allows; then it is valid, or it ends with the reason `truncated`. `halt` is asked between
-    the steps of the work: it answers "" to go on, or the reason to end with (`cancelled`, `deadline`).
+    JSON that this JSON Schema allows; then it is valid, or it ends with the reason `truncated` (or `invalid`, where another
+    machine's model did not keep to it). `halt` is asked between the steps of the work: it answers "" to go on, or the reason
+    to end with (`cancelled`, `deadline`).
     """
 
     prompt: str = ""
@@ -128,8 +129,8 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of an answer: why it ended (`stop`, `length`, `truncated`, `cancelled`, `deadline`) and what it used.
-    `who`, `model`: whose answer it is where another machine runs the model; empty: this device's, of its release."""
+    """The end of an answer: why it ended (`stop`, `length`, `truncated`, `invalid`, `cancelled`, `deadline`) and what it
+    used. `who`, `model`: whose answer it is where another machine runs the model; empty: this device's, of its release."""
 
     reason: str
     prompt_tokens: int  # of which `reused_tokens` needed no work, because the request before began with them too

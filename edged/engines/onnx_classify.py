@@ -47,17 +47,14 @@ class OnnxClassifier:
         An image prepared for another model, as around a swap, is prepared again.
         """
         batch = [item if item.spec == self._cropper.spec else self.prepare(item.image) for item in batch]
-        if self._export.batched and len(batch) > 1:
-            rows = self._run(np.stack([item.tensor for item in batch]))
-        else:
-            rows = [self._run(item.tensor[None])[0] for item in batch]
+        rows = self._session.each([item.tensor for item in batch], self._scores, batched=self._export.batched)
         return [_best(item, row) for item, row in zip(batch, rows, strict=True)]
 
-    def _run(self, tensor: NDArray[Any]) -> Any:
-        (scores,) = self._session.run(tensor)
-        if scores.shape != (len(tensor), len(self.labels)) or not np.isfinite(scores).all():
+    def _scores(self, outputs: list[Any], count: int) -> Any:
+        (scores,) = outputs
+        if scores.shape != (count, len(self.labels)) or not np.isfinite(scores).all():
             raise EngineError(
-                f"release {self._release}: the model answered {scores.shape} to {len(tensor)} images, expected "
+                f"release {self._release}: the model answered {scores.shape} to {count} images, expected "
                 f"{len(self.labels)} finite scores for each"
             )
         return scores

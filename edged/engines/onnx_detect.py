@@ -46,22 +46,18 @@ class OnnxDetector:
         An image prepared for another model, as around a swap, is prepared again.
         """
         batch = [item if item.spec == self._letterboxer.spec else self.prepare(item.image) for item in batch]
-        if self._export.batched and len(batch) > 1:
-            answers = self._run(np.stack([item.tensor for item in batch]))
-        else:
-            answers = [self._run(item.tensor[None])[0] for item in batch]
+        answers = self._session.each([item.tensor for item in batch], self._split, batched=self._export.batched)
         return [self._detections(item, answer) for item, answer in zip(batch, answers, strict=True)]
 
-    def _run(self, tensor: NDArray[Any]) -> list[tuple[Any, ...]]:
-        """The model's outputs for each image of `tensor`."""
-        outputs = self._session.run(tensor)
+    def _split(self, outputs: list[Any], count: int) -> list[tuple[Any, ...]]:
+        """The model's outputs for each of `count` images."""
         export, head = self._export, outputs[0]
         rows, columns = 4 + len(self.labels) + export.masks, 6 + export.masks
         fits = head.ndim == 3 and (head.shape[2] == columns if export.end_to_end else head.shape[1] == rows)
-        if not fits or len(head) != len(tensor):
+        if not fits or len(head) != count:
             expected = f"[boxes, {columns}]" if export.end_to_end else f"[{rows}, anchors]"
             raise EngineError(
-                f"release {self._release}: the model answered {head.shape} to {len(tensor)} images, expected {expected} "
+                f"release {self._release}: the model answered {head.shape} to {count} images, expected {expected} "
                 "for each"
             )
         return list(zip(*outputs, strict=True))

@@ -30,6 +30,8 @@ from edged.engines.base import (
     Unanswered,
     Unsuitable,
 )
+from edged.engines.conform import fault
+from edged.engines.constrain import grammar
 from edged.engines.endpoint import (
     POLL_S,
     SECRET_BYTES_MAX,
@@ -91,15 +93,14 @@ class OpenAiGenerator:
         """Yield the answer as one piece, then a Finished that names the server and its model.
 
         Its mean log-probability is that of the tokens where the server gives it, else that of `confidence`. An answer that
-        the slot's own limit of tokens cut off ends as `truncated`. Raises Unsuitable for what the server will not answer,
+        the slot's own limit of tokens cut off ends as `truncated`; under a schema an answer that does not keep to it ends as
+        `truncated` where a limit cut it off, else as `invalid`. Raises Unsuitable for what the server will not answer,
         Unanswered when it does not answer in time, at the first step.
         """
         if self._closed:
             raise EngineError(f"{self._server.who}: the engine is closed")
         if request.schema is not None:
-            raise Unsuitable(
-                f"{self._server.who}: whether a server keeps to a schema cannot be made sure of; use the llama engine"
-            )
+            grammar(request.schema)  # raises for a schema that the answer cannot be held against
         if not 0 <= request.temperature < math.inf:
             raise Unsuitable(f"temperature {request.temperature}: use 0 (greedy) or more")
         if bool(request.prompt) == bool(request.messages):
@@ -123,10 +124,20 @@ class OpenAiGenerator:
             yield Finished(str(halted), 0, 0, 0.0)
             return
         mean = said.mean_logprob if said.mean_logprob is not None else math.log(server.confidence)
-        reason = "truncated" if said.reason == "length" and not request.tokens_max else said.reason
+        reason = self._reason(said, request)
         if said.text:
             yield Token(said.text, mean)
         yield Finished(reason, said.prompt_tokens, said.answer_tokens, mean, who=server.who, model=said.model)
+
+    def _reason(self, said: Said, request: GenerateRequest) -> str:
+        """Why the answer ended. Whether a server keeps to a schema is its own affair, so what it said is looked at."""
+        if request.schema is None:
+            return "truncated" if said.reason == "length" and not request.tokens_max else said.reason
+        why = fault(said.text, request.schema)
+        if not why:
+            return "stop"
+        log.warning("%s: its answer is not what the schema asks for: %s", self._server.who, why)
+        return "truncated" if said.reason == "length" else "invalid"
 
     def _ask(self, request: GenerateRequest) -> Said:
         """Ask until there is an answer, or patience ends. Raises Unsuitable, Unanswered, Halted."""

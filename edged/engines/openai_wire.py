@@ -15,6 +15,7 @@ from edged.engines.base import ChatMessage, GenerateRequest
 
 TEXT_BYTES_MAX = 128 << 10  # of an answer: a label must fit a message
 MODEL_CHARS_MAX = 200
+SCHEMA_NAME = "answer"  # the protocol wants one
 Meaning = Literal["answer", "passing", "unsuitable", "refused"]
 
 
@@ -64,6 +65,10 @@ def question(
         body["seed"] = request.seed
     if request.stop:
         body["stop"] = list(request.stop)
+    if request.schema is not None:
+        # Not `strict`: some servers then refuse schemas that name no additionalProperties. What comes is looked at here.
+        schema = {"name": SCHEMA_NAME, "schema": request.schema}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
     if not chat:
         return body | {"prompt": request.prompt} | ({"logprobs": 0} if logprobs else {})
     turns = list(request.messages) or [ChatMessage("user", request.prompt)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ _GRAPH = {
 }
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,15 @@ class Session:
     def run(self, tensor: NDArray[Any]) -> list[Any]:
         """Every output for `tensor`, the only input with its batch; raises EngineError."""
         return self.feed({self.inputs[0].name: tensor})
+
+    def each(
+        self, tensors: Sequence[NDArray[Any]], read: Callable[[list[Any], int], Sequence[T]], *, batched: bool
+    ) -> list[T]:
+        """What `read` makes of the outputs for each of `tensors` (without the batch's axis). With `batched` all go in one
+        run, else one by one. `read(outputs, count)` gives one result for each of `count` inputs. Raises EngineError."""
+        if batched and len(tensors) > 1:
+            return list(read(self.run(np.stack(tensors)), len(tensors)))
+        return [read(self.run(tensor[None]), 1)[0] for tensor in tensors]
 
     def feed(self, tensors: dict[str, NDArray[Any]]) -> list[Any]:
         """Every output for `tensors`, the inputs by name; raises EngineError."""

@@ -105,8 +105,9 @@ class Outbox(Ledger):
         with self._db.write(durable=False) as tables:
             tables.execute("UPDATE outbox SET due = ?, error = ? WHERE id = ?", (retry_at, reason, message_id))
 
-    def bury(self, message_id: str, reason: str) -> None:
-        """Give a message up for good: it moves to the dead letters, of which the newest are kept, and is counted."""
+    def bury(self, message_id: str, reason: str, instead: OutboxMessage | None = None, now: float = 0.0) -> None:
+        """Give a message up for good: it moves to the dead letters, of which the newest are kept, and is counted. `instead`
+        goes into the outbox at `now`, in the same transaction."""
         with self._db.write() as tables:
             moved = tables.execute(
                 "INSERT INTO dead_letter (id, topic, sample, payload, bytes, reason, enqueued)"
@@ -114,6 +115,8 @@ class Outbox(Ledger):
                 (DEAD_LETTER_BYTES_MAX, reason, message_id),
             ).rowcount
             tables.execute("DELETE FROM outbox WHERE id = ?", (message_id,))
+            if instead is not None:
+                insert_message(tables, self._limits, instead, now)
             tables.execute(
                 "DELETE FROM dead_letter WHERE seq <= (SELECT max(seq) FROM dead_letter) - ?", (DEAD_LETTERS_MAX,)
             )

@@ -211,8 +211,8 @@ class KnownBad:
 class LanguageRequest:
     """A prompt (or conversation) that a pipeline took on, kept for fine-tuning with what became of it.
 
-    `outcome`: ok, truncated, cancelled, deadline, or error with its `reason`. `finish_reason` is the engine's, empty when
-    it never ran. `options` are those that the request set: tokens_max, temperature, seed, stop, schema.
+    `outcome`: ok, truncated, invalid, cancelled, deadline, or error with its `reason`. `finish_reason` is the engine's,
+    empty when it never ran. `options` are those that the request set: tokens_max, temperature, seed, stop, schema.
     """
 
     id: str

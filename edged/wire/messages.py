@@ -269,7 +269,7 @@ class Partial(Message):
 class InferReply(Message):
     """The answer to an InferRequest: detections, or the prompt with what follows, or an error that names the fix.
 
-    The errors `truncated`, `cancelled` and `deadline` are these words; what was written until then is in
+    The errors `truncated`, `invalid`, `cancelled` and `deadline` are these words; what was written until then is in
     `generated_response`. `finish_reason` says why an answer ended: `stop`, `length` or one of these words.
     """
 

@@ -47,7 +47,7 @@ class Prompt(Part):
 
     `tokens_max` 0: as many as the context leaves room for. `temperature` 0: the likeliest token each time, else `seed`
     decides. `stop`: the answer ends before the first of these texts. `answer_schema`: a JSON Schema that the answer must
-    follow; it is then valid, or ends with the error `truncated`.
+    follow; it is then valid, or ends with the error `truncated` or, from a server, `invalid`.
     """
 
     generation_prompt: str | None = None

@@ -31,8 +31,12 @@ ROOT = Path(__file__).parents[2]
 class OpenAiServer:
     """`with OpenAiServer(folder, gguf) as server:` the process answers at `server.url`."""
 
-    def __init__(self, folder: Path, gguf: Path, name: str = "large", key: str = "") -> None:
+    def __init__(
+        self, folder: Path, gguf: Path, name: str = "large", key: str = "", *, ignore_schema: bool = False
+    ) -> None:
+        """`ignore_schema`: as servers that do not know `response_format` do."""
         self._folder, self._gguf, self.name, self._key = folder, gguf, name, key
+        self._more = ["--ignore-schema"] if ignore_schema else []
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
@@ -43,6 +47,7 @@ class OpenAiServer:
         command: list[Any] = [
             sys.executable, "-m", "tests.support.openai_server", "--gguf", self._gguf, "--name", self.name,
             "--port-file", port_file, "--port", str(port), "--key", self._key,
+            *self._more,
         ]  # fmt: skip
         with (self._folder / "openai.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
@@ -74,7 +79,7 @@ class OpenAiServer:
         self.stop()
 
 
-def _application(gguf: str, name: str, key: str) -> Starlette:
+def _application(gguf: str, name: str, key: str, *, obedient: bool) -> Starlette:
     import llama_cpp
 
     model = llama_cpp.Llama(gguf, n_ctx=512, logits_all=True, verbose=False, n_threads=2)
@@ -84,6 +89,9 @@ def _application(gguf: str, name: str, key: str) -> Starlette:
         if body.get("model") != name:
             return {"error": {"message": f"model {body.get('model')!r} does not exist", "code": "model_not_found"}}, 404
         common = {key: body[key] for key in ("max_tokens", "temperature", "stop") if key in body}
+        asked = body.get("response_format", {}).get("json_schema")
+        if asked is not None and obedient:
+            common["grammar"] = llama_cpp.LlamaGrammar.from_json_schema(json.dumps(asked["schema"]), verbose=False)
         try:
             with turn:
                 if path.endswith("/chat/completions"):
@@ -115,8 +123,9 @@ def main() -> None:
     for option in ("--gguf", "--name", "--port-file", "--key"):
         parser.add_argument(option, required=True)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--ignore-schema", action="store_true")
     wanted = parser.parse_args()
-    application = _application(wanted.gguf, wanted.name, wanted.key)
+    application = _application(wanted.gguf, wanted.name, wanted.key, obedient=not wanted.ignore_schema)
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(("127.0.0.1", wanted.port))

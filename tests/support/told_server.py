@@ -18,7 +18,8 @@ from starlette.routing import Route
 
 class Told:
     """Keeps every request; `answers`: the statuses of the next ones, then it does its work: 201, and 409 for a key of
-    idempotency that it knows. A status with text is `(status, body, headers)`."""
+    idempotency that it knows; to a DELETE of `/.../NAME` 200, and 404 for a model that it has not. A status with text is
+    `(status, body, headers)`."""
 
     def __init__(self, port: int = 0) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -36,7 +37,7 @@ class Told:
 
     def start(self) -> None:
         """Listen, again after a `stop` too."""
-        routes = [Route("/{path:path}", self._answer, methods=["POST", "PUT", "GET"])]
+        routes = [Route("/{path:path}", self._answer, methods=["POST", "PUT", "GET", "DELETE"])]
         config = uvicorn.Config(
             Starlette(routes=routes), host="127.0.0.1", port=self.port, log_level="error", lifespan="off",
             timeout_graceful_shutdown=1,
@@ -75,6 +76,12 @@ class Told:
             planned = self.answers.popleft()
             status, text, headers = planned if isinstance(planned, tuple) else (planned, "not now", {})
             return Response(text, status, headers)
+        if request.method == "DELETE":
+            name = request.url.path.rpartition("/")[2]
+            known_as = [key for key, model in self.models.items() if model["model"] == name]
+            for key in known_as:
+                del self.models[key]
+            return JSONResponse({}, 200 if known_as else 404)
         key = request.headers.get("idempotency-key", "")
         known = key in self.models
         self.models.setdefault(key, said["body"])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edged.link import PACKET_OVERHEAD
 from edged.wire import messages, topics
 from edged.wire.messages import CommandState, InferReply, Partial
 from tests.support.babble import PROMPT, make_babbler
 from tests.support.device import SITE, Bus, Device, tables, until
 from tests.system.broker import Broker
+from trainer.broker import BrokerLimits
 
+PACKET_BYTES_MAX = BrokerLimits().packet_bytes_max
 VERDICT = {
     "type": "object", "properties": {"verdict": {"enum": ["keep", "drop"]}}, "required": ["verdict"],
     "additionalProperties": False,
@@ -187,6 +191,25 @@ REFUSED = [
     ("look", {"image": ""}, "image: empty"),
     ("look", {"generation_prompt": "a"}, "is no generator"),
 ]  # fmt: skip
+
+
+def test_a_reply_that_the_broker_would_not_take_is_an_error_with_both_sizes(bus: Bus, device: Device) -> None:
+    """The request just fits; the reply repeats the prompt and says more."""
+    bus.online("dev1")
+    body = {"v": 1, **bus.stamp(), "id": "huge"}
+    room = PACKET_BYTES_MAX - PACKET_OVERHEAD - len(json.dumps(body | {"generation_prompt": ""}))
+    bus.say(
+        topics.INFER(site=SITE, dev="dev1", pipeline="chat"),
+        json.dumps(body | {"generation_prompt": "x" * room}).encode(),
+    )
+    reply = bus.reply("huge")
+    assert reply.generation_prompt is None
+    said = re.search(r"the reply has (\d+) bytes, and the broker takes packets of at most (\d+)", reply.error or "")
+    assert said, reply.error
+    assert int(said[2]) == PACKET_BYTES_MAX
+    assert int(said[1]) > room
+    # And the next one is answered as ever.
+    assert bus.reply(chat(bus, tokens_max=2)).error is None
 
 
 def test_what_cannot_be_answered_is_refused_with_the_reason(bus: Bus, device: Device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import gzip
+import json
 import math
 import re
 import ssl
@@ -14,6 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from edged import golden
@@ -106,6 +108,46 @@ def test_a_conversation_and_an_answer_that_a_limit_cuts_off(large: OpenAiServer,
     assert end.mean_logprob < 0
     _, cut = ask(engine(large.url, api_key_file=key_file, tokens_max=3), "", messages=turns)
     assert cut.reason == "truncated"
+
+
+VERDICT = {
+    "type": "object",
+    "properties": {"verdict": {"enum": ["accept", "reject"]}, "sure": {"type": "boolean"}},
+    "required": ["verdict", "sure"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("prompts", ["chat", "completion"])
+def test_a_real_model_keeps_to_the_schema_that_it_is_given(large: OpenAiServer, key_file: Path, prompts: str) -> None:
+    text, end = ask(engine(large.url, api_key_file=key_file, prompts=prompts), PROMPT, schema=VERDICT)
+    jsonschema.validate(json.loads(text), VERDICT)
+    assert end.reason == "stop"
+    _, cut = ask(engine(large.url, api_key_file=key_file, prompts=prompts), PROMPT, schema=VERDICT, tokens_max=2)
+    assert cut.reason == "truncated"
+
+
+def test_a_server_that_knows_no_schemas_gives_no_answer_under_one(phi: dict[str, Path], tmp_path: Path) -> None:
+    with OpenAiServer(tmp_path, phi["model_gguf"], ignore_schema=True) as server:
+        text, end = ask(engine(server.url, prompts="completion"), PROMPT, schema=VERDICT)
+        assert (text.strip(), end.reason) == (PLAIN, "invalid")
+
+
+@pytest.mark.parametrize(
+    ("said", "finish", "reason"),
+    [
+        ('{"verdict": "accept", "sure": true}', "stop", "stop"),
+        ('{"verdict": "accept", "sure": true}', "length", "stop"),  # whole at the very limit
+        ('{"verdict": "maybe", "sure": true}', "stop", "invalid"),
+        ('{"verdict": "maybe"', "length", "truncated"),
+        ("Sure! Here it is.", "stop", "invalid"),
+    ],
+)
+def test_what_a_server_says_is_held_against_the_schema(said: str, finish: str, reason: str) -> None:
+    choices = [{"message": {"content": said}, "finish_reason": finish}]
+    with BadServer(reply(200, chat(choices=choices))) as server:
+        text, end = ask(engine(server.url), schema=VERDICT, tokens_max=9)
+    assert (text, end.reason) == (said, reason)
 
 
 def test_what_does_not_fit_the_servers_context_is_left_to_somebody_else(large: OpenAiServer, key_file: Path) -> None:
@@ -331,7 +373,9 @@ def test_a_slot_with_a_server_loads_without_it_and_in_this_process() -> None:
 
 def test_what_cannot_be_promised_is_refused() -> None:
     made = engine("http://127.0.0.1:1/v1")
-    assert "schema cannot be made sure of" in str(failure(made, schema={"type": "object"}))
+    error = failure(made, schema={"type": "string", "pattern": "^a"})
+    assert isinstance(error, Unsuitable)
+    assert "keyword 'pattern' is not supported" in str(error)
     with pytest.raises(EngineError, match="takes no adapter"):
         made.attach(Path("x.gguf"))
     made.attach(None)

@@ -91,6 +91,26 @@ def test_a_server_labels_what_a_device_was_unsure_of_and_may_be_away_meanwhile(
         assert all(KEY not in question.model_dump_json() for question in bus.of(Escalation))
 
 
+def test_an_answer_under_a_schema_labels_only_when_it_keeps_to_it(tmp_path: Path, broker: Broker, bus: Bus) -> None:
+    schema = {"type": "object", "properties": {"verdict": {"enum": ["accept", "reject"]}}, "required": ["verdict"]}
+    asked = json.dumps({"generation_prompt": "which?", "answer_schema": schema})
+    with (
+        BadServer(reply(200, chat("accept")), reply(200, chat('{"verdict": "accept"}'))) as server,
+        Device(tmp_path, teacher(tmp_path, broker, server.url, prompts="chat")),
+    ):
+        alive(bus, "top")
+        for number in range(2):
+            escalate(bus, f"s{number}", asked)
+            until("a verdict", lambda wanted=number + 1: len(bus.of(Verdict)) == wanted)
+    first, second = bus.of(Verdict)
+    assert (first.sample, first.status, first.reason) == ("s0", "unresolved", "its answer ended as invalid")
+    assert (second.sample, second.status) == ("s1", "labelled")
+    assert isinstance(second.label[0], Text)
+    assert json.loads(second.label[0].text) == {"verdict": "accept"}
+    said = json.loads(server.requests[0][1].partition(b"\r\n\r\n")[2])
+    assert said["response_format"]["json_schema"]["schema"] == schema
+
+
 def test_several_questions_are_asked_at_once_where_the_responder_says_so(
     tmp_path: Path, broker: Broker, bus: Bus
 ) -> None:

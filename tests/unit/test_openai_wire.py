@@ -41,6 +41,14 @@ COMMON: dict[str, Any] = {
                 "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
             },
         ),
+        (
+            GenerateRequest("hi", schema={"type": "null"}),
+            {"logprobs": False},
+            {
+                "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}],
+                "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "null"}}},
+            },
+        ),
         (GenerateRequest("go on"), {"chat": False}, {"max_tokens": 9, "prompt": "go on", "logprobs": 0}),
     ],
 )  # fmt: skip

@@ -192,7 +192,7 @@ def test_a_link_that_takes_nothing_costs_the_pieces_and_not_the_answer(bench: Be
 
 def test_a_piece_that_no_broker_would_take_is_dropped(bench: Bench) -> None:
     def refuse() -> bool:
-        raise TooLarge("3 bytes do not fit")
+        raise TooLarge("t", 3, 2)
 
     bench.link = refuse
     bench.prompts.handle(bench.item(ASK))
@@ -415,12 +415,13 @@ def test_another_devices_question_is_answered_or_passed_on(tmp_path: Path, calib
     bench.store.close()
 
 
-def test_a_question_that_could_not_be_answered_whole_stays_open_for_somebody_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", ["truncated", "invalid"])
+def test_a_question_that_could_not_be_answered_whole_stays_open_for_somebody_else(tmp_path: Path, reason: str) -> None:
     bench = asking(tmp_path, calibration=SURE)
-    halted = replace(ASK, halt=lambda: "truncated")
+    halted = replace(ASK, halt=lambda: reason)
     bench.prompts.handle(
         Item("big:s1", "s1", 0.0, prompt=halted, asked=question_of("dev9"), settle=bench.settled.append)
     )
     (verdict,) = bench.verdicts
-    assert (verdict.status, verdict.label, verdict.reason) == ("unresolved", [], "its answer ended as truncated")
+    assert (verdict.status, verdict.label, verdict.reason) == ("unresolved", [], f"its answer ended as {reason}")
     bench.store.close()

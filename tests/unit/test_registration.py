@@ -21,11 +21,13 @@ from trainer.core.registration import (
     answered,
     first_states,
     is_due,
+    reached_all,
     render,
+    revocation,
     unanswered,
     unknown_placeholders,
 )
-from trainer.database import SCHEMA_VERSION, Database, events, metadata, registrations, rollouts
+from trainer.database import SCHEMA_VERSION, Database, devices, events, metadata, put, registrations, rollouts
 from trainer.files import sha256_of
 from trainer.host import Host
 from trainer.jobs import Jobs
@@ -127,6 +129,12 @@ def settings(folder: Path, url: str, more: str = "") -> Path:
         ("https://farm", 'headers = { Authorization = "Bearer x" }', r"a key belongs into a file.*use token_file"),
         ("https://farm", 'headers = { Host = "x" }', r"header Host is set by the trainer"),
         ("https://farm", 'certificate = "x"', r"certificate and key belong together"),
+        ("https://farm", '[registration.revocation]\nurl = "https://b/{release}"', r"another server than url's"),
+        (
+            "https://farm",
+            '[registration.revocation]\nurl = "https://farm/{raeson}"',
+            r"revocation\.unknown placeholder",
+        ),
         ("https://farm", "retries = 3", r"registration\.0\.retries.*remove it, or correct its spelling"),
         ("https://farm", '[[registration]]\nname = "farm"\nurl = "https://b"', r"two of them have the same name"),
     ],
@@ -396,6 +404,175 @@ def test_promoted_means_that_a_rollout_reached_everybody(tmp_path: Path, told: T
         connection.execute(update(rollouts).values(phase="done"))
     world.look(2)
     assert [request["body"]["model"] for request in told.requests] == ["phi@1.0"]
+
+
+def report(world: World, device: str, slot: str, **fields: Any) -> None:
+    """What a device says of a slot."""
+    with world.host.database.write() as connection:
+        put(connection, devices, {"device": device}, {"models": {slot: fields}})
+
+
+def test_an_adapter_is_promoted_when_every_slot_with_its_base_runs_it(tmp_path: Path, told: Told) -> None:
+    world = World(tmp_path, told, 'when = "promoted"\nkinds = ["lora"]')
+    base = reference(world.release("phi@1.0"))
+    world.release("tone@1.0", kind="lora", base=base)
+    world.look()
+    assert told.requests == []  # nobody runs it
+    report(world, "cam1", "llm", active="phi@1.0", adapter="tone@1.0")
+    report(world, "cam2", "llm", active="phi@1.0")
+    report(world, "cam3", "llm", active="phi@0.9", adapter="old@1.0")  # of another base: not for this adapter
+    world.look()
+    assert told.requests == []
+    report(world, "cam2", "llm", active="phi@1.0", adapter="tone@1.0")
+    world.look(2)
+    assert [request["body"]["model"] for request in told.requests] == ["tone@1.0"]
+    report(world, "cam2", "llm", active="phi@1.0")  # taken off again: what was said was true
+    world.look()
+    assert world.rows()["tone@1.0"]["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("slots", "reached"),
+    [
+        ([], False),
+        ([{"active": "phi@1.0", "adapter": "tone@1.0"}], True),
+        ([{"active": "phi@1.0", "adapter": "tone@1.0"}, {"active": "phi@1.0", "adapter": None}], False),
+        ([{"active": "phi@1.0", "adapter": "tone@1.0"}, {"active": "phi@1.0", "adapter": "tone@0.9"}], False),
+        ([{"active": "phi@1.0", "adapter": "tone@1.0"}, {"active": "eye@1.0"}], True),
+        ([{"active": "phi@1.1", "adapter": "tone@1.0"}], False),
+        # A person keeps one on another adapter.
+        ([{"active": "phi@1.0", "adapter": "a@1.0", "adapter_pinned": "a@1.0"}], False),
+        (
+            [
+                {"active": "phi@1.0", "adapter": "tone@1.0"},
+                {"active": "phi@1.0", "adapter": "a@1.0", "adapter_pinned": "a@1.0"},
+            ],
+            True,
+        ),
+        ([{"active": "phi@1.0", "adapter": None, "adapter_pinned": "tone@1.0"}], False),
+    ],
+)
+def test_whether_an_adapter_has_reached_all(slots: list[dict[str, Any]], reached: bool) -> None:
+    assert reached_all("tone@1.0", "phi@1.0", slots) is reached
+
+
+REVOCATION = """
+[registration.revocation]
+url = "{url}/{{release}}"
+[trust]
+folder = "owner/trust"
+"""
+
+
+def revoke(world: World, release: str) -> None:
+    repository = repository_of(world.host.config)
+    assert repository is not None
+    repository.revoke(release, "it swears")
+
+
+@pytest.mark.parametrize(
+    ("state", "sent", "configured", "becomes"),
+    [
+        ("done", True, True, "revoking"),
+        ("done", True, False, "still_there"),
+        ("waiting", False, True, "withdrawn"),
+        ("waiting", True, True, "revoking"),
+        ("waiting", True, False, "withdrawn"),
+        ("refused", True, True, "revoking"),
+        ("gave_up", True, True, "revoking"),
+        ("gave_up", True, False, None),
+        ("refused", False, True, None),
+        ("skipped", False, True, None),
+        ("withdrawn", False, True, None),
+        ("revoking", True, True, None),
+        ("revoked", True, True, None),
+        ("still_there", True, True, None),
+    ],
+)
+def test_what_a_revocation_makes_of_a_row(state: str, sent: bool, configured: bool, becomes: str | None) -> None:
+    assert revocation(state, sent=sent, told_of_revocations=configured) == becomes
+
+
+def test_a_server_is_told_of_a_revocation_and_tried_again(tmp_path: Path, told: Told) -> None:
+    Owner(tmp_path / "owner")
+    (tmp_path / "farm.key").write_text("s3cret-key")
+    (tmp_path / "farm.key").chmod(0o600)
+    world = World(tmp_path, told, 'token_file = "farm.key"' + REVOCATION.format(url=told.url))
+    for release in ("phi@1.0", "phi@1.1"):
+        world.release(release)
+        world.look()
+    assert len(told.models) == 2
+    told.answers.extend([503, (409, "in use", {})])
+    revoke(world, "phi@1.1")
+    world.look()
+    assert world.rows()["phi@1.1"]["state"] == "revoking"
+    world.restart()  # as after a kill: it is not forgotten
+    world.look(3)
+    row = world.rows()["phi@1.1"]
+    assert (row["state"], row["tries"], row["status"], row["error"]) == ("revoked", 3, 200, "")
+    assert [model["model"] for model in told.models.values()] == ["phi@1.0"]
+    asked = told.requests[2:]
+    assert {(each["method"], each["path"], each["body"]) for each in asked} == {("DELETE", "/v1/models/phi@1.1", None)}
+    assert {each["headers"]["idempotency-key"] for each in asked} == {f"phi@1.1:{row['sha256']}:revoked"}
+    assert {each["headers"]["authorization"] for each in asked} == {"Bearer s3cret-key"}
+    assert world.said()[-1] == "release_revoked_there: phi@1.1: farm was told that it is revoked"
+    world.look(2)
+    assert len(told.requests) == 5  # once it is said it is said
+    assert world.rows()["phi@1.0"]["state"] == "done"
+
+
+def test_what_a_server_may_have_heard_is_revoked_there_too(tmp_path: Path, told: Told) -> None:
+    Owner(tmp_path / "owner")
+    world = World(tmp_path, told, REVOCATION.format(url=told.url))
+    told.answers.append(500)  # perhaps after its work was done
+    world.release("phi@1.0")
+    world.look()
+    revoke(world, "phi@1.0")
+    world.look()
+    assert (told.requests[-1]["method"], world.rows()["phi@1.0"]["state"]) == (
+        "DELETE",
+        "revoked",
+    )  # 404: it has it not
+    # What nobody has said is not taken back.
+    told.stop()
+    world.release("phi@1.1")
+    revoke(world, "phi@1.1")
+    told.start()
+    world.look()
+    assert "phi@1.1" not in world.rows()
+
+
+def test_a_server_that_does_not_take_a_revocation_is_shown_and_may_be_told_again(tmp_path: Path, told: Told) -> None:
+    Owner(tmp_path / "owner")
+    own = 'method = "POST"\nbody = { drop = "{release}", why = "{reason}" }\n[trust]'
+    world = World(tmp_path, told, REVOCATION.format(url=told.url).replace("[trust]", own))
+    world.release("phi@1.0")
+    world.look()
+    told.answers.append((400, "no such path", {}))
+    revoke(world, "phi@1.0")
+    world.look(2)
+    row = world.rows()["phi@1.0"]
+    assert (row["state"], row["status"]) == ("still_there", 400)
+    assert told.requests[-1]["body"] == {"drop": "phi@1.0", "why": "it swears"}
+    assert world.said()[-1].startswith("release_still_there: phi@1.0: farm may still serve it: it answered 400")
+    assert order(world, "phi@1.0") == {"release": "phi@1.0", "again": ["farm"], "done_before": []}
+    world.look()
+    assert world.rows()["phi@1.0"]["state"] == "revoked"
+
+
+def test_without_words_for_it_a_person_is_told_that_a_server_still_has_what_was_revoked(
+    tmp_path: Path, told: Told
+) -> None:
+    Owner(tmp_path / "owner")
+    world = World(tmp_path, told, '[trust]\nfolder = "owner/trust"')
+    world.release("phi@1.0")
+    world.look()
+    revoke(world, "phi@1.0")
+    world.look(2)
+    assert len(told.requests) == 1
+    assert world.rows()["phi@1.0"]["state"] == "still_there"
+    (said,) = [text for text in world.said() if text.startswith("release_still_there")]
+    assert "[registration.revocation] is not configured: take it out of the server by hand" in said
 
 
 def test_only_what_devices_may_install_is_told(tmp_path: Path, told: Told) -> None:

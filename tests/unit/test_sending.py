@@ -10,13 +10,16 @@ from typing import Any, cast
 import pytest
 
 from edged.config import Delivery
-from edged.link import Link, Published
+from edged.link import Link, Published, TooLarge
+from edged.outgoing import Outgoing
 from edged.routes import Routes
 from edged.sending import UNSAVED_MAX, Sending
 from edged.store import Store, StoreError
+from edged.wire.messages import InferReply
 from tests.unit.store_cases import due_ids, escalation_of, message
 
 RETRY_S = 20.0
+OUTGOING = Outgoing("plant", "dev1", lambda: {"id": "own", "ts": 100.0, "boot": "b", "seq": 1})
 
 
 class Box:
@@ -24,16 +27,21 @@ class Box:
 
     def __init__(self, store: Store) -> None:
         self.time, self.store, self.room, self.taken = 100.0, store, 16, list[str]()
+        self.said: list[bytes] = []
         self.running = 0.0
         clock: Any = SimpleNamespace(now=lambda: self.time, monotonic=lambda: self.running)
         link = SimpleNamespace(room=lambda: self.room, publish=self._publish)
         routes = SimpleNamespace(fresh=lambda message, _now: (message.topic, message.payload))
         self.sending = Sending(
-            store, cast(Link, link), clock, Delivery(retry_s=RETRY_S), cast(Routes, routes)
+            store, cast(Link, link), clock, Delivery(retry_s=RETRY_S), cast(Routes, routes), OUTGOING
         )  # fmt: skip
+        self.size_max = 1 << 20
 
-    def _publish(self, _address: Any, _payload: bytes, ref: str, **_: Any) -> bool:
+    def _publish(self, address: Any, payload: bytes, ref: str, **_: Any) -> bool:
+        if len(payload) > self.size_max:
+            raise TooLarge(address.topic, len(payload), self.size_max)
         self.taken.append(ref)
+        self.said.append(payload)
         return True
 
 
@@ -139,3 +147,34 @@ def test_it_says_when_there_was_more_than_fits(box: Box) -> None:
     box.room = 16
     box.sending.pump()
     assert (box.taken, box.sending.held_back) == (["m1", "m2"], False)
+
+
+def test_a_reply_that_no_broker_takes_becomes_an_error_with_both_sizes(box: Box) -> None:
+    box.size_max = 2000
+    reply = OUTGOING.reply("q1", generation_prompt="x" * 3000, generated_response="y", release="p@1.0")
+    box.store.enqueue_many([reply, message("m")], box.time)
+    box.sending.pump()
+    assert (box.taken, box.sending.held_back) == (["m"], True)
+    box.sending.pump()
+    told = InferReply.model_validate_json(box.said[1])
+    assert (told.request, told.generation_prompt, told.generated_response) == ("q1", None, None)
+    assert told.error is not None
+    assert f"the reply has {len(reply.payload)} bytes, and the broker takes packets of at most 2000" in told.error
+    box.sending.acked(["m", "own"])
+    box.sending.keep_progress()
+    assert box.store.depth() == (0, 0)
+    (letter,) = box.store.dead_letters()  # for people: what was not sent
+    assert letter.id == reply.id
+
+
+@pytest.mark.parametrize("size_max", [40, 200])
+def test_where_not_even_the_error_fits_nothing_is_said_again_and_again(box: Box, size_max: int) -> None:
+    box.size_max = size_max
+    box.store.enqueue_many([OUTGOING.reply("q1", generation_prompt="x" * 3000), message("m", payload=b"[]")], box.time)
+    for _ in range(4):
+        box.sending.pump()
+    assert box.taken == ["m"]
+    assert not box.sending.held_back
+    box.sending.acked(["m"])
+    box.sending.keep_progress()
+    assert box.store.depth() == (0, 0)

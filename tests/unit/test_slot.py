@@ -108,6 +108,44 @@ def test_the_old_model_unloads_when_its_last_lease_ends() -> None:
     assert not detector(new).closed
 
 
+def test_a_flip_is_over_when_the_old_model_is_out_of_use_and_freeing_it_is_nobodys_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The clock moves only where something takes time: 5 s in the last item, 1000 s in freeing."""
+    now, closed_by = [0.0], list[str]()
+    monkeypatch.setattr("edged.slot.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("edged.slot.trim_memory", lambda: now.__setitem__(0, now[0] + 1000))
+
+    class Slow(FakeDetector):
+        def close(self) -> None:
+            closed_by.append(threading.current_thread().name)
+            super().close()
+
+    slot, models = Slot("eye"), [loaded(number) for number in range(3)]
+    for model in models:
+        model.engine = Slow(detector(model).number)
+    slot.flip(models[0])
+    assert slot.flip(models[1]) == 0  # nobody had it in hand
+    leased, took_ms = threading.Event(), list[float]()
+
+    def work() -> None:
+        with slot.lease():
+            leased.set()
+            while slot.live is not models[2]:
+                threading.Event().wait(0.001)
+            now[0] += 5
+
+    worker = threading.Thread(target=work, name="worker")
+    worker.start()
+    assert leased.wait(WAIT_S)
+    flipping = threading.Thread(target=lambda: took_ms.append(slot.flip(models[2])), name="flip")
+    flipping.start()
+    for thread in (worker, flipping):
+        thread.join(WAIT_S)
+    assert took_ms == [5000]
+    assert closed_by == [threading.main_thread().name, "flip"], "a worker has answers to give"
+
+
 def test_a_lease_that_never_ends_does_not_hold_up_the_flip_for_ever() -> None:
     slot, old, new = Slot("eye"), loaded(0), loaded(1)
     slot.flip(old)

@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from trainer.core.provenance import is_own_word
+
 Row = dict[str, Any]
 Task = Literal["detect", "segment", "classify", "text"]
 TASKS: tuple[Task, ...] = ("detect", "segment", "classify", "text")
@@ -221,14 +223,6 @@ class Opinion(Protocol):
     def said(self) -> float: ...
 
 
-def _own(opinion: Opinion, model: str) -> bool:
-    """Whether it is a prediction of `model` itself, in any release; one that names none is, when it ran on the device that
-    took the sample."""
-    if opinion.kind != "model":
-        return False
-    return opinion.release.partition("@")[0] == model if opinion.release else opinion.who == opinion.device
-
-
 def last_word(opinions: Sequence[Opinion]) -> int | None:
     """Which opinion is the last word of a person, a rejection too; None when no person has said anything."""
     said = [number for number, each in enumerate(opinions) if each.kind == "person"]
@@ -253,7 +247,7 @@ def choose(opinions: Sequence[Opinion], model: str, confidence_min: float = 0.0)
             continue
         if each.said <= rejected.get(canonical(each.label), -math.inf):
             reason = "rejected"
-        elif _own(each, model):
+        elif is_own_word(model, kind=each.kind, who=each.who, release=each.release, device=each.device):
             reason = "own_prediction"
         elif each.confidence < confidence_min:
             reason = "below_label_confidence"

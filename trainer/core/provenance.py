@@ -24,12 +24,15 @@ def is_own(model: str, provenance: Mapping[str, Any], device: str = "") -> bool:
 
     A model that does not say its release counts as the model when it ran on the device that took the sample.
     """
-    if provenance.get("kind") != "model":
+    said = {key: str(provenance.get(key) or "") for key in ("kind", "who", "release")}
+    return is_own_word(model, **said, device=device)
+
+
+def is_own_word(model: str, *, kind: str, who: str, release: str, device: str) -> bool:
+    """`is_own` of what the provenance says."""
+    if kind != "model":
         return False
-    release = str(provenance.get("release") or "")
-    if release:
-        return release.partition("@")[0] == model
-    return bool(device) and provenance.get("who") == device
+    return release.partition("@")[0] == model if release else bool(device) and who == device
 
 
 def refusal(model: str, provenance: Mapping[str, Any], confidence_min: float) -> str:

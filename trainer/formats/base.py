@@ -56,6 +56,17 @@ class Problem:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How a data set is to be read. `task` None: what it holds; `known`: the classes allowed, None: all; `rename`: another
+    name for a class; `images`: the pictures' folder, None: where the format has it."""
+
+    task: Task | None
+    known: Collection[str] | None
+    rename: Mapping[str, str]
+    images: Path | None = None
+
+
 @dataclass(slots=True)
 class Reading:
     """A data set being read: `items` yields examples and problems; `total` of them are examples or could have been."""

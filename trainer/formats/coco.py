@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from trainer.core.labels import Row, Task, area, names
 from trainer.formats.base import (
     IMAGES,
     SIZE_SLACK_PX,
+    Asked,
     Example,
     FormatError,
     Problem,
@@ -36,25 +37,24 @@ NAMES = ("annotations/instances*.json", "instances*.json", "labels.json", "resul
 OURS = "edged"
 
 
-def read(
-    path: Path, *, task: Task | None, known: Collection[str] | None, rename: dict[str, str], images: Path | None = None
-) -> Reading:
-    """A data set: the JSON file, or a folder that holds one. `known`: the classes allowed, None: all. Raises FormatError."""
+def read(path: Path, asked: Asked) -> Reading:
+    """A data set: the JSON file, or a folder that holds one. Raises FormatError."""
     file = _find(path)
     value = read_json(file)
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
         raise FormatError(f"{file}: no COCO instances file: it has no list `images`")
-    categories = _categories(file, value, rename)
+    categories = _categories(file, value, asked.rename)
     ids = (row.get("id") for row in value["images"] if isinstance(row, dict))
     annotations, stray = _by_image(value, {each for each in ids if isinstance(each, int | str)})
+    task = asked.task
     if task is None:
         several = any(_polygons(row) for rows in annotations.values() for _, row in rows if not _crowd(row))
         task = "segment" if several else "detect"
     if task not in TASKS:
         raise FormatError(f"task {task}: COCO has boxes and polygons only; use yolo or jsonl")
-    folder = images or _folder(file, value["images"])
+    folder = asked.images or _folder(file, value["images"])
     reading = Reading(len(value["images"]), iter(()), task)
-    reading.items = _items(file, folder, value["images"], annotations, stray, categories, known, reading)
+    reading.items = _items(file, folder, value["images"], annotations, stray, categories, asked.known, reading)
     return reading
 
 
@@ -88,7 +88,7 @@ def _folder(file: Path, images: list[Any]) -> Path:
     return base / IMAGES
 
 
-def _categories(file: Path, value: dict[str, Any], rename: dict[str, str]) -> dict[Any, str]:
+def _categories(file: Path, value: dict[str, Any], rename: Mapping[str, str]) -> dict[Any, str]:
     found: dict[Any, str] = {}
     rows = value.get("categories")
     for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):

@@ -10,7 +10,7 @@ Boxes alone are what `trainer.datasets` reads. Texts: `{"prompt", "text"}`, or t
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,7 @@ from trainer.core.labels import IMAGE_TASKS, Row, Task
 from trainer.core.labels import TASKS as ALL_TASKS
 from trainer.formats.base import (
     IMAGES,
+    Asked,
     Example,
     FormatError,
     Problem,
@@ -38,9 +39,7 @@ EPISODE = ("goal", "context_summary", "plan", "execution")  # of dataset.jsonl, 
 ANSWER = "summary"
 
 
-def read(
-    path: Path, *, task: Task | None, known: Collection[str] | None, rename: dict[str, str], images: Path | None = None
-) -> Reading:
+def read(path: Path, asked: Asked) -> Reading:
     """A data set: a folder that holds labels.jsonl, or a file of lines. Raises FormatError."""
     file = path / LABELS if path.is_dir() else path
     try:
@@ -51,27 +50,18 @@ def read(
         ) from None
     # Bytes: other ends of line that Unicode has are part of a text.
     lines = [(number, line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
-    folder = images or file.parent / IMAGES
-    reading = Reading(len(lines), iter(()), task or "detect")
-    reading.items = _items(file, folder, lines, task, known, rename)
-    return reading
+    return Reading(len(lines), _items(file, lines, asked), asked.task or "detect")
 
 
-def _items(
-    file: Path,
-    folder: Path,
-    lines: list[tuple[int, bytes]],
-    task: Task | None,
-    known: Collection[str] | None,
-    rename: dict[str, str],
-) -> Iterator[Example | Problem]:
+def _items(file: Path, lines: list[tuple[int, bytes]], asked: Asked) -> Iterator[Example | Problem]:
+    folder = asked.images or file.parent / IMAGES
     for number, line in lines:
         place = f"{file.name}, line {number}"
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise FormatError("an object is wanted")
-            data, found, label = _parts(row, folder, task, rename)
+            data, found, label = _parts(row, folder, asked)
         except FormatError as error:
             yield Problem("line_bad", place, str(error))
             continue
@@ -84,15 +74,14 @@ def _items(
             "device": row["device"] if isinstance(row.get("device"), str) else "",
             "provenance": provenance if isinstance(provenance, dict) else {},
         }
-        for item in examine(data, found, label, known, place, "box", **fields):
+        for item in examine(data, found, label, asked.known, place, "box", **fields):
             changed = isinstance(item, Example) and "mark" in row and row["mark"] != mark(item.label)
             yield replace(item, provenance={}) if changed and isinstance(item, Example) else item
 
 
-def _parts(
-    row: dict[str, Any], folder: Path, task: Task | None, rename: dict[str, str]
-) -> tuple[bytes, Task, list[Row]]:
+def _parts(row: dict[str, Any], folder: Path, asked: Asked) -> tuple[bytes, Task, list[Row]]:
     """The bytes, the task and the rows of a line; raises FormatError."""
+    task = asked.task
     if "file" not in row:
         data, label = _text(row)
         found: Task = "text"
@@ -100,7 +89,7 @@ def _parts(
         if not isinstance(row["file"], str):
             raise FormatError(f"file {row['file']!r} is no name")
         data = read_inside(folder, row["file"])
-        found, label = _label(row, rename)
+        found, label = _label(row, asked.rename)
     if task is not None and found != task and not (found == "segment" and task == "detect"):
         raise FormatError(f"a {found} label, {task} was asked for")
     if task == "detect" and found == "segment":
@@ -121,7 +110,7 @@ def _text(row: dict[str, Any]) -> tuple[bytes, list[Row]]:
     raise FormatError("none of `file`, `prompt` and `goal`: a picture, or a text with its answer, is wanted")
 
 
-def _label(row: dict[str, Any], rename: dict[str, str]) -> tuple[Task, list[Row]]:
+def _label(row: dict[str, Any], rename: Mapping[str, str]) -> tuple[Task, list[Row]]:
     if "class" in row:
         return "classify", [_renamed({"label": row["class"], "score": row.get("score")}, rename)]
     boxes = row.get("boxes")
@@ -135,7 +124,7 @@ def _label(row: dict[str, Any], rename: dict[str, str]) -> tuple[Task, list[Row]
     return "segment" if several else "detect", rows
 
 
-def _renamed(row: Row, rename: dict[str, str]) -> Row:
+def _renamed(row: Row, rename: Mapping[str, str]) -> Row:
     label = row.get("label")
     return {**row, "label": rename.get(label, label)} if isinstance(label, str) else row
 

@@ -10,7 +10,7 @@ has no place for who labelled, for scores, and for a polygon in parts (each beco
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from trainer.core.labels import Row, Task, names
 from trainer.formats.base import (
     IMAGES,
     SUFFIXES,
+    Asked,
     Example,
     FormatError,
     Problem,
@@ -41,19 +42,18 @@ DIGITS = 9
 DETECT_COLUMNS = 5
 
 
-def read(
-    path: Path, *, task: Task | None, known: Collection[str] | None, rename: dict[str, str], images: Path | None = None
-) -> Reading:
+def read(path: Path, asked: Asked) -> Reading:
     """A data set: its data.yaml, the folder that holds it, or a folder of class folders. Raises FormatError."""
-    if images is not None:
-        raise FormatError(f"--images {images}: a YOLO data set says itself where its pictures are")
+    if asked.images is not None:
+        raise FormatError(f"--images {asked.images}: a YOLO data set says itself where its pictures are")
+    task = asked.task
     file = _find(path, task)
     if file is None:
         found = sorted(_classified(path))
         if not found:
             raise FormatError(f"{path}: neither a {YAML} nor class folders with pictures (train/CLASS/NAME.png)")
-        return Reading(len(found), _classes(path, found, known, rename), "classify")
-    classes, folders = _settings(file, rename)
+        return Reading(len(found), _classes(path, found, asked), "classify")
+    classes, folders = _settings(file, asked.rename)
     pictures = [picture for folder in folders for picture in _pictures(file, folder)]
     if not pictures:
         shown = ", ".join(map(str, folders))
@@ -61,7 +61,7 @@ def read(
     if task is None:
         task = "segment" if any(_has_polygons(_label_file(picture)) for picture in pictures) else "detect"
     root = file.parent
-    return Reading(len(pictures), _items(root, pictures, task, classes, known), task)
+    return Reading(len(pictures), _items(root, pictures, task, classes, asked.known), task)
 
 
 def _find(path: Path, task: Task | None) -> Path | None:
@@ -80,7 +80,7 @@ def _find(path: Path, task: Task | None) -> Path | None:
     return found[0] if found else None
 
 
-def _settings(file: Path, rename: dict[str, str]) -> tuple[dict[int, str], list[Path]]:
+def _settings(file: Path, rename: Mapping[str, str]) -> tuple[dict[int, str], list[Path]]:
     """Class number -> name, and the folders or lists of pictures."""
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -206,9 +206,7 @@ def _classified(root: Path) -> Iterator[tuple[str, Path]]:
                     yield folder.name, picture
 
 
-def _classes(
-    root: Path, found: Sequence[tuple[str, Path]], known: Collection[str] | None, rename: dict[str, str]
-) -> Iterator[Example | Problem]:
+def _classes(root: Path, found: Sequence[tuple[str, Path]], asked: Asked) -> Iterator[Example | Problem]:
     for name, picture in found:
         place = str(picture.relative_to(root))
         try:
@@ -216,7 +214,8 @@ def _classes(
         except OSError as error:
             yield Problem("image_missing", place, str(error.strerror))
             continue
-        yield from examine(data, "classify", [{"label": rename.get(name, name)}], known, place, "class")
+        rows = [{"label": asked.rename.get(name, name)}]
+        yield from examine(data, "classify", rows, asked.known, place, "class")
 
 
 def write(folder: Path, examples: Iterable[Example], labels: Iterable[str], *, val_share: float = 0.1) -> list[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +15,14 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from trainer.tuners.base import Work
 from trainer.tuners.lora.data import Turn
 from trainer.tuners.lora.settings import LanguageSettings
 from trainer.tuners.settings import LoraSettings, SettingsError
 
 log = logging.getLogger(__name__)
 
+Row = dict[str, list[int]]  # an example as tokens, by what they are
 IGNORED = -100  # torch's cross-entropy leaves this label out
 
 
@@ -127,6 +129,23 @@ def lora_config(model: Any, settings: LoraSettings) -> LoraConfig:
         lora_dropout=settings.lora_dropout,
         bias=settings.bias,
     )
+
+
+def as_tokens(
+    base: Base, work: Work, encode: Callable[[Base, Sequence[Any]], tuple[list[Row], int]], what: str
+) -> tuple[list[Row], list[Row], dict[str, int]]:
+    """The data and the held-out data of `work` as tokens, and how many there are of each and were left out. `what`: the
+    name of the data. Raises ValueError when nothing is left of either."""
+    rows, left_out = encode(base, work.data)
+    if not rows:
+        raise ValueError(
+            f"nothing to train on: none of {len(work.data)} {what} fits the context of {base.context} tokens"
+        )
+    held_out, held_left_out = encode(base, work.held_out)
+    if work.held_out and not held_out:
+        raise ValueError(f"none of {len(work.held_out)} held-out {what} fits the context of {base.context} tokens")
+    counts = {"left_out": left_out, "held_out": len(held_out), "held_left_out": held_left_out}
+    return rows, held_out, {what: len(rows), **counts}
 
 
 def prompt_tokens(base: Base, prompt: str, messages: Sequence[Turn] | None) -> list[int]:

@@ -68,14 +68,7 @@ def _prepare(
 ) -> loop.Prepared:
     disable_progress_bars()  # `Work.report` tells how it goes
     base = language.load(work.base, settings)
-    rows, left_out = encode(base, work.data)
-    if not rows:
-        raise ValueError(
-            f"nothing to train on: none of {len(work.data)} pairs fits the context of {base.context} tokens"
-        )
-    held_out, held_left_out = encode(base, work.held_out)
-    if work.held_out and not held_out:
-        raise ValueError(f"none of {len(work.held_out)} held-out pairs fits the context of {base.context} tokens")
+    rows, held_out, facts = language.as_tokens(base, work, encode, "pairs")
     model = language.adapted(base, settings)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise SettingsError("lora.target_modules: dpo cannot train an adapter on the output layer; leave it out")
@@ -98,7 +91,6 @@ def _prepare(
         callbacks=loop.callbacks(work, settings),
     )
     trainer.scratch, trainer.together = scratch, together
-    facts = {"pairs": len(rows), "left_out": left_out, "held_out": len(held_out), "held_left_out": held_left_out}
     return loop.Prepared(trainer, base.facts | facts | {"beta": settings.beta})
 
 

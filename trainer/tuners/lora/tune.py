@@ -57,14 +57,7 @@ def _prepare(
     work: Work, settings: LanguageSettings, batching: Batching, scratch: Scratch, together: Together
 ) -> loop.Prepared:
     base = language.load(work.base, settings)
-    rows, left_out = encode(base, work.data)
-    if not rows:
-        raise ValueError(
-            f"nothing to train on: none of {len(work.data)} examples fits the context of {base.context} tokens"
-        )
-    held_out, held_left_out = encode(base, work.held_out)
-    if work.held_out and not held_out:
-        raise ValueError(f"none of {len(work.held_out)} held-out examples fits the context of {base.context} tokens")
+    rows, held_out, facts = language.as_tokens(base, work, encode, "examples")
     arguments = TrainingArguments(**loop.arguments(work, settings, batching, scratch), label_names=["labels"])
     trainer = _Trainer(
         model=language.adapted(base, settings),
@@ -75,7 +68,6 @@ def _prepare(
         callbacks=loop.callbacks(work, settings),
     )
     trainer.scratch, trainer.together = scratch, together
-    facts = {"examples": len(rows), "left_out": left_out, "held_out": len(held_out), "held_left_out": held_left_out}
     return loop.Prepared(trainer, base.facts | facts)
 
 
