@@ -182,11 +182,14 @@ def _examples(dataset: Path, strategy: str) -> list[TrainingSample]:
 
     return [
         TrainingSample(
-            id=each.identity[:16], device="", sha256=each.identity, label={"text": each.wanted, "other": each.other},
-            provenance={"kind": each.provenance},
+            id=each.identity[:16],
+            device=str(each.provenance.get("device") or ""),
+            sha256=each.identity,
+            label={"text": each.wanted, "other": each.other},
+            provenance=dict(each.provenance),
         )
         for each in read(dataset, strategy)[0]
-    ]  # fmt: skip
+    ]
 
 
 def _newest(registry: Registry, model: str, kind: str) -> str:
