@@ -41,6 +41,7 @@ class TextModel(Section):
     test_share: Share = 0.0  # of what is new: no gate looks at it
     split_block_s: Seconds = 60.0  # what a device was asked within a block falls on one side
     split_guard_s: Annotated[float, Field(ge=0)] = 5.0  # kept free where two sides meet (core.split)
+    resemblance: Annotated[float, Field(ge=0.5, le=1)] = 0.8  # from which on two questions count as the same (docs/data.md)
     label_confidence_min: Share = 0.5
     target_risk: Share = 0.05  # accepted answers that may be wrong; devices' policies aim at it
     validation_share: Share = 0.1  # of the rest: ends the training early and gives the golden prompts

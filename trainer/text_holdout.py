@@ -22,7 +22,7 @@ import numpy as np
 
 from trainer.chain import START, locked, read_chain, seal
 from trainer.config import TrainerConfig
-from trainer.core.near_texts import Known, Sketch
+from trainer.core.near_texts import RESEMBLANCE, Known, Sketch
 from trainer.core.text_split import Seen
 from trainer.files import write_whole
 from trainer.holdout import HoldoutError
@@ -99,7 +99,7 @@ def freeze(config: TrainerConfig, model: str, new: Mapping[str, Sequence[Text]],
 
 def check_file(
     path: Path, texts: Sequence[Text], frozen: Sequence[Text], trained: Sequence[Seen], names: Sequence[str],
-    confidence_min: float, others: Sequence[Text],
+    confidence_min: float, others: Sequence[Text], resemblance: float = RESEMBLANCE,
 ) -> list[Text]:  # fmt: skip
     """What a configured holdout adds to its set. `frozen`: the set; `others`: what calibrates or is kept for the test.
 
@@ -113,7 +113,8 @@ def check_file(
         )
     known = {each.identity for each in frozen}
     fresh = [each for each in {each.identity: each for each in texts}.values() if each.identity not in known]
-    learned, apart = Known(each.sketch for each in trained), Known(each.sketch for each in others)
+    learned = Known((each.sketch for each in trained), resemblance)
+    apart = Known((each.sketch for each in others), resemblance)
     wrong: dict[str, list[Text]] = {}
     for each in fresh:
         reason = may_not_judge(each, names, confidence_min)

@@ -78,3 +78,12 @@ def test_the_search_finds_what_comparing_all_pairs_finds() -> None:
     assert [known.near(other) for other in rest] == expected
     assert sum(place >= 0 for place in expected) > 10
     assert Known().near(sketch(QUESTION)) == -1
+
+
+def test_a_set_of_questions_that_differ_in_one_word_asks_for_a_higher_resemblance() -> None:
+    rows = [
+        sketch(f"Is the {thing} in stock, and when can it be delivered to our shop in the old town?")
+        for thing in ("pump", "lamp", "oven")
+    ]
+    assert [Known(rows[:1]).near(each) for each in rows] == [0, 0, 0]
+    assert [Known(rows[:1], 0.95).near(each) for each in rows] == [0, -1, -1]

@@ -68,17 +68,17 @@ def resemblance(first: Sketch, second: Sketch) -> float:
     return float(np.isin(both, union, assume_unique=True).sum() / len(union))
 
 
-def alike(first: Sketch, second: Sketch) -> bool:
-    """Whether two texts are near-duplicates."""
-    return first.numbers == second.numbers and resemblance(first, second) >= RESEMBLANCE
+def alike(first: Sketch, second: Sketch, least: float = RESEMBLANCE) -> bool:
+    """Whether two texts are near-duplicates: they resemble each other by `least`."""
+    return first.numbers == second.numbers and resemblance(first, second) >= least
 
 
 class Known:
     """Texts that others are compared with. A pair that is alike shares one of its rarest runs (S. Chaudhuri, V. Ganti,
     R. Kaushik, "A primitive operator for similarity joins in data cleaning", 2006), so only those are looked up."""
 
-    def __init__(self, sketches: Iterable[Sketch] = ()) -> None:
-        self._sketches = list(sketches)
+    def __init__(self, sketches: Iterable[Sketch] = (), least: float = RESEMBLANCE) -> None:
+        self._sketches, self._least = list(sketches), least
         self._runs = [frozenset(each.runs.tolist()) for each in self._sketches]
         self._often: dict[int, Counter[int]] = {}  # numbers -> run -> in how many texts of these numbers
         self._cut: dict[int, list[int]] = {}  # numbers -> texts that stand for more runs than they name
@@ -108,15 +108,15 @@ class Known:
         """`alike` of two texts with the same numbers; of whole sets without numpy, which takes ten times as long."""
         each = self._sketches[place]
         if each.cut or other.cut:
-            return alike(each, other)
+            return alike(each, other, self._least)
         both = len(self._runs[place] & runs)
-        return both > 0 and both >= RESEMBLANCE * (len(each.runs) + len(runs) - both)
+        return both > 0 and both >= self._least * (len(each.runs) + len(runs) - both)
 
     def _rarest(self, each: Sketch) -> Sequence[int]:
         """So many runs that a text which has none of them lacks too many to be alike."""
         often = self._often.get(each.numbers, Counter())
         ordered = sorted(each.runs.tolist(), key=lambda run: (often[run], run))
-        return ordered[: len(ordered) - math.ceil(RESEMBLANCE * len(ordered)) + 1]
+        return ordered[: len(ordered) - math.ceil(self._least * len(ordered)) + 1]
 
 
 def _hash(text: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.core.near_texts import Known, Sketch
+from trainer.core.near_texts import RESEMBLANCE, Known, Sketch
 from trainer.core.split import SplitRules, Times, side
 
 TRAINING = "training"
@@ -43,19 +43,20 @@ class Seen:
 
 
 def place(
-    items: Sequence[Asked], frozen: Mapping[str, Sequence[Seen]], trained: Sequence[Seen], rules: SplitRules
-) -> list[str]:
+    items: Sequence[Asked], frozen: Mapping[str, Sequence[Seen]], trained: Sequence[Seen], rules: SplitRules,
+    least: float = RESEMBLANCE,
+) -> list[str]:  # fmt: skip
     """For each item its set (`training`, one of JUDGING, or the name in `frozen` under which it is frozen), or why it is
-    left out. `trained`: what any training of the model has had before.
+    left out. `trained`: what any training of the model has had before; `least`: the resemblance of near-duplicates.
 
     Reasons: `refused` of the item; `duplicate`; `between_sides`; of what would judge or calibrate `near_training`,
     `beside_training` and `near_other_set`; of what would train `near_holdout` and `beside_holdout`.
     """
     found = _sides(items, frozen, rules)
-    learned, learned_times = Known(each.sketch for each in trained), _times(trained)
+    learned, learned_times = Known((each.sketch for each in trained), least), _times(trained)
     taken: dict[str, list[Seen]] = {name: list(each) for name, each in frozen.items()}
     for name in JUDGING:
-        others = Known(each.sketch for other, rows in taken.items() if other != name for each in rows)
+        others = Known((each.sketch for other, rows in taken.items() if other != name for each in rows), least)
         for number, item in enumerate(items):
             if found[number] != f"new {name}":
                 continue
@@ -68,7 +69,7 @@ def place(
             if found[number] == name:
                 taken.setdefault(name, []).append(Seen(item.sketch, item.device, item.captured, item.identity))
     apart = [each for rows in taken.values() for each in rows]
-    judging, times = Known(each.sketch for each in apart), _times(apart)
+    judging, times = Known((each.sketch for each in apart), least), _times(apart)
     for number, item in enumerate(items):
         if found[number] == TRAINING and judging.near(item.sketch) >= 0:
             found[number] = "near_holdout"

@@ -90,7 +90,7 @@ class Language:
         self.sets = texts.arrange(
             found, bad, frozen=frozen, trained=trained, rules=settings.split_rules(), names=self.names,
             confidence_min=settings.label_confidence_min, validation_share=settings.validation_share,
-            judge="gate" if settings.holdout is None else "holdout",
+            judge="gate" if settings.holdout is None else "holdout", resemblance=settings.resemblance,
         )  # fmt: skip
         sets = self.sets
         self.fresh = {**sets.new, "holdout": fresh}
@@ -121,8 +121,9 @@ class Language:
             raise DatasetError(f"{settings.holdout}: {what}; correct it")
         others = [*frozen["calibration"], *frozen["test"]]
         return text_holdout.check_file(
-            settings.holdout, held_out, frozen["holdout"], trained, self.names, settings.label_confidence_min, others
-        )
+            settings.holdout, held_out, frozen["holdout"], trained, self.names, settings.label_confidence_min, others,
+            settings.resemblance,
+        )  # fmt: skip
 
     def tune(self) -> None:
         if not self.sets.training:
@@ -209,7 +210,8 @@ class Language:
         with measures.generator(base) as engine:
             took = measures.latencies(engine, sides, held_out)
         before = "base" if self.current is None else "current"
-        seen = Known(each.sketch for each in (*self.sets.training, *self.sets.validation, *self.calibrating))
+        learned = (*self.sets.training, *self.sets.validation, *self.calibrating)
+        seen = Known((each.sketch for each in learned), self.settings.resemblance)
         self.evidence = Evidence(
             held_out=frozenset(each.identity for each in held_out),
             trained=frozenset(each.identity for each in (*self.sets.training, *self.sets.validation)),

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from trainer.core.near_texts import Sketch, plain, sketch
+from trainer.core.near_texts import RESEMBLANCE, Sketch, plain, sketch
 from trainer.core.provenance import confidence_of, is_disputed, is_own, refusal, taken_at
 from trainer.core.split import SplitRules
 from trainer.core.text_split import TRAINING, Asked, Seen, place
@@ -94,16 +94,17 @@ def read(path: Path, strategy: str) -> tuple[list[Text], list[str]]:
 def arrange(
     texts: Sequence[Text], bad: Sequence[str], *, frozen: Mapping[str, Sequence[Text]], trained: Sequence[Seen],
     rules: SplitRules, names: Sequence[str], confidence_min: float, validation_share: float,
-    judge: str = "gate",
+    judge: str = "gate", resemblance: float = RESEMBLANCE,
 ) -> Texts:  # fmt: skip
     """Keep apart what trains, what ends a training early, what calibrates, what judges, and what nobody looks at.
 
     `frozen`: the sets as they are, by name; `judge`: the one that judges. `trained`: what trained in earlier jobs. `names`:
-    those of the model and its adapters, whose own answers are no labels. `confidence_min`: the floor of a model's label.
+    those of the model and its adapters, whose own answers are no labels. `confidence_min`: the floor of a model's label;
+    `resemblance`: of near-duplicates.
     """
     left_out: dict[str, int] = {"bad_line": len(bad)} if bad else {}
     known = {name: [each.seen for each in rows] for name, rows in frozen.items()}
-    falls = place([_asked(each, names, confidence_min) for each in texts], known, trained, rules)
+    falls = place([_asked(each, names, confidence_min) for each in texts], known, trained, rules, resemblance)
     training: list[Text] = []
     validation: list[Text] = []
     sets = {name: list(rows) for name, rows in frozen.items()}
