@@ -41,7 +41,9 @@ class TextModel(Section):
     test_share: Share = 0.0  # of what is new: no gate looks at it
     split_block_s: Seconds = 60.0  # what a device was asked within a block falls on one side
     split_guard_s: Annotated[float, Field(ge=0)] = 5.0  # kept free where two sides meet (core.split)
-    resemblance: Annotated[float, Field(ge=0.5, le=1)] = 0.8  # from which on two questions count as the same (docs/data.md)
+    resemblance: Annotated[float, Field(ge=0.5, le=1)] = (
+        0.8  # from which on two questions count as the same (docs/data.md)
+    )
     label_confidence_min: Share = 0.5
     target_risk: Share = 0.05  # accepted answers that may be wrong; devices' policies aim at it
     validation_share: Share = 0.1  # of the rest: ends the training early and gives the golden prompts
@@ -70,6 +72,10 @@ class TextModel(Section):
         self.split_rules()
         return self
 
+    def adapter_name(self, model: str) -> str:
+        """What the adapters of this model are called."""
+        return self.adapter or f"{model}-lora"
+
     def split_rules(self) -> SplitRules:
         """What `core.split` needs; raises ValueError for shares that do not fit together. A configured holdout judges
         alone."""
@@ -93,3 +99,8 @@ class TextModel(Section):
         names = {"lora": "lora", "epochs": "epochs", "batch": "batch", "lr": "learning_rate"}
         said = {names[key]: getattr(self, key) for key in names if key in self.model_fields_set}
         return {**{name: value for name, value in said.items() if value is not None}, **self.tuning}
+
+
+def own_names(model: str, settings: object) -> tuple[str, ...]:
+    """The names under which a model has releases, adapters too: what they answer is no label for it."""
+    return (model, settings.adapter_name(model)) if isinstance(settings, TextModel) else (model,)

@@ -96,7 +96,9 @@ def folder_of(settings: Model, name: str) -> Path | None:
 
 def read_ledger(path: Path) -> list[Entry]:
     """The entries of a ledger, none when there is no file; raises HoldoutError naming the line that was changed."""
-    return read_chain(path, lambda row: Entry(**row), lambda e: f"entry {e.number}, image {e.sha256[:12]}", HoldoutError)
+    return read_chain(
+        path, lambda row: Entry(**row), lambda e: f"entry {e.number}, image {e.sha256[:12]}", HoldoutError
+    )
 
 
 def loose(path: Path, name: str, entries: Sequence[Entry], items: Sequence[LabelledImage]) -> list[LabelledImage]:

@@ -28,7 +28,7 @@ from trainer.datasets import DatasetError
 from trainer.files import sha256_of, write_whole
 from trainer.footprint import read_profile
 from trainer.golden import write_prompt_golden
-from trainer.kinds import measures, texts, tuning
+from trainer.kinds import catalogue, measures, texts, tuning
 from trainer.kinds.texts import Text, Texts
 from trainer.releases import MANIFEST, Registry, StoredRelease, build_manifest, canonical_bytes
 from trainer.run import Run
@@ -58,9 +58,8 @@ class Language:
     def __init__(self, run: Run) -> None:
         self.run, self.job = run, run.job
         self.settings = self.job.config.text(self.job.model)
-        if self.job.dataset is None:
-            raise DatasetError(f"models.{self.job.model} is a language model: --dataset names its dataset.jsonl")
-        self.dataset: Path = self.job.dataset
+        # Without a data set the manifest names what devices keep, and one is made of that in the run's folder.
+        self.dataset: Path = self.job.dataset or self.run.folder / catalogue.DATASET
         self.tuner = tuning.tuner_for(self.job.strategy, "llm")
         self.base = Registry(self.job.config.releases).get(self.job.manifest.source)
         if self.base.manifest.kind != "llm" or self.base.manifest.engine != "llama":
@@ -75,6 +74,10 @@ class Language:
 
     def read(self) -> int:
         config, model, settings = self.job.config, self.job.model, self.settings
+        missing: dict[str, int] = {}
+        if self.job.dataset is None:
+            missing = catalogue.write_dataset(self.job.manifest, self.job.samples, self.dataset)
+            self.run.facts["dataset"] = str(self.dataset)
         found, bad = texts.read(self.dataset, self.job.strategy)
         for line in bad[: texts.BAD_SHOWN_MAX]:
             log.warning("%s: left out: %s", self.dataset, line)
@@ -96,13 +99,13 @@ class Language:
         self.fresh = {**sets.new, "holdout": fresh}
         self.judging = [each for each in sets.holdout if (each.other is not None) == (self.job.strategy == "dpo")]
         self.run.facts["samples"] = {
-            "named": len(found) + len(bad),
+            "named": len(found) + len(bad) + sum(missing.values()),
             "training": len(sets.training),
             "validation": len(sets.validation),
             "holdout": len(self.judging),
             "calibration": len(sets.calibration),
             "test": len(sets.test),
-            "left_out": sets.left_out,
+            "left_out": missing | sets.left_out,
             "bad_lines": sets.bad,
             "provenance": texts.provenance([*sets.training, *sets.validation]),
             "label_confidence": texts.sureness([*sets.training, *sets.validation]),

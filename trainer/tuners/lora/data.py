@@ -135,12 +135,13 @@ def _line(number: int, row: Any) -> Line:
         own=bool(steps) and len(own) == len(steps),
         replaced=replaced if isinstance(replaced, str) and replaced.strip() else None,
         confidence=sure if escalated and said.get("kind") != "person" else None,
-        provenance=_provenance(said, own[0] if own else {}, sure) if escalated else {},
+        provenance=_provenance(said, own[0] if own else said, sure) if escalated else {},
     )  # fmt: skip
 
 
 def _provenance(said: Mapping[str, Any], asked: Mapping[str, Any], sure: float) -> dict[str, Any]:
-    """Who said it (`said`: the step of the answer), and which device had asked when (`asked`: its own answer's)."""
+    """Who said it (`said`: the step of the answer), and which device had asked when (`asked`: the step of its own answer,
+    where it is there)."""
     found = {name: str(said[name]) for name in ("kind", "who", "release") if isinstance(said.get(name), str)}
     found.setdefault("kind", "model")
     told: dict[str, Any] = {**found, **({} if found["kind"] == "person" else {"confidence": sure})}
@@ -149,8 +150,10 @@ def _provenance(said: Mapping[str, Any], asked: Mapping[str, Any], sure: float) 
     when = asked.get("ts")
     if isinstance(when, int | float) and not isinstance(when, bool):
         told["captured"] = float(when)
-    asked_by = asked.get("adapter") or asked.get("release")
-    return {**told, **({"asked_by": asked_by} if isinstance(asked_by, str) else {})}
+    if isinstance(said.get("opinions"), list):
+        told["opinions"] = said["opinions"]
+    asked_by = "" if asked is said else asked.get("adapter") or asked.get("release")
+    return {**told, **({"asked_by": asked_by} if isinstance(asked_by, str) and asked_by else {})}
 
 
 def _text(row: dict[str, Any], key: str) -> str:
