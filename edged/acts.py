@@ -31,7 +31,7 @@ from edged.slot import Loaded, Slot, SlotStopped, load
 from edged.store import Store, StoreError
 from edged.trust import Untrusted
 from edged.update_record import ADAPTER, Record, Seeded, UpdateEvent
-from edged.wire.manifest import ReleaseManifest, ReleaseRef
+from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef
 from edged.wire.messages import Progress
 
 __all__ = ["ADAPTER", "Acts", "Carrier", "Record", "Seeded", "UpdateEvent"]
@@ -353,7 +353,7 @@ class Acts:
                 except BadRelease as error:  # its base was replaced meanwhile: that says nothing against it
                     self._answer(record, Event.BASE_GONE, str(error), passing=True)
                     return
-                swap_ms = slot.attach(ref, folder / manifest.files["adapter"].path)
+                swap_ms = slot.attach(ref, folder / manifest.files["adapter"].path, manifest.calibration)
             else:
                 swap_ms = self._exchange.swap(record, lambda: self._loaded(record, ref, manifest))
                 self._in_service.attach_if_it_fits(record.slot, ref)
@@ -375,7 +375,7 @@ class Acts:
         slot = self._slots[record.slot]
         if record.is_adapter:
             if slot.live is not None:  # else the active one goes on when its base comes
-                slot.attach(record.active, self._adapter_file(record.active) if record.active else None)
+                slot.attach(*self._adapter(record.active))
         elif slot.live is None or slot.live.ref != record.active:
             self._exchange.make_way(record.slot)
             self._in_service.load_active(record, restoring=True)
@@ -387,9 +387,13 @@ class Acts:
                 return
         self._answer(record, Event.BACK, record.reason)
 
-    def _adapter_file(self, adapter: ReleaseRef) -> Path:
+    def _adapter(self, adapter: ReleaseRef | None) -> tuple[ReleaseRef | None, Path | None, Calibration | None]:
+        """What `Slot.attach` takes to put this adapter on."""
+        if adapter is None:
+            return None, None, None
         folder = self._releases.folder(adapter)
-        return folder / read_manifest(folder).files["adapter"].path
+        manifest = read_manifest(folder)
+        return adapter, folder / manifest.files["adapter"].path, manifest.calibration
 
     def _take_off(self, record: Record) -> None:
         self._slots[record.slot].attach(None, None)

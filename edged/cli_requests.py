@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, store_of
+from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, settings_of, store_of
 
 app = typer.Typer(help="The language requests that this device answered.", no_args_is_help=True)
 Pipeline = Annotated[str | None, typer.Option("--pipeline", help="Only those of this pipeline.")]
@@ -59,7 +59,7 @@ def requests_export(
     start = _seconds(since)
     with store_of(config) as store:
         rows = store.requests(StoreLimits().requests_max, since=start, pipeline=pipeline)
-        lines = dataset.lines(reversed(rows), store.sample)
+        lines = dataset.lines(reversed(rows), store.sample, settings_of(config).device.id)
     if str(file) == "-":
         sys.stdout.writelines(lines)
     else:

@@ -26,8 +26,9 @@ UNLABELLED = ("captured", "escalated", "unresolved", "rejected")
 _RESULT = ("release", "adapter", "confidence", "finish_reason", "prompt_tokens", "answer_tokens", "latency_ms", "ts")
 
 
-def example(request: LanguageRequest, sample: Sample | None = None) -> Json | None:
-    """The line for a request, with what was said of its sample, if it became one; None when it has no whole answer."""
+def example(request: LanguageRequest, sample: Sample | None = None, device: str = "") -> Json | None:
+    """The line for a request that `device` answered, with what was said of its sample, if it became one; None when it has
+    no whole answer."""
     if request.finish_reason != "stop" or not request.answer.strip():
         return None
     goal, before = _conversation(request)
@@ -38,6 +39,8 @@ def example(request: LanguageRequest, sample: Sample | None = None) -> Json | No
         arguments["messages"] = request.messages
     kept = asdict(request)
     result = {"tool": TOOL, "status": "success", "output": request.answer, "request": request.id}
+    if device:
+        result["device"] = device
     line: Json = {
         "goal": goal,
         "context_summary": before,
@@ -73,10 +76,12 @@ def _conversation(request: LanguageRequest) -> tuple[str, str]:
     return request.messages[asked[-1]]["content"], "\n".join(f"{turn['role']}: {turn['content']}" for turn in others)
 
 
-def lines(requests: Iterable[LanguageRequest], sample: Callable[[str], Sample | None]) -> list[str]:
+def lines(
+    requests: Iterable[LanguageRequest], sample: Callable[[str], Sample | None], device: str = ""
+) -> list[str]:
     """The lines of the whole answers among `requests`, in their order, each with its end of line; `sample` finds what a
     request became, by its id."""
-    found = (example(request, sample(request.id)) for request in requests)
+    found = (example(request, sample(request.id), device) for request in requests)
     # ASCII only: a line separator of Unicode in an answer would end the line for some readers.
     return [json.dumps(row) + "\n" for row in found if row is not None]
 

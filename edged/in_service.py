@@ -154,7 +154,7 @@ class InService:
         try:
             manifest = read_manifest(folder)
             if manifest.base == base:
-                self._slots[slot].attach(adapter, folder / manifest.files["adapter"].path)
+                self._slots[slot].attach(adapter, folder / manifest.files["adapter"].path, manifest.calibration)
         except (BadRelease, EngineError) as error:
             log.error("slot %s: adapter %s: %s", slot, adapter.release, error)
             self._say("adapter_not_loaded", f"{slot}: {adapter.release}: {error}", release=adapter.release)

@@ -23,7 +23,6 @@ from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Item, Unsure
 from edged.store import LanguageRequest, OutboxMessage
 from edged.wire import messages, topics
-from edged.wire.manifest import Calibration
 from edged.wire.messages import Label, Text
 from edged.wire.parts import Prompt
 
@@ -167,9 +166,7 @@ class Prompts:
         started = s.clock.monotonic()
         with s.pace.admitted(self._slot.lease(MODEL_WAIT_S)) as loaded, s.pace.admitted(loaded.use):
             text, end = self._generate(loaded, request, stream)
-            adapter = loaded.adapter.release if loaded.adapter else None
-        # What was fitted on the bare base says nothing about its answers with an adapter.
-        calibration = loaded.manifest.calibration if adapter is None else Calibration()
+            adapter, calibration = loaded.adapter.release if loaded.adapter else None, loaded.calibration
         policy, draw, threshold = self._policy(), lot(item.id), 0.0
         confidence = decision = None
         if end.reason not in UNFINISHED:

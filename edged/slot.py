@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from edged import golden
+from edged.core.confidence import check_calibration
 from edged.engines.base import ELSEWHERE, Detector, EngineError, EngineOptions, Generator, Unsuitable, open_engine
 from edged.engines.host import ProcessGenerator
-from edged.wire.manifest import ReleaseManifest, ReleaseRef
+from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Loaded:
     manifest: ReleaseManifest
     engine: Detector | Generator
     adapter: ReleaseRef | None = None
+    adapter_calibration: Calibration = field(default_factory=Calibration)
     use: AbstractContextManager[Any] = field(default_factory=threading.Lock)
     leases: int = 0
     retired: bool = False
@@ -63,6 +65,11 @@ class Loaded:
     def here(self) -> bool:
         """Whether this process runs the model, and would end with it."""
         return not isinstance(self.engine, ProcessGenerator) and self.manifest.engine not in ELSEWHERE
+
+    @property
+    def calibration(self) -> Calibration:
+        """How sure what serves may be: what was fitted on the bare base says nothing about its answers with an adapter."""
+        return self.manifest.calibration if self.adapter is None else self.adapter_calibration
 
     @property
     def detector(self) -> Detector:
@@ -236,17 +243,23 @@ class Slot:
             self._vacated_at = None
             self._changed.notify_all()
 
-    def attach(self, adapter: ReleaseRef | None, path: Path | None) -> float:
+    def attach(self, adapter: ReleaseRef | None, path: Path | None, calibration: Calibration | None = None) -> float:
         """Put a LoRA adapter on the live generator (None: take it off); returns the milliseconds it took.
 
-        A generation under way finishes on what it began with. Raises EngineError.
+        `calibration` is the adapter's own; without it its answers count as uncalibrated. A generation under way finishes on
+        what it began with. Raises EngineError, also for a calibration that this device cannot apply.
         """
+        fitted = calibration or Calibration()
+        try:
+            check_calibration(fitted)
+        except ValueError as error:
+            raise EngineError(f"adapter {adapter.release if adapter else ''}: {error}") from None
         with self.lease(timeout_s=0) as live:
             generator = live.generator
             with live.use:
                 started = time.monotonic()
                 generator.attach(path)
-                live.adapter = adapter
+                live.adapter, live.adapter_calibration = adapter, fitted
                 return (time.monotonic() - started) * 1000
 
     def stop(self) -> None:

@@ -73,6 +73,10 @@ def _data(metadata: Mapping[str, Any]) -> str:
     who = samples.get("provenance") or {}
     if who:
         text += "\n\nWho labelled what was trained on:\n\n" + _table(("labelled by", "samples"), list(who.items()))
+    sure = samples.get("label_confidence")
+    if sure:
+        least, mean = _value(sure["lowest"]), _value(sure["mean"])
+        text += f"\n\nConfidence of the labels that models gave: {mean} on average, {least} at least."
     if "dataset_sha256" in samples:
         text += f"\n\nData set: `{metadata['dataset']}`, SHA-256 `{samples['dataset_sha256']}`."
     return text
@@ -128,15 +132,16 @@ def _gate(metadata: Mapping[str, Any]) -> str:
 def _limits(metadata: Mapping[str, Any]) -> str:
     lines = ["It was judged on the holdouts above, and on nothing else: what they do not show is not known."]
     calibration = metadata.get("calibration")
-    if calibration:
+    if calibration and calibration.get("method") == "uncalibrated":
+        lines.append(
+            f"Uncalibrated: {calibration['items']} answers to fit confidence on, {calibration['needed']} are needed. A "
+            "device trusts none of its answers by itself."
+        )
+    elif calibration:
         lines.append(
             f"Confidence was fitted on {calibration.get('items', 'some')} items; expected calibration error "
             f"{_value(calibration.get('ece'))}. Answers above {_value(calibration.get('threshold'))} are accepted at a "
             f"target risk of {_value(calibration.get('target_risk'))}, for inputs like those."
-        )
-    elif metadata["kind"] == "llm":
-        lines.append(
-            "Its confidence is not calibrated: a device asks for help as if it knew nothing of its own errors."
         )
     if metadata["kind"] == "llm":
         lines.append("The loss of held-out answers says how well it imitates them, not whether they are true.")

@@ -225,8 +225,6 @@ def _order(
     for option, value in given.items():
         if value is not None:
             fail(f"{option} {value}: needs --manifest or --dataset; without, `trainer serve` trains as configured")
-    if settings.any_model(model).kind == "llm":
-        fail(f"model {model} learns from a data set: name its dataset.jsonl with --dataset")
     if samples_min is not None or dry_run:
         _check_counts(settings, model, samples_min, dry_run)
     database = open_database(settings)
@@ -240,12 +238,13 @@ def _order(
 
 def _check_counts(settings: TrainerConfig, model: str, samples_min: int | None, dry_run: bool) -> None:
     """For cron: leave early when the samples known are too few, or say what would be trained on."""
+    from trainer.config_text import own_names
     from trainer.fleet import training_counts
     from trainer.jobfile import needed
 
-    own = settings.model(model)
+    own = settings.any_model(model)
     with open_database(settings).read() as connection:
-        new, usable = training_counts(connection, model, own.label_confidence_min)
+        new, usable = training_counts(connection, model, own.label_confidence_min, own_names(model, own))
     least = needed(own, samples_min if samples_min is not None and samples_min > 0 else None)
     found = {"model": model, "samples_new": new, "samples_usable": usable, "needed": least}
     if samples_min is not None and new < least:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from trainer.config_parts import LoraTable, Section, Share, make_rules
+from trainer.config_parts import LoraTable, Seconds, Section, Share, make_rules
 from trainer.core.gate_text import Rules
+from trainer.core.placement import Needs
+from trainer.core.split import SplitRules
+from trainer.core.triggers import TriggerRules
 from trainer.tuners.settings import LoraSettings
 
 
@@ -30,18 +33,62 @@ class TextModel(Section):
     tuning: dict[str, Any] = {}
     seed: int = 0
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: all cores
-    holdout: Path | None = None  # a frozen dataset.jsonl that judges; None: `holdout_share` of each data set, by hash
+    # A dataset.jsonl that judges, frozen at its first use; None: `holdout_share` of what is new in each data set.
+    holdout: Path | None = None
     holdout_share: Share = 0.3
+    calibration_share: Share = 0.15  # of what is new: confidence is fitted on it, it does not train
+    calibration_max: Annotated[int, Field(ge=1)] = 500  # the newest of them: each is answered once
+    test_share: Share = 0.0  # of what is new: no gate looks at it
+    split_block_s: Seconds = 60.0  # what a device was asked within a block falls on one side
+    split_guard_s: Annotated[float, Field(ge=0)] = 5.0  # kept free where two sides meet (core.split)
+    resemblance: Annotated[float, Field(ge=0.5, le=1)] = (
+        0.8  # from which on two questions count as the same (docs/data.md)
+    )
+    label_confidence_min: Share = 0.5
+    target_risk: Share = 0.05  # accepted answers that may be wrong; devices' policies aim at it
     validation_share: Share = 0.1  # of the rest: ends the training early and gives the golden prompts
     threshold: Annotated[int, Field(ge=0)] = 49  # train when there are MORE new examples
+    # What `trainer serve` does with the texts that devices have asked about; they count once the fleet runs `base`.
+    strategy: Literal["lora", "dpo"] = "lora"
+    minimum_interval_s: Annotated[float, Field(ge=0)] = 3600.0
+    samples_max: Annotated[int, Field(ge=1)] = 5000  # of one job
+    claim_s_max: Seconds = 3600.0  # how long devices may take to hand samples over
+    training_s_estimate: Seconds = 900.0  # until a job has shown how long it takes
+    needs: dict[
+        Literal["gpu_mib", "memory_mib", "disk_mib"], Annotated[int, Field(ge=0)]
+    ] = {}  # of the host that trains
     tier: str = ""  # only devices of this tier are the model's fleet; empty: all that run it
     gate: dict[str, float] = {}
+    profiles: list[str] = []  # firmware profiles that base and adapter together must fit (docs/gate.md)
 
     @field_validator("gate")
     @classmethod
     def _gate(cls, value: dict[str, float]) -> dict[str, float]:
         make_rules(Rules, value)
         return value
+
+    @model_validator(mode="after")
+    def _split(self) -> TextModel:
+        self.split_rules()
+        return self
+
+    def adapter_name(self, model: str) -> str:
+        """What the adapters of this model are called."""
+        return self.adapter or f"{model}-lora"
+
+    def split_rules(self) -> SplitRules:
+        """What `core.split` needs; raises ValueError for shares that do not fit together. A configured holdout judges
+        alone."""
+        share = 0.0 if self.holdout is not None else self.holdout_share
+        return SplitRules(self.calibration_share, share, self.test_share, self.split_block_s, self.split_guard_s)
+
+    def placement_needs(self) -> Needs:
+        """What `core.placement` needs."""
+        return Needs(**self.needs)
+
+    def trigger_rules(self) -> TriggerRules:
+        """What `core.triggers` needs."""
+        return TriggerRules(self.threshold, self.minimum_interval_s)
 
     def gate_rules(self) -> Rules:
         """What `core.gate_text` needs: its own defaults where the configuration says nothing."""
@@ -52,3 +99,8 @@ class TextModel(Section):
         names = {"lora": "lora", "epochs": "epochs", "batch": "batch", "lr": "learning_rate"}
         said = {names[key]: getattr(self, key) for key in names if key in self.model_fields_set}
         return {**{name: value for name, value in said.items() if value is not None}, **self.tuning}
+
+
+def own_names(model: str, settings: object) -> tuple[str, ...]:
+    """The names under which a model has releases, adapters too: what they answer is no label for it."""
+    return (model, settings.adapter_name(model)) if isinstance(settings, TextModel) else (model,)

@@ -28,7 +28,8 @@ from sqlalchemy import (
     update,
 )
 
-SCHEMA_VERSION = 2  # 2: leases, workers, opinions, pool, pulls, registrations: new tables only, made by `create_all`
+# 2: leases, workers, opinions, pool, pulls, registrations; 3: predictions. New tables only, made by `create_all`.
+SCHEMA_VERSION = 3
 BUSY_MS_MAX = 10_000
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
@@ -89,6 +90,13 @@ opinions = Table(  # who else said something about a sample, on the way to its l
     metadata,
     Column("sample", String, primary_key=True),
     Column("said", JSON, nullable=False),  # as edged.wire.messages.Opinion, the first who was asked first
+)
+
+predictions = Table(  # what the device's own model had answered to a text: the other half of a pair
+    "predictions",
+    metadata,
+    Column("sample", String, primary_key=True),
+    Column("label", JSON, nullable=False),
 )
 
 windows = Table(

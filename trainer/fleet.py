@@ -10,11 +10,24 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
-from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State
+from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State, Text
 from trainer.core.rollout import Outcome, Window
-from trainer.database import commands, desired, devices, events, opinions, parts, pulls, put, samples, seen, windows
+from trainer.database import (
+    commands,
+    desired,
+    devices,
+    events,
+    opinions,
+    parts,
+    predictions,
+    pulls,
+    put,
+    samples,
+    seen,
+    windows,
+)
 
 SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
@@ -99,6 +112,9 @@ def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None
         "entry_ts": entry.ts,
     }
     put(connection, samples, {"id": entry.sample}, values)
+    if any(isinstance(part, Text) for part in entry.prediction):
+        answered = [part.model_dump(mode="json") for part in entry.prediction]
+        put(connection, predictions, {"sample": entry.sample}, {"label": answered})
     if len(entry.opinions) > 1:  # a single one is the label's own
         said = [opinion.model_dump(mode="json") for opinion in entry.opinions]
         put(connection, opinions, {"sample": entry.sample}, {"said": said})
@@ -231,9 +247,11 @@ def sample_counts(connection: Connection) -> list[dict[str, Any]]:
     return [dict(row._mapping) for row in connection.execute(query)]
 
 
-def training_counts(connection: Connection, model: str, confidence_min: float) -> tuple[int, int]:
+def training_counts(
+    connection: Connection, model: str, confidence_min: float, names: Sequence[str] = ()
+) -> tuple[int, int]:
     """(new, usable) labelled samples of a model that are sure enough to train, as `core.triggers.decide` takes them."""
-    usable = trainable(model, confidence_min)
+    usable = trainable(model, confidence_min, names)
     new = connection.execute(
         select(func.count()).select_from(samples).where(*usable, samples.c.tried == 0)
     ).scalar_one()
@@ -241,10 +259,12 @@ def training_counts(connection: Connection, model: str, confidence_min: float) -
     return int(new), int(both)
 
 
-def trainable(model: str, confidence_min: float) -> list[Any]:
-    """The condition on a sample row: labelled, sure enough, in no job, and not by the model itself (core.provenance)."""
+def trainable(model: str, confidence_min: float, names: Sequence[str] = ()) -> list[Any]:
+    """The condition on a sample row: labelled, sure enough, in no job, and not by the model itself (core.provenance), under
+    whichever of its `names`."""
     kind, release = (samples.c.provenance[key].as_string() for key in ("kind", "release"))
-    own = (func.coalesce(kind, "") == "model") & func.coalesce(release, "").startswith(f"{model}@", autoescape=True)
+    ours = [func.coalesce(release, "").startswith(f"{name}@", autoescape=True) for name in names or (model,)]
+    own = (func.coalesce(kind, "") == "model") & or_(*ours)
     return [
         ~own,
         samples.c.model == model,
@@ -260,6 +280,15 @@ def opinions_of(connection: Connection, given: Sequence[str]) -> dict[str, list[
     for part in parts(given):
         query = select(opinions).where(opinions.c.sample.in_(part))
         found.update((row.sample, row.said) for row in connection.execute(query))
+    return found
+
+
+def answers_of(connection: Connection, given: Sequence[str]) -> dict[str, str]:
+    """Sample -> what the device's own model had answered, of texts."""
+    found: dict[str, str] = {}
+    for part in parts(given):
+        rows = connection.execute(select(predictions).where(predictions.c.sample.in_(part)))
+        found.update((row.sample, row.label[0]["text"]) for row in rows)
     return found
 
 

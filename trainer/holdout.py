@@ -11,23 +11,22 @@ by what the releases say that they were judged on (`check_releases`).
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
+from trainer.chain import START, read_chain, seal
+from trainer.chain import locked as _locked
 from trainer.config import Model, TrainerConfig
 from trainer.core.neighbours import near
 from trainer.core.provenance import confidence_of, refusal, taken_at
 from trainer.core.split import Times, side
 from trainer.datasets import LABELS, DatasetError, LabelledImage, append_folder, frozen_hash, read_folder
-from trainer.files import make_folder, write_whole
+from trainer.files import write_whole
 from trainer.releases import StoredRelease
 from trainer.sketches import sketches_of
 from trainer.trained import add_images, ledger_of, read_images
@@ -38,7 +37,6 @@ log = logging.getLogger(__name__)
 FOLDERS = {"target": "holdout", "base": "holdout_clean", "test": "holdout_test"}
 GATE = ("target", "base")
 NAMED_MAX = 5  # items named in one message
-_START = "0" * 64
 
 
 class HoldoutError(DatasetError):
@@ -65,8 +63,7 @@ class Entry:
 
     def sealed(self) -> str:
         """The hash of everything else in the entry, the hash before it too."""
-        values = {key: value for key, value in asdict(self).items() if key != "hash"}
-        return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return seal(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +92,9 @@ def folder_of(settings: Model, name: str) -> Path | None:
 
 def read_ledger(path: Path) -> list[Entry]:
     """The entries of a ledger, none when there is no file; raises HoldoutError naming the line that was changed."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise HoldoutError(f"{path}: {error}; restore it from a copy") from None
-    entries: list[Entry] = []
-    previous = _START
-    for number, line in enumerate(lines):
-        where = f"{path}, line {number + 1}"
-        try:
-            entry = Entry(**json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise HoldoutError(f"{where}: {error}; restore the ledger from a copy") from None
-        name = f"entry {entry.number}, image {entry.sha256[:12]}"
-        if entry.sealed() != entry.hash:
-            raise HoldoutError(f"{where} ({name}): the entry was changed; restore the ledger from a copy")
-        if entry.number != number or entry.previous != previous:
-            raise HoldoutError(
-                f"{where} ({name}): entry {number} is missing or was put elsewhere; restore the ledger from a copy"
-            )
-        entries.append(entry)
-        previous = entry.hash
-    return entries
+    return read_chain(
+        path, lambda row: Entry(**row), lambda e: f"entry {e.number}, image {e.sha256[:12]}", HoldoutError
+    )
 
 
 def loose(path: Path, name: str, entries: Sequence[Entry], items: Sequence[LabelledImage]) -> list[LabelledImage]:
@@ -306,7 +282,7 @@ def _refuse_loose(path: Path, items: Sequence[LabelledImage], reasons: Sequence[
 
 def _append(path: Path, entries: Sequence[Entry], items: Sequence[LabelledImage], now: float) -> None:
     """Write the ledger with these images added, whole or not at all."""
-    previous = entries[-1].hash if entries else _START
+    previous = entries[-1].hash if entries else START
     batch = entries[-1].batch + 1 if entries else 0
     made = list(entries)
     for item in items:
@@ -325,15 +301,6 @@ def _append(path: Path, entries: Sequence[Entry], items: Sequence[LabelledImage]
 
 def _labels_hash(item: LabelledImage) -> str:
     return frozen_hash([item])
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One at a time, over processes: `trainer holdout extend` beside a training."""
-    make_folder(folder)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def near_duplicates(items: Sequence[LabelledImage], others: Sequence[LabelledImage]) -> list[bool]:

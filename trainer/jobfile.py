@@ -68,8 +68,10 @@ class TrainJob:
 
 
 def strategies(settings: Model | TextModel) -> tuple[str, ...]:
-    """What improves such a model, the usual one first."""
-    return STRATEGIES["text" if isinstance(settings, TextModel) else "vision"]
+    """What improves such a model, the usual one first: of a language model the configured one."""
+    if isinstance(settings, TextModel):
+        return tuple(sorted(STRATEGIES["text"], key=lambda each: each != settings.strategy))
+    return STRATEGIES["vision"]
 
 
 def choose_model(config: TrainerConfig, name: str | None, strategy: str | None) -> tuple[str, str]:
@@ -104,7 +106,7 @@ def dataset_job(
         if not dataset.is_file():
             raise JobError(f"--dataset {dataset}: no such file; a language model learns from a dataset.jsonl")
         source = settings.base or _newest(registry, model, "llm")
-        target = str(registry.next_version(settings.adapter or f"{model}-lora"))
+        target = str(registry.next_version(settings.adapter_name(model)))
         rows = _examples(dataset, strategy)
     else:
         if not (dataset / _LABELS).is_file():
@@ -163,9 +165,16 @@ def plan(job: TrainJob) -> dict[str, Any]:
 def _text_plan(job: TrainJob, settings: TextModel) -> dict[str, Any]:
     from trainer.kinds.tuning import reader, tuner_for
 
-    assert job.dataset is not None
-    examples, bad = reader(job.strategy)(job.dataset)
     tuning = tuner_for(job.strategy, "llm").settings.model_validate(settings.asked())
+    if job.dataset is None:  # a manifest: what devices kept, as far as it is here
+        here = sum((job.samples / each.sha256).is_file() for each in job.manifest.samples)
+        return {
+            "samples": len(job.manifest.samples),
+            "samples_usable": here,
+            "checkpoint": str(settings.checkpoint),
+            "settings": tuning.model_dump(mode="json"),
+        }
+    examples, bad = reader(job.strategy)(job.dataset)
     return {
         "dataset": str(job.dataset),
         "samples": len(examples) + len(bad),
@@ -182,11 +191,14 @@ def _examples(dataset: Path, strategy: str) -> list[TrainingSample]:
 
     return [
         TrainingSample(
-            id=each.identity[:16], device="", sha256=each.identity, label={"text": each.wanted, "other": each.other},
-            provenance={"kind": each.provenance},
+            id=each.identity[:16],
+            device=str(each.provenance.get("device") or ""),
+            sha256=each.identity,
+            label={"text": each.wanted, "other": each.other},
+            provenance=dict(each.provenance),
         )
         for each in read(dataset, strategy)[0]
-    ]  # fmt: skip
+    ]
 
 
 def _newest(registry: Registry, model: str, kind: str) -> str:

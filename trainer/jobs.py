@@ -21,11 +21,11 @@ from edged.wire.manifest import TrainingManifest, TrainingSample
 from trainer import leases
 from trainer.child import EXIT_UNWRITTEN, Outcome, read_outcome
 from trainer.claims import by_device, end_claims, forget_pixels, give_back, refused
-from trainer.config import Model
+from trainer.config_text import own_names
 from trainer.core.rollout import Phase, Rollout
 from trainer.core.triggers import Fire, Wait
 from trainer.database import jobs, parts, rollouts, samples
-from trainer.fleet import current_release, members, opinions_of, trainable
+from trainer.fleet import answers_of, current_release, members, opinions_of, trainable
 from trainer.host import Host, new_id
 from trainer.keys import TrustError
 from trainer.ready import OPEN, decision
@@ -47,9 +47,8 @@ class Jobs:
 
     def tick(self) -> None:
         """Start what a trigger asks for, and move every open job on by what has happened."""
-        for model, settings in self._host.config.models.items():
-            if isinstance(settings, Model):  # a language model learns from a data set: `trainer train --dataset`
-                self._trigger(model)
+        for model in self._host.config.models:
+            self._trigger(model)
         if self._worker is not None:
             self._worker.tick()
         with self._host.database.read() as connection:
@@ -86,26 +85,32 @@ class Jobs:
         self._waits[model] = reason
 
     def _decide(self, model: str, *, operator: bool) -> Fire | Wait:
-        settings = self._host.config.model(model)
+        settings = self._host.config.any_model(model)
         with self._host.database.read() as connection:
             rules = settings.trigger_rules()
             return decision(connection, model, settings, rules, operator=operator, now=self._host.now())
 
     def _open_job(self, model: str, reason: str) -> dict[str, Any]:
         """Write the manifest, claim its samples, and return the answer to a trigger (L16), or an `error`."""
-        host, settings, now = self._host, self._host.config.model(model), self._host.now()
+        host, settings, now = self._host, self._host.config.any_model(model), self._host.now()
+        names = own_names(model, settings)
         with host.database.write() as connection:
             source = current_release(members(connection, model, settings.tier))
             if source is None:
                 return {"error": f"no device reports an active release in a slot {model!r}"}
+            base = getattr(settings, "base", "")
+            if base and base != source:
+                return {
+                    "error": f"the fleet runs {source}, and models.{model}.base = {base}: an adapter fits one of them"
+                }
             try:
                 host.registry.get(source)
-                target = str(host.registry.next_version(model))
+                target = str(host.registry.next_version(names[-1]))
             except ReleaseError as error:
                 return {"error": f"the fleet runs a release that cannot be improved: {error}"}
-            query = select(samples).where(*trainable(model, settings.label_confidence_min))
+            query = select(samples).where(*trainable(model, settings.label_confidence_min, names))
             rows = connection.execute(query.order_by(samples.c.captured.desc()).limit(settings.samples_max)).all()
-            said = opinions_of(connection, [row.id for row in rows])
+            said, own = (of(connection, [row.id for row in rows]) for of in (opinions_of, answers_of))
             job = f"{model}-{new_id()}"
             manifest = TrainingManifest(
                 job=job,
@@ -114,7 +119,7 @@ class Jobs:
                 target=target,
                 created=_iso(now),
                 config=settings.model_dump(mode="json"),
-                samples=[_training_sample(row, said.get(row.id)) for row in rows],
+                samples=[_training_sample(row, said.get(row.id), own.get(row.id)) for row in rows],
             )
             for part in parts([row.id for row in rows]):
                 connection.execute(update(samples).where(samples.c.id.in_(part)).values(job=job))
@@ -168,7 +173,7 @@ class Jobs:
         """Go on without samples that their devices do not hand over, or fail when too few are left."""
         host = self._host
         kept = [each for each in manifest.samples if each.id not in lost]
-        needed = 0 if row["reason"] == "operator" else host.config.model(row["model"]).threshold
+        needed = 0 if row["reason"] == "operator" else host.config.any_model(row["model"]).threshold
         with host.database.write() as connection:
             text = f"{row['id']}: {len(lost)} of {len(manifest.samples)} samples did not come"
             if len(kept) <= needed:
@@ -218,15 +223,23 @@ class Jobs:
         try:
             # All are idempotent: after a crash before the commit they are done again.
             ref = register(host.config, host.registry, run / "candidate")
-            host.config.checkpoints.mkdir(parents=True, exist_ok=True)
-            beside = host.config.checkpoints / f".{row['target']}.pt"
-            shutil.copyfile(run / "model.pt", beside)
-            beside.replace(host.config.checkpoints / f"{row['target']}.pt")
+            adapter = host.registry.get(ref.release).manifest.kind == "lora"
+            if not adapter:
+                host.config.checkpoints.mkdir(parents=True, exist_ok=True)
+                beside = host.config.checkpoints / f".{row['target']}.pt"
+                shutil.copyfile(run / "model.pt", beside)
+                beside.replace(host.config.checkpoints / f"{row['target']}.pt")
         except (ReleaseError, TrustError, OSError) as error:
             with host.database.write() as connection:
                 self._end(connection, row, "failed", f"the release could not be registered: {error}", outcome.summary)
             return
         with host.database.write() as connection:
+            if adapter:
+                _set(connection, row["id"], finished=host.now(), result=outcome.summary)
+                leases.drop(connection, row["id"])
+                told = f"{ref.release} is released; `trainer fleet set DEVICE --adapter {row['model']}={ref.release}`"
+                self._confirm(connection, row, told)
+                return
             started = start_rollout(host, connection, ref)
             if isinstance(started, str):
                 self._end(
@@ -250,20 +263,20 @@ class Jobs:
             state = connection.execute(select(rollouts.c.state).where(rollouts.c.id == row["rollout"])).scalar_one()
             rollout = Rollout.from_dict(state)
             if rollout.phase is Phase.DONE:
-                self._confirm(connection, row)
+                self._confirm(connection, row, f"the fleet runs {row['target']}")
             elif rollout.phase is Phase.ABORTED:
                 self._end(connection, row, "rolled_back", rollout.reason)
 
-    def _confirm(self, connection: Connection, row: dict[str, Any]) -> None:
-        """The fleet runs the release: its samples are used up."""
+    def _confirm(self, connection: Connection, row: dict[str, Any], told: str) -> None:
+        """The release is there to stay (an adapter), or the fleet runs it: its samples are used up."""
         manifest = TrainingManifest.model_validate(row["manifest"])
         used = {"state": "used", "used_by": row["target"], "job": None}
         for part in parts([each.id for each in manifest.samples]):
             connection.execute(update(samples).where(samples.c.id.in_(part)).values(**used))
         for device, ids in by_device(manifest.samples):
             self._host.command_samples(connection, device, "used", ids, job=row["id"], release=row["target"])
-        _set(connection, row["id"], status="completed", detail=f"the fleet runs {row['target']}")
-        self._host.announce(connection, "training_completed", f"the fleet runs {row['target']}", job=row["id"])
+        _set(connection, row["id"], status="completed", detail=told)
+        self._host.announce(connection, "training_completed", told, job=row["id"])
         forget_pixels(connection, self._host.config.samples, [each.sha256 for each in manifest.samples])
 
     def _end(
@@ -295,8 +308,11 @@ class Jobs:
         return lines[-1][:500] if lines else "it wrote nothing"
 
 
-def _training_sample(row: Any, opinions: list[dict[str, Any]] | None) -> TrainingSample:
+def _training_sample(row: Any, opinions: list[dict[str, Any]] | None, answered: str | None) -> TrainingSample:
+    """`answered`: the device's own answer, of a text."""
     label = {"boxes": row.label, "confidence": row.label_confidence}
+    if any("text" in part for part in row.label):
+        label = {"text": row.label[0]["text"], "other": answered, "confidence": row.label_confidence}
     provenance = {
         **(row.provenance or {}),
         "release": (row.provenance or {}).get("release", ""),

@@ -48,7 +48,7 @@ def shipped(folder: Path, manifest: ReleaseManifest, adapter: Path | None) -> It
     engine = LlamaGenerator(folder, manifest, EngineOptions(threads=os.cpu_count() or 1))
     try:
         engine.attach(adapter)
-        yield Scorer(lambda said: _llama_loss(engine, said), lambda said: _llama_fits(engine, said))
+        yield Scorer(lambda said: _llama_loss(engine, said), lambda said: llama_fits(engine, said))
     finally:
         engine.close()
 
@@ -57,13 +57,14 @@ def _llama_tokens(engine: Any, said: Said) -> tuple[list[int], list[int]]:
     """What was asked, and the answer with its end, as the engine cuts them; raises EngineError."""
     import llama_cpp
 
-    asked = engine._prompt(_request(engine, said))
+    asked = engine._prompt(request_of(engine, said))
     turn = llama_cpp.llama_vocab_eot(engine._vocab) if _chats(engine, said) else -1
     end = turn if turn >= 0 else llama_cpp.llama_vocab_eos(engine._vocab)
     return asked, [*engine._tokenize(said.answer, whole=False), end]
 
 
-def _llama_fits(engine: Any, said: Said) -> bool:
+def llama_fits(engine: Any, said: Said) -> bool:
+    """Whether a question and its answer fit the context of the engine, a `LlamaGenerator`."""
     asked, wanted = _llama_tokens(engine, said)
     return len(asked) + len(wanted) <= int(engine.context)
 
@@ -113,10 +114,12 @@ def _chats(engine: Any, said: Said) -> bool:
     return bool(said.messages) and llama_cpp.llama_model_chat_template(engine._model, None) is not None
 
 
-def _request(engine: Any, said: Said) -> GenerateRequest:
+def request_of(engine: Any, said: Said, tokens_max: int = 0) -> GenerateRequest:
+    """What was asked, as a device asks llama.cpp: a conversation by the model's own chat template, where it has one."""
     if _chats(engine, said):
-        return GenerateRequest(messages=tuple(ChatMessage(role, content) for role, content in said.messages))
-    return GenerateRequest(said.prompt)
+        turns = tuple(ChatMessage(role, content) for role, content in said.messages)
+        return GenerateRequest(messages=turns, tokens_max=tokens_max)
+    return GenerateRequest(said.prompt, tokens_max=tokens_max)
 
 
 @contextmanager

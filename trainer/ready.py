@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy import Connection, select
 
 from trainer.config import Model, TrainerConfig
+from trainer.config_text import TextModel, own_names
 from trainer.core.rollout import Phase
 from trainer.core.triggers import Fire, TriggerRules, Wait, decide
 from trainer.database import Database, jobs, rollouts
@@ -43,19 +44,16 @@ def ready(
 ) -> Ready:
     """Whether to train `model` at `now` (seconds since the epoch): on the fleet's samples, or on a data set that lies here.
 
-    `samples_min` replaces the configured threshold. Raises ConfigError, DatabaseError, and JobError for a language model
-    without a data set.
+    `samples_min` replaces the configured threshold. Raises ConfigError, DatabaseError.
     """
     settings = config.any_model(model)
     least = needed(settings, samples_min)
     if dataset is not None:
         return _of_dataset(config, dataset, least)
-    if not isinstance(settings, Model):
-        raise JobError(f"model {model} learns from a data set: name its dataset.jsonl with --dataset")
     database = Database(config.database)
     try:
         with database.read() as connection:
-            new, usable = training_counts(connection, model, settings.label_confidence_min)
+            new, usable = training_counts(connection, model, settings.label_confidence_min, own_names(model, settings))
             rules = TriggerRules(least - 1, settings.minimum_interval_s)
             decided = decision(connection, model, settings, rules, operator=False, now=now)
     finally:
@@ -64,10 +62,10 @@ def ready(
 
 
 def decision(
-    connection: Connection, model: str, settings: Model, rules: TriggerRules, *, operator: bool, now: float
+    connection: Connection, model: str, settings: Model | TextModel, rules: TriggerRules, *, operator: bool, now: float
 ) -> Fire | Wait:
     """Whether to train a model on the fleet's samples now."""
-    new, usable = training_counts(connection, model, settings.label_confidence_min)
+    new, usable = training_counts(connection, model, settings.label_confidence_min, own_names(model, settings))
     rows = connection.execute(select(jobs.c.created, jobs.c.status).where(jobs.c.model == model)).all()
     # A rollout by hand counts too: while two releases are about, there is no one to improve.
     ended = (Phase.DONE.value, Phase.ABORTED.value)

@@ -18,7 +18,6 @@ from sqlalchemy.exc import OperationalError
 from edged.wire.manifest import TrainingManifest
 from trainer import leases
 from trainer.child import EXIT_BUSY, Child
-from trainer.config import Model
 from trainer.core.placement import HostFacts, Needs, misfit
 from trainer.files import write_whole
 from trainer.host import Host
@@ -100,7 +99,7 @@ class Worker:
 
     def _look(self) -> None:
         host, facts = self._host, self.facts()
-        needs = {n: m.placement_needs() for n, m in host.config.models.items() if isinstance(m, Model)}
+        needs = {n: m.placement_needs() for n, m in host.config.models.items()}
         self._say_misfits(needs, facts)
         introduce = time.monotonic() - self._introduced >= self._lease_s / RENEWALS
         with host.database.read() as connection:

@@ -35,7 +35,7 @@ def line(item: PhiExample, answer: str | None = None) -> str:
         "goal": item.prompt,
         "context_summary": "",
         "plan": [{"tool": "generate", "arguments": {}}],
-        "execution": [{"tool": "escalate", "kind": "person", "status": "success"}],
+        "execution": [{"tool": "escalate", "kind": "person", "who": "ann", "status": "success"}],
         "summary": answer or item.adapter,
     }
     return json.dumps(row)

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from bench.demo.phi import GRAMMAR
+from edged.core.confidence import answer_probability
 from edged.engines.base import EngineOptions, GenerateRequest, generate_all, open_engine
 from edged.overrides import read
-from edged.slot import load
+from edged.slot import Slot, load
+from edged.wire.manifest import ReleaseRef
 from tests.support.trained import EXAMPLES, run_trainer, summary, text_trainer, write_dataset
 from trainer.config import load_config
 from trainer.golden import PROMPTS
@@ -21,6 +24,7 @@ from trainer.kinds import begin
 from trainer.likelihood import Said, checkpoint, shipped
 from trainer.releases import Registry, read_manifest
 from trainer.run import Run
+from trainer.text_holdout import freeze, read_sets
 from trainer.train import train
 
 
@@ -67,8 +71,9 @@ def test_the_runs_folder_holds_what_people_and_programs_ask_for(world: Path) -> 
     assert epochs == sorted(epochs)
     assert epochs[-1] == 3
     assert metadata["samples"]["left_out"] == {"bad_line": 2}
-    parts = [metadata["samples"][name] for name in ("training", "validation", "holdout")]
+    parts = [metadata["samples"][name] for name in ("training", "validation", "calibration", "holdout")]
     assert sum(parts) == len(EXAMPLES)
+    assert metadata["samples"]["provenance"] == {"person ann": parts[0] + parts[1]}
     latest = json.loads((run.parent / "latest.json").read_text())
     assert latest == {"run": run.name, "outcome": "passed", "target": "clerk-lora@1.0"}
     for picture in ("loss.png", "metrics.png"):
@@ -144,17 +149,114 @@ def test_the_same_again_is_refused_once_it_is_released(world: Path) -> None:
     assert "**REFUSED**" in card
 
 
-def test_a_frozen_holdout_judges_and_must_not_change(world: Path) -> None:
-    write_dataset(world / "holdout.jsonl", EXAMPLES[:12])
-    whole = job(world, "held")
-    own = whole.config.text("clerk").model_copy(update={"holdout": world / "holdout.jsonl"})
-    whole = replace(whole, config=whole.config.model_copy(update={"models": {"clerk": own}}))
-    (world / "held").mkdir()
-    run = Run(whole)
+def test_too_few_answers_leave_it_uncalibrated_which_the_card_and_the_gate_say(world: Path) -> None:
+    run = run_of(world)
+    assert read_manifest(run / "candidate").calibration.method == "uncalibrated"
+    metadata = json.loads((run / "metadata.json").read_text())
+    (said,) = (each for each in metadata["gate"]["checks"] if each["name"] == "calibrated")
+    assert said["passed"]
+    assert f"uncalibrated: {metadata['samples']['calibration']} answers are too few" in said["reason"]
+    card = (run / "README.md").read_text()
+    assert "| person ann |" in card
+    assert f"Uncalibrated: {metadata['samples']['calibration']} answers to fit confidence on, 100 are needed." in card
+
+
+def test_what_judged_is_kept_and_a_later_data_set_with_nearly_the_same_does_not_train(world: Path) -> None:
+    config = load_config(world / "trainer.toml")
+    frozen = read_sets(config, "clerk")
+    told = read_manifest(run_of(world) / "candidate").evaluation["holdout_sets"]
+    assert {name: each["entries"] for name, each in told.items()} == {n: len(e) for n, e in frozen.items() if e}
+    judged = frozen["gate"][0]
+    again = next(each for each in EXAMPLES if each.prompt == judged.prompt)
+    write_dataset(world / "later.jsonl", [replace(again, prompt=again.prompt.replace(". What", ": what") + " ")])
+    later = job(world, "later", "later.jsonl")
+    run = Run(later)
     begin(run, "llm").read()
     samples = run.facts["samples"]
-    assert (samples["holdout"], samples["left_out"]["in_holdout"]) == (12, 12)
-    write_dataset(world / "holdout.jsonl", EXAMPLES[:11])
+    assert (samples["training"], samples["validation"], samples["holdout"]) == (0, 0, len(frozen["gate"]) + 1)
+
+
+def test_a_frozen_holdout_judges_and_must_not_change(tmp_path: Path, phi: dict[str, Path]) -> None:
+    config = load_config(text_trainer(tmp_path, phi, holdout=f'"{tmp_path / "holdout.jsonl"}"'))
+    write_dataset(tmp_path / "dataset.jsonl")
+    write_dataset(tmp_path / "holdout.jsonl", EXAMPLES[:12])
+    whole = dataset_job(
+        config, "clerk", "lora", tmp_path / "dataset.jsonl", tmp_path / "held", created="2026", job="held"
+    )
+    run = Run(whole)
+    training: Any = begin(run, "llm")
+    training.read()
+    samples = run.facts["samples"]
+    assert (samples["holdout"], samples["left_out"]) == (12, {"in_holdout": 12})
+    freeze(config, "clerk", training.fresh, 1.0)  # as every training does before it begins
+    write_dataset(tmp_path / "holdout.jsonl", EXAMPLES[:11])
     result = train(whole)
     assert result["outcome"] == "failed"
     assert "has changed since it was first used" in result["reason"]
+
+
+PROFILE = """
+name = "ours"
+[slot]
+threads = 1
+providers = ["cpu"]
+prove_s_max = 40.0
+[carries]
+machine_mib = 512
+precision = "int8"
+image_size = 320
+llm = { model = "phi", precision = "Q8_0", context = 256, file_mib = 8, memory_mib = 400 }
+"""
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, phi: dict[str, Path]) -> dict[str, Any]:
+    """A run on the whole grammar, of which two fifths calibrate, for devices of a profile; `run` is its folder."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    (folder / "ours.toml").write_text(PROFILE)
+    settings = {"calibration_share": "0.4", "holdout_share": "0.2", "profiles": f'["{folder / "ours.toml"}"]'}
+    config = load_config(text_trainer(folder, phi, **settings))
+    dataset = write_dataset(folder / "dataset.jsonl", GRAMMAR)
+    run = folder / "run"
+    whole = dataset_job(config, "clerk", "lora", dataset, run, created="2026", job="run")
+    return {**train(whole), "folder": run, "base": Registry(config.releases).get("clerk@1.0")}
+
+
+def test_an_adapter_carries_its_own_calibration_and_a_device_uses_it(calibrated: dict[str, Any]) -> None:
+    assert calibrated["outcome"] == "passed", calibrated["reason"]
+    told, manifest = calibrated["calibration"], read_manifest(calibrated["folder"] / "candidate")
+    assert manifest.calibration.method == "scaled"
+    assert manifest.calibration.items == told["items"] == calibrated["samples"]["calibration"] > 100
+    assert manifest.calibration.risk is not None
+    assert told["ece"] < 0.1
+    base = calibrated["base"]
+    slot = Slot("clerk")
+    slot.flip(load(base.ref, base.folder, base.manifest, EngineOptions(), "daemon"))
+    try:
+        slot.attach(manifest_ref(manifest), calibrated["folder"] / "candidate" / "adapter.gguf", manifest.calibration)
+        with slot.lease() as live:
+            sure = []
+            for prompt in (EXAMPLES[0].prompt, "shelf b4 holds a hammer. Who came?\n"):
+                _, end = generate_all(live.generator, GenerateRequest(prompt, tokens_max=20))
+                sure.append(answer_probability(end.mean_logprob, live.calibration))
+        assert all(each.calibrated for each in sure)
+        assert sure[0].p > sure[1].p
+    finally:
+        slot.stop()
+    assert "Confidence was fitted on" in (calibrated["folder"] / "README.md").read_text()
+
+
+def manifest_ref(manifest: Any) -> ReleaseRef:
+    return ReleaseRef(release=manifest.release, sha256="0" * 64)
+
+
+def test_base_and_adapter_are_measured_beside_what_runs_now(calibrated: dict[str, Any]) -> None:
+    checks = {each["name"]: each for each in calibrated["gate"]["checks"]}
+    ours = next(name for name in checks if name.startswith("size ("))[6:-1]
+    base, adapter = calibrated["base"].manifest.files["model"], calibrated["folder"] / "candidate" / "adapter.gguf"
+    assert checks[f"size ({ours})"]["value"] == pytest.approx((base.bytes + adapter.stat().st_size) / 2**20)
+    assert 20 < checks[f"memory ({ours})"]["value"] < 400
+    for name in ("latency", f"latency ({ours})"):
+        assert 0 < checks[name]["value"] < 10
+    figures = calibrated["evaluation"]["held_out"]
+    assert all(figures[side]["latency_ms_median"] > 0 for side in ("base", "candidate"))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from trainer.core.gate_text import Evidence, Rules, Scores, judge
+from trainer.core.targets import MIB, Footprint, Target
 
 NAMES = tuple(f"e{number}" for number in range(20))
 LENGTHS = tuple(3 + number % 3 for number in range(20))
@@ -25,7 +26,10 @@ def scores(each: float, release: str = "a@1.0", names: tuple[str, ...] = NAMES, 
 GOOD = Evidence(
     held_out=frozenset(NAMES), trained=frozenset({"t1", "t2"}), candidate=scores(0.5), base=scores(2.0),
     adapter_sha256="new", checkpoint_base=2.0, checkpoint_adapter=0.5, shipped_base=2.01, shipped_adapter=0.52,
+    near_duplicates=frozenset(), calibration_method="scaled", calibration_items=120, calibration_ece=0.04, latency_ms=12.0,
+    before_latency_ms=10.0, model_bytes=3 * MIB,
 )  # fmt: skip
+BARE = replace(GOOD, calibration_method="uncalibrated", calibration_items=40, calibration_ece=None)
 AGAIN = replace(GOOD, has_current=True, current=scores(1.0), current_sha256="old")
 PAIRS = replace(GOOD, pairs=True, candidate=scores(2.0, margin=3.0), base=scores(2.0, margin=-1.0))
 KEEPS = replace(GOOD, keeps=True, kept=scores(1.0), kept_base=scores(1.0))
@@ -35,7 +39,7 @@ def verdict(found: Evidence) -> Any:
     return judge(found, Rules(), np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("found", [GOOD, AGAIN, PAIRS, KEEPS])
+@pytest.mark.parametrize("found", [GOOD, AGAIN, PAIRS, KEEPS, BARE])
 def test_what_is_better_passes(found: Evidence) -> None:
     assert verdict(found).reasons == []
 
@@ -71,6 +75,16 @@ def test_what_is_better_passes(found: Evidence) -> None:
         (replace(PAIRS, candidate=scores(2.0)), "preferred"),
         (replace(KEEPS, kept=scores(1.2)), "forgetting"),
         (replace(KEEPS, kept=None), "forgetting"),
+        (replace(GOOD, near_duplicates=None), "near_duplicates"),
+        (replace(GOOD, near_duplicates=frozenset({"e4", "elsewhere"})), "near_duplicates"),
+        (replace(GOOD, calibration_method=""), "calibrated"),
+        (replace(GOOD, calibration_ece=0.11), "calibration"),
+        (replace(GOOD, calibration_ece=None), "calibration"),
+        (replace(GOOD, calibration_ece=math.nan), "calibration"),
+        (replace(GOOD, latency_ms=20.1), "latency"),
+        (replace(GOOD, latency_ms=None), "latency"),
+        (replace(GOOD, before_latency_ms=None), "latency"),
+        (replace(GOOD, before_latency_ms=0.0), "latency"),
     ],
 )  # fmt: skip
 def test_what_is_not_measured_or_not_better_fails_and_says_which(found: Evidence, check: str) -> None:
@@ -92,3 +106,39 @@ def test_a_gain_that_chance_explains_is_none() -> None:
 
 def test_nothing_measured_at_all_fails() -> None:
     assert not verdict(Evidence(frozenset(), frozenset(), None, None)).passed
+
+
+def test_too_few_answers_to_calibrate_are_said_and_refused_only_where_that_is_asked() -> None:
+    judged = verdict(BARE)
+    said = next(each for each in judged.checks if each.name == "calibrated")
+    assert judged.passed
+    assert "uncalibrated: 40 answers are too few" in said.reason
+    assert "calibration" not in [each.name for each in judged.checks], "there is no error to bound"
+    for found, passes in ((BARE, False), (GOOD, True), (replace(GOOD, calibration_items=99), False)):
+        strict = judge(found, Rules(calibration_items_min=100), np.random.default_rng(0))
+        assert strict.passed is passes
+
+
+PI = Target("pi", file_mib_max=4.0, memory_mib_max=100.0)
+FITS = replace(
+    GOOD, footprints=(Footprint("pi", 90 * MIB, 30.0),), before_footprints=(Footprint("pi", 80 * MIB, 20.0),)
+)
+
+
+@pytest.mark.parametrize(
+    ("found", "target", "failed"),
+    [
+        (FITS, PI, []),
+        (FITS, replace(PI, file_mib_max=2.9), ["size (pi)"]),
+        (FITS, replace(PI, memory_mib_max=89.0), ["memory (pi)"]),
+        (FITS, replace(PI, latency_ms_max=29.0), ["latency (pi)"]),
+        (replace(FITS, before_footprints=(Footprint("pi", 80 * MIB, 14.0),)), PI, ["latency (pi)"]),
+        (replace(FITS, footprints=(Footprint("pi", error="it died"),)), PI, ["memory (pi)", "latency (pi)"]),
+        (replace(FITS, footprints=()), PI, ["memory (pi)", "latency (pi)"]),
+        (replace(FITS, model_bytes=None), PI, ["size (pi)"]),
+        (FITS, Target("pi", problem="it makes no claim"), ["size (pi)", "memory (pi)"]),
+    ],
+)
+def test_base_and_adapter_must_fit_every_profile(found: Evidence, target: Target, failed: list[str]) -> None:
+    judged = judge(found, Rules(), np.random.default_rng(0), [target])
+    assert [each.name for each in judged.checks if not each.passed] == failed

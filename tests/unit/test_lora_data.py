@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from trainer.tuners.dpo.data import PAIRS_PER_GOAL_MAX, read_pairs
-from trainer.tuners.lora.data import LINE_BYTES_MAX, read_examples
+from trainer.tuners.dpo.data import read_labelled as labelled_pairs
+from trainer.tuners.lora.data import LINE_BYTES_MAX, read_examples, read_labelled
 
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A seven?"}]
 
@@ -160,3 +161,23 @@ def test_the_lines_that_a_device_writes_are_understood(tmp_path: Path) -> None:
     dataset.write(file, lines)
     assert read_examples(file) == ([{"prompt": "What to do?", "answer": "reject"}], [])
     assert read_pairs(file) == ([{"prompt": "What to do?", "chosen": "reject", "rejected": "accept"}], [])
+
+
+def test_every_example_says_who_answered_and_which_device_had_asked_when(tmp_path: Path) -> None:
+    from edged import dataset
+    from tests.unit.test_dataset import PLAIN, labelled
+
+    file = tmp_path / "dataset.jsonl"
+    dataset.write(file, dataset.lines([PLAIN], lambda _: labelled("reject"), "dev7"))
+    sample = labelled("reject")
+    assert sample.provenance is not None
+    expected = {
+        **{name: sample.provenance[name] for name in ("kind", "who", "release")}, "confidence": sample.label_confidence,
+        "device": "dev7", "captured": 9.0, "asked_by": "p-terse@1.1",
+    }  # fmt: skip
+    for read in (read_labelled, labelled_pairs):
+        ((_, provenance),), _ = read(file)
+        assert provenance == expected
+    rows = [escalated("reject", kind="person", confidence=0.2), task("3 boxes"), escalated("ask", confidence=None)]
+    found, _ = read_labelled(written(tmp_path, *rows))
+    assert [provenance for _, provenance in found] == [{"kind": "person"}, {}, {"kind": "model", "confidence": 0.0}]

@@ -18,7 +18,7 @@ from edged.cases import question
 from edged.config import Pipeline
 from edged.config_sources import MqttSource
 from edged.core.policy import Policy
-from edged.engines.base import ChatMessage, Finished, GenerateRequest, Token
+from edged.engines.base import ChatMessage, EngineError, Finished, GenerateRequest, Token
 from edged.link import TooLarge
 from edged.metrics import Window
 from edged.outgoing import Outgoing
@@ -101,7 +101,7 @@ class Bench:
     policy: Policy = field(default_factory=lambda: Policy(escalate=False))
 
     def __post_init__(self) -> None:
-        slot = Slot("tongue")
+        self.slot = slot = Slot("tongue")
         ref = ReleaseRef(release="p@1.0", sha256="0" * 64)
         manifest = ReleaseManifest(
             release="p@1.0", kind="llm", engine="llama", files={}, created="2026", calibration=self.calibration
@@ -275,6 +275,28 @@ def test_a_text_is_judged_by_the_policy_too(
     (row,) = bench.window.close(1.0)
     assert (row["accepted"], row["reasons"]) == (1, {doubt or "confident": 1})
     store.close()
+
+
+@pytest.mark.parametrize(("own", "doubt"), [(None, "uncalibrated"), (FITTED, None)])
+def test_an_adapters_answers_are_judged_by_what_was_fitted_on_them(
+    tmp_path: Path, own: Calibration | None, doubt: str | None
+) -> None:
+    """Whatever was fitted on the bare base."""
+    bench = Bench(Store(tmp_path), calibration=FITTED, policy=Policy(target_risk=0.5, escalate=False))
+    adapter = ReleaseRef(release="p-lora@1.0", sha256="1" * 64)
+    bench.slot.attach(adapter, tmp_path / "adapter.gguf", own)
+    bench.prompts.handle(bench.item(GenerateRequest("all of it")))
+    bench.slot.attach(None, None)
+    bench.prompts.handle(replace(bench.item(GenerateRequest("all of it")), id="r2"))
+    assert [(reply.adapter, reply.doubt) for reply in bench.replies] == [("p-lora@1.0", doubt), (None, None)]
+    bench.store.close()
+
+
+def test_an_adapter_whose_calibration_cannot_be_applied_is_not_attached(bench: Bench) -> None:
+    adapter = ReleaseRef(release="p-lora@1.0", sha256="1" * 64)
+    with pytest.raises(EngineError, match=r"p-lora@1.0: calibration is scaled, but says nothing about answers"):
+        bench.slot.attach(adapter, Path("adapter.gguf"), Calibration(method="scaled", items=500))
+    assert bench.slot.live is not None and bench.slot.live.adapter is None
 
 
 def test_a_refused_request_is_recorded_without_its_bulk(bench: Bench) -> None:

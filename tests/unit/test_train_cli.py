@@ -140,7 +140,6 @@ def test_too_few_samples_leave_early_with_a_status_of_their_own(
         (["--strategy", "lora", "--model", "digits"], "--strategy lora: model digits is improved by yolo"),
         (["--dataset", "x"], "--model is missing: name one of those that could be meant: clerk, digits"),
         (["--model", "cats"], "models.cats: no such model; configured: clerk, digits"),
-        (["--model", "clerk"], "learns from a data set: name its dataset.jsonl with --dataset"),
         (["--model", "clerk", "--dataset", "nothing.jsonl"], "--dataset nothing.jsonl: no such file"),
         (["--model", "digits", "--dataset", "nothing"], "no labels.jsonl is there"),
         (["--model", "digits", "--activate", "x"], "--activate x: needs --manifest or --dataset"),

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.core.gate import Check, Verdict
+from trainer.core.checks import Check, Verdict, maximum, minimum
+from trainer.core.targets import Footprint, Target, target_checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Rules:
     preferred_min: float = 0.5  # share of pairs of which the wanted answer is the likelier one, whatever it was before
     wanted_drop_max: float = 0.2  # a token: pairs may make the wanted answer itself so much less likely
     forget_max: float = 0.05  # a token: so much worse may the answers become that must not be forgotten
+    near_duplicates_max: int = 0
+    calibration_items_min: int = 0  # 0: an adapter may go out uncalibrated; devices then trust none of its answers
+    ece_max: float = 0.1
+    latency_ratio_max: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,9 @@ class Evidence:
     """All that was measured. `base` is the whole model without adapter, `current` the adapter that was released last, if
     any. `kept_*` are the scores on what must not be forgotten, where such a set is configured (`keeps`). None means: not
     measured. Hashes are of the adapters' files; `checkpoint_*` are losses a token of the checkpoint on some examples, and
-    `shipped_*` those of the shipped files on the same."""
+    `shipped_*` those of the shipped files on the same. `near_duplicates`: held-out examples that ask nearly what one that
+    trained or calibrated asks. `latency_ms`: of an answer of a fixed length; `before_*` is the current adapter's, the bare
+    base's where there is none. `model_bytes`: of base and adapter together."""
 
     held_out: frozenset[str]
     trained: frozenset[str]
@@ -89,30 +96,41 @@ class Evidence:
     keeps: bool = False
     kept: Scores | None = None
     kept_base: Scores | None = None
+    near_duplicates: frozenset[str] | None = None
+    calibration_method: str = ""
+    calibration_items: int = 0
+    calibration_ece: float | None = None
+    latency_ms: float | None = None
+    before_latency_ms: float | None = None
+    model_bytes: int | None = None
+    footprints: tuple[Footprint, ...] = ()
+    before_footprints: tuple[Footprint, ...] = ()
 
 
-def judge(found: Evidence, rules: Rules, rng: np.random.Generator) -> Verdict:
+def judge(found: Evidence, rules: Rules, rng: np.random.Generator, targets: Sequence[Target] = ()) -> Verdict:
     """Judge the adapter that would ship against the bare base and, where there is one, the adapter before it.
 
-    `rng` drives the paired bootstrap over examples (Efron & Tibshirani 1993, chapter 13).
+    `rng` drives the paired bootstrap over examples (Efron & Tibshirani 1993, chapter 13); `targets` are the profiles of
+    the devices that it is for.
     """
     checks = [
-        _minimum("holdout_examples", len(found.held_out), rules.examples_min, "held-out examples"),
-        _minimum("training_known", len(found.trained), 1, "examples known to have been trained on"),
-        _maximum("disjoint", len(found.held_out & found.trained), 0, "held-out examples that were trained on"),
+        minimum("holdout_examples", len(found.held_out), rules.examples_min, "held-out examples"),
+        minimum("training_known", len(found.trained), 1, "examples known to have been trained on"),
+        maximum("disjoint", len(found.held_out & found.trained), 0, "held-out examples that were trained on"),
+        _near_check(found, rules),
         _measured("candidate", found.candidate, found.held_out),
         _measured("base", found.base, found.held_out),
         _gain("gain", "the bare base", found.candidate, found.base, found.pairs, rules, rng),
-        _maximum("base_parity", _distance(found.shipped_base, found.checkpoint_base), rules.base_parity_max,
+        maximum("base_parity", _distance(found.shipped_base, found.checkpoint_base), rules.base_parity_max,
                  "nats a token between the base release and the checkpoint that the adapter was trained on"),
-        _maximum("export", _less(found.shipped_adapter, _moved(found)), rules.parity_max,
+        maximum("export", _less(found.shipped_adapter, _moved(found)), rules.parity_max,
                  "nats a token lost between the trained adapter and the one that ships"),
     ]  # fmt: skip
     if found.pairs:
         drop = _less(_loss(found.candidate), _loss(found.base))
         checks += [
             _preferred(found.candidate, rules),
-            _maximum("wanted", drop, rules.wanted_drop_max, "nats a token lost on the wanted answers themselves"),
+            maximum("wanted", drop, rules.wanted_drop_max, "nats a token lost on the wanted answers themselves"),
         ]
     if found.has_current:
         known = bool(found.adapter_sha256) and bool(found.current_sha256)
@@ -123,12 +141,17 @@ def judge(found: Evidence, rules: Rules, rng: np.random.Generator) -> Verdict:
             _measured("current adapter", found.current, found.held_out),
             _gain("gain (current)", "the current adapter", found.candidate, found.current, found.pairs, rules, rng),
         ]  # fmt: skip
+    checks += _calibration_checks(found, rules)
+    checks.append(_latency_check(found, rules))
+    checks += target_checks(
+        targets, found.model_bytes, found.footprints, found.before_footprints, rules.latency_ratio_max
+    )
     if found.keeps:
         same = (
             found.kept is not None and found.kept_base is not None and found.kept.examples == found.kept_base.examples
         )
         drop = _less(_loss(found.kept), _loss(found.kept_base)) if same else None
-        checks.append(_maximum("forgetting", drop, rules.forget_max, "nats a token lost on what must not be forgotten"))
+        checks.append(maximum("forgetting", drop, rules.forget_max, "nats a token lost on what must not be forgotten"))
     return Verdict(tuple(checks))
 
 
@@ -205,12 +228,30 @@ def _distance(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else abs(first - second)
 
 
-def _minimum(name: str, value: int, bound: int, text: str) -> Check:
-    return Check(name, value >= bound, value, bound, f"{text} (at least): {value}, bound {bound}")
+def _near_check(found: Evidence, rules: Rules) -> Check:
+    near = None if found.near_duplicates is None else len(found.held_out & found.near_duplicates)
+    text = "held-out examples that ask nearly what one that trained or calibrated asks"
+    return maximum("near_duplicates", near, rules.near_duplicates_max, text)
 
 
-def _maximum(name: str, value: float | None, bound: float, text: str) -> Check:
-    """What is missing or not finite fails, whatever the comparison says."""
-    if value is None or not math.isfinite(value):
-        return Check(name, False, None, bound, f"{text} (at most): not measured ({value}), bound {bound:g}")
-    return Check(name, value <= bound, value, bound, f"{text} (at most): {value:.4g}, bound {bound:g}")
+def _calibration_checks(found: Evidence, rules: Rules) -> list[Check]:
+    method, items = found.calibration_method, found.calibration_items
+    fitted = bool(method) and method != "uncalibrated"
+    if fitted:
+        text = f"confidence was fitted on {items} answers"
+    else:
+        text = f"uncalibrated: {items} answers are too few to fit confidence on, so devices trust none of its answers"
+    text = f"{text} (at least): {items}, bound {rules.calibration_items_min}"
+    # Too few examples are no fault of the adapter's, and a device that knows so asks; that nobody looked is one.
+    good = bool(method) and items >= rules.calibration_items_min and (fitted or rules.calibration_items_min == 0)
+    checks = [Check("calibrated", good, method or None, "fitted" if rules.calibration_items_min else None, text)]
+    if fitted:
+        checks.append(maximum("calibration", found.calibration_ece, rules.ece_max, "expected calibration error"))
+    return checks
+
+
+def _latency_check(found: Evidence, rules: Rules) -> Check:
+    new, old = found.latency_ms, found.before_latency_ms
+    ratio = None if new is None or old is None or not old > 0 else new / old
+    before = "the current adapter's" if found.has_current else "the bare base's"
+    return maximum("latency", ratio, rules.latency_ratio_max, f"milliseconds of an answer over {before}")

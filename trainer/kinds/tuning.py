@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from trainer.tuners.base import Tuner, tuner
 
-READERS = {"lora": "read_examples", "dpo": "read_pairs"}
-Reader = Callable[[Path], tuple[list[Any], list[tuple[int, str]]]]  # what is wrong with a line, by its number
+STRATEGIES = ("lora", "dpo")
+# Examples with who answered; what is wrong with a line, by its number.
+Reader = Callable[[Path], tuple[list[tuple[Any, Mapping[str, Any]]], list[tuple[int, str]]]]
 
 
 def reader(strategy: str) -> Reader:
-    """What reads a dataset.jsonl for `strategy`: path -> (examples, bad lines)."""
-    found: Reader = getattr(import_module(f"trainer.tuners.{strategy}.data"), READERS[strategy])
+    """What reads a dataset.jsonl for `strategy`: path -> (examples with their provenance, bad lines)."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
+    found: Reader = import_module(f"trainer.tuners.{strategy}.data").read_labelled
     return found
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from trainer.tuners.lora.data import Bad, Line, Turn, read_lines, unfit
 
@@ -27,8 +28,16 @@ def read_pairs(path: Path, *, confidence_min: float = 0.0, own_answers: bool = F
     failure of the same goal in the same context. What is chosen must be fit to learn (`lora.data.read_examples`). A line
     that finds no other to be paired with is left out silently: most have none. Raises OSError.
     """
+    labelled, bad = read_labelled(path, confidence_min=confidence_min, own_answers=own_answers)
+    return [pair for pair, _ in labelled], bad
+
+
+def read_labelled(
+    path: Path, *, confidence_min: float = 0.0, own_answers: bool = False
+) -> tuple[list[tuple[Pair, Mapping[str, Any]]], Bad]:
+    """`read_pairs`, each with the provenance of what is chosen."""
     bad: Bad = []
-    pairs: list[Pair] = []
+    pairs: list[tuple[Pair, Mapping[str, Any]]] = []
     good: dict[tuple[str, str], list[Line]] = defaultdict(list)
     failed: dict[tuple[str, str], list[Line]] = defaultdict(list)
     for line in read_lines(path, bad):
@@ -43,15 +52,15 @@ def read_pairs(path: Path, *, confidence_min: float = 0.0, own_answers: bool = F
     for key, worse in failed.items():
         made = [pair for better in good[key] for other in worse for pair in _pair(better, other.answer)]
         pairs += made[:PAIRS_PER_GOAL_MAX]
-    unique = {(pair["prompt"], pair["chosen"], pair["rejected"]): pair for pair in pairs}
+    unique = {(pair["prompt"], pair["chosen"], pair["rejected"]): (pair, who) for pair, who in pairs}
     return list(unique.values()), sorted(bad)
 
 
-def _pair(better: Line, worse: str) -> list[Pair]:
+def _pair(better: Line, worse: str) -> list[tuple[Pair, Mapping[str, Any]]]:
     if better.answer.strip() == worse.strip():
         return []
     asked = better.example(better.answer)
     pair = Pair(prompt=asked["prompt"], chosen=asked["answer"], rejected=worse)
     if "messages" in asked:
         pair["messages"] = asked["messages"]
-    return [pair]
+    return [(pair, better.provenance)]

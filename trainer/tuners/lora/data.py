@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -38,7 +38,8 @@ class Example(TypedDict):
 class Line:
     """One line: what was asked, and its response. `failed`: the response is one to avoid. `own`: nobody but the model
     itself stands behind it. `replaced`: the model's own answer where somebody else gave a better one. `confidence`: of
-    the model that gave it; None for a person's word and for what was never labelled."""
+    the model that gave it; None for a person's word and for what was never labelled. `provenance`: who gave it and, where
+    that is known, which device was asked when (`trainer.core.provenance`); empty for what was never labelled."""
 
     number: int
     goal: str
@@ -49,6 +50,7 @@ class Line:
     own: bool
     replaced: str | None
     confidence: float | None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def example(self, answer: str) -> Example:
         """What was asked, with `answer` to it. A request that was a bare prompt stays one, as its device will meet it."""
@@ -65,13 +67,21 @@ def read_examples(path: Path, *, confidence_min: float = 0.0, own_answers: bool 
     `confidence_min`, and, without `own_answers`, what nobody but the model itself has said: its own confident answer is
     no label. Raises OSError.
     """
-    examples: list[Example] = []
+    labelled, bad = read_labelled(path, confidence_min=confidence_min, own_answers=own_answers)
+    return [example for example, _ in labelled], bad
+
+
+def read_labelled(
+    path: Path, *, confidence_min: float = 0.0, own_answers: bool = False
+) -> tuple[list[tuple[Example, Mapping[str, Any]]], Bad]:
+    """`read_examples`, each with its provenance."""
+    examples: list[tuple[Example, Mapping[str, Any]]] = []
     bad: Bad = []
     for line in read_lines(path, bad):
         if reason := unfit(line, confidence_min, own_answers):
             bad.append((line.number, reason))
         else:
-            examples.append(line.example(line.answer))
+            examples.append((line.example(line.answer), line.provenance))
     return examples, sorted(bad)
 
 
@@ -125,7 +135,25 @@ def _line(number: int, row: Any) -> Line:
         own=bool(steps) and len(own) == len(steps),
         replaced=replaced if isinstance(replaced, str) and replaced.strip() else None,
         confidence=sure if escalated and said.get("kind") != "person" else None,
+        provenance=_provenance(said, own[0] if own else said, sure) if escalated else {},
     )  # fmt: skip
+
+
+def _provenance(said: Mapping[str, Any], asked: Mapping[str, Any], sure: float) -> dict[str, Any]:
+    """Who said it (`said`: the step of the answer), and which device had asked when (`asked`: the step of its own answer,
+    where it is there)."""
+    found = {name: str(said[name]) for name in ("kind", "who", "release") if isinstance(said.get(name), str)}
+    found.setdefault("kind", "model")
+    told: dict[str, Any] = {**found, **({} if found["kind"] == "person" else {"confidence": sure})}
+    if isinstance(asked.get("device"), str):
+        told["device"] = asked["device"]
+    when = asked.get("ts")
+    if isinstance(when, int | float) and not isinstance(when, bool):
+        told["captured"] = float(when)
+    if isinstance(said.get("opinions"), list):
+        told["opinions"] = said["opinions"]
+    asked_by = "" if asked is said else asked.get("adapter") or asked.get("release")
+    return {**told, **({"asked_by": asked_by} if isinstance(asked_by, str) and asked_by else {})}
 
 
 def _text(row: dict[str, Any], key: str) -> str:

@@ -1,0 +1,154 @@
+"""What is measured of an adapter besides its losses, on the engine that devices run: how sure its answers are, how long
+they take beside those of what runs now, and what base and adapter take of the devices that they are for."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edged.core.confidence import answer_probability
+from edged.engines.base import EngineError, EngineOptions, Finished, Generator, Token, generate_all, open_engine
+from edged.wire.manifest import Calibration, ReleaseManifest
+from trainer.calibrate import ITEMS_MIN, PARTS, CalibrationReport, expected_calibration_error
+from trainer.core.provenance import agree
+from trainer.core.targets import Footprint
+from trainer.footprint import Profile, measure_all
+from trainer.kinds.texts import Text
+from trainer.likelihood import request_of
+from trainer.releases import MANIFEST, ReleaseError, StoredRelease, canonical_bytes
+from trainer.scaling import fit_scaling
+
+Answered = tuple[float, bool]  # an answer's mean log-probability a token, and whether it was right
+
+LATENCY_EXAMPLES_MAX = 8
+LATENCY_ROUNDS = 3  # of each example the fastest counts: a busy machine makes the others slow
+LATENCY_TOKENS = 32  # of the answer whose time is reckoned
+
+
+@contextmanager
+def generator(base: StoredRelease) -> Iterator[Generator]:
+    """The base on the engine that devices run; raises EngineError."""
+    engine = open_engine(base.folder, base.manifest, EngineOptions(threads=os.cpu_count() or 1))
+    assert isinstance(engine, Generator)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def answered(engine: Generator, texts: Sequence[Text]) -> list[Answered]:
+    """What the engine answers, greedily, to each question: right are the wanted words, case and spaces aside.
+
+    Answers without a probability are left out: an empty one, of which there is nothing to be sure. Raises EngineError.
+    """
+    found = []
+    for each in texts:
+        # As many tokens as the wanted answer has bytes are always enough to be right.
+        request = request_of(engine, each.said, tokens_max=len(each.wanted.encode()) + 1)
+        text, end = generate_all(engine, request)
+        if end.reason in ("stop", "length") and not math.isnan(end.mean_logprob):
+            found.append((end.mean_logprob, agree([{"text": text}], [{"text": each.wanted}])))
+    return found
+
+
+def cross_validate_answers(pairs: Sequence[Answered]) -> CalibrationReport:
+    """What a fit on two thirds of the answers says about the other third, for every third; needs ITEMS_MIN answers.
+
+    Raises ValueError with fewer.
+    """
+    if len(pairs) < ITEMS_MIN:
+        raise ValueError(f"{len(pairs)} answers cannot be cross-validated; at least {ITEMS_MIN} are needed")
+    parts = np.random.default_rng(0).permutation(len(pairs)) % PARTS
+    logprobs = np.array([logprob for logprob, _ in pairs])
+    right = np.array([good for _, good in pairs], dtype=bool)
+    p = np.empty(len(pairs))
+    for part in range(PARTS):
+        held = parts == part
+        fitted = fit_scaling(np.exp(np.minimum(logprobs[~held], 0.0)), right[~held])
+        model = Calibration(method="scaled", answers=fitted, items=int((~held).sum()))
+        p[held] = [answer_probability(logprob, model).p for logprob in logprobs[held].tolist()]
+    brier = float(((p - right) ** 2).mean())
+    ece = expected_calibration_error(p, right)
+    return CalibrationReport(len(pairs), int(right.sum()), ece, brier, float(p.mean()))
+
+
+def latencies(engine: Generator, sides: dict[str, Path | None], texts: Sequence[Text]) -> dict[str, float | None]:
+    """Milliseconds that an answer of LATENCY_TOKENS takes with each adapter (None: the bare base): the time to the first
+    token and that from token to token, medians over the examples. Sides take turns, so that they meet the same machine.
+
+    None where nothing was answered. Raises EngineError.
+    """
+    first: dict[str, dict[int, float]] = {name: {} for name in sides}
+    step: dict[str, dict[int, float]] = {name: {} for name in sides}
+    for _ in range(LATENCY_ROUNDS):
+        for number, each in enumerate(texts[:LATENCY_EXAMPLES_MAX]):
+            for name, adapter in sides.items():
+                engine.attach(adapter)
+                begins, steps = _times(engine, each)
+                first[name][number] = min(begins, first[name].get(number, math.inf))
+                if steps:
+                    step[name][number] = min(statistics.median(steps), step[name].get(number, math.inf))
+    engine.attach(None)
+    found: dict[str, float | None] = {}
+    for name in sides:
+        whole = statistics.median(step[name].values()) * (LATENCY_TOKENS - 1) if step[name] else 0.0
+        found[name] = (statistics.median(first[name].values()) + whole) * 1000 if first[name] else None
+    return found
+
+
+def _times(engine: Generator, text: Text) -> tuple[float, list[float]]:
+    """Seconds to the first token (to the end of an empty answer), and those between tokens."""
+    began = last = time.perf_counter()
+    begins: float | None = None
+    steps = []
+    for event in engine.generate(request_of(engine, text.said, tokens_max=LATENCY_TOKENS)):
+        now = time.perf_counter()
+        if isinstance(event, Token) and begins is not None:
+            steps.append(now - last)
+        elif isinstance(event, Token | Finished) and begins is None:
+            begins = now - began
+        last = now
+    return (time.perf_counter() - began if begins is None else begins), steps
+
+
+def footprints(
+    folder: Path, manifest: ReleaseManifest, base: StoredRelease, profiles: Sequence[Profile]
+) -> tuple[Footprint, ...]:
+    """What the adapter release in `folder` takes on its base under each profile. It needs its golden set; a release.json is
+    made beside for the measuring."""
+    if not profiles:
+        return ()
+    try:
+        with tempfile.TemporaryDirectory(prefix=".measured-", dir=folder.parent) as name:
+            beside = Path(name)
+            for entry in manifest.files.values():
+                shutil.copyfile(folder / entry.path, beside / entry.path)
+            (beside / MANIFEST).write_bytes(canonical_bytes(manifest))
+            return measure_all(beside, profiles, base.folder)
+    except (EngineError, ReleaseError, ValueError, OSError) as error:
+        return tuple(Footprint(profile.target.profile, error=str(error)) for profile in profiles)
+
+
+def before_footprints(
+    current: StoredRelease | None, base: StoredRelease, profiles: Sequence[Profile]
+) -> tuple[Footprint, ...]:
+    """The same of what runs now: the adapter before, or the bare base."""
+    if current is None:
+        return measure_all(base.folder, profiles)
+    return measure_all(current.folder, profiles, base.folder)
+
+
+def shipped_bytes(base: StoredRelease, adapter: Path) -> int:
+    """What a device keeps and loads: the base's file and the adapter's."""
+    model: Any = base.manifest.files["model"]
+    return int(model.bytes) + adapter.stat().st_size

@@ -1,0 +1,218 @@
+"""The sets of a language model that no training may touch: frozen before the first training, and from then on only ever
+longer.
+
+    DATA_DIR/holdouts/MODEL.SET.texts.jsonl    the ledger, an example a line, with who answered and when it was frozen
+    DATA_DIR/holdouts/MODEL.trained.texts.npz  the runs (core.near_texts) of everything that MODEL was ever trained on
+
+Unlike pictures, texts are small: the ledger holds them whole, each line with the hash of the one before (trainer.chain), and
+a set goes on judging when the data set that it came from is gone. `holdout` is the set of a configured file, which must
+go on holding all that was once frozen from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.chain import START, locked, read_chain, seal
+from trainer.config import TrainerConfig
+from trainer.core.near_texts import RESEMBLANCE, Known, Sketch
+from trainer.core.text_split import Seen
+from trainer.files import write_whole
+from trainer.holdout import HoldoutError
+from trainer.kinds.texts import Text, may_not_judge
+from trainer.releases import StoredRelease
+
+SETS = ("gate", "calibration", "test", "holdout")
+SET_MAX = 20_000  # examples of one set
+TRAINED_MAX = 200_000  # of the newest
+NAMED_MAX = 5  # examples named in one message
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One frozen example; `frozen`: seconds since the epoch; `batch`: which freezing."""
+
+    number: int
+    batch: int
+    prompt: str
+    messages: list[list[str]]
+    wanted: str
+    other: str | None
+    provenance: dict[str, Any]
+    frozen: float
+    previous: str
+    hash: str = field(default="")
+
+    def sealed(self) -> str:
+        """The hash of everything else in the entry, the hash before it too."""
+        return seal(asdict(self))
+
+    @property
+    def text(self) -> Text:
+        """The example; it trains nothing, so it has nothing for a tuner."""
+        turns = tuple((role, content) for role, content in self.messages)
+        return Text(None, self.prompt, self.wanted, self.other, turns, self.provenance)
+
+
+def ledger_path(config: TrainerConfig, model: str, name: str) -> Path:
+    """Where the ledger of a set lies."""
+    return config.holdouts / f"{model}.{name}.texts.jsonl"
+
+
+def trained_path(config: TrainerConfig, model: str) -> Path:
+    """Where the record of all that was trained on lies."""
+    return config.holdouts / f"{model}.trained.texts.npz"
+
+
+def read_sets(config: TrainerConfig, model: str) -> dict[str, list[Text]]:
+    """What is frozen, by set; raises HoldoutError naming the entry that was changed."""
+    return {name: [entry.text for entry in _read(ledger_path(config, model, name))] for name in SETS}
+
+
+def freeze(config: TrainerConfig, model: str, new: Mapping[str, Sequence[Text]], now: float) -> dict[str, Any]:
+    """Add examples to sets, before the training; what each set is from now on: {"entries", "hash"}. What is in a set is not
+    added again. Raises HoldoutError, OSError."""
+    told: dict[str, Any] = {}
+    with locked(config.holdouts):
+        for name in SETS:
+            path = ledger_path(config, model, name)
+            entries = _extended(_read(path), new.get(name, ()), now)
+            if len(entries) > SET_MAX:
+                raise HoldoutError(
+                    f"{path}: {len(entries)} examples, at most {SET_MAX}: lower models.{model}.{name}_share, or move the "
+                    "ledger away to begin a new series of comparisons"
+                )
+            if new.get(name):
+                lines = (json.dumps(asdict(entry), sort_keys=True) for entry in entries)
+                write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+            if entries:
+                told[name] = {"entries": len(entries), "hash": entries[-1].hash}
+    return told
+
+
+def check_file(
+    path: Path, texts: Sequence[Text], frozen: Sequence[Text], trained: Sequence[Seen], names: Sequence[str],
+    confidence_min: float, others: Sequence[Text], resemblance: float = RESEMBLANCE,
+) -> list[Text]:  # fmt: skip
+    """What a configured holdout adds to its set. `frozen`: the set; `others`: what calibrates or is kept for the test.
+
+    Raises HoldoutError when it lacks what was frozen, or has an example that may not judge."""
+    there = {each.identity for each in texts}
+    gone = [each for each in frozen if (each.other is None) == (texts[0].other is None) and each.identity not in there]
+    if gone:
+        raise HoldoutError(
+            f"{path} has changed since it was first used: {len(gone)} examples are gone or say something else "
+            f"({_named(gone)}): a gate that moves judges nothing; put them back"
+        )
+    known = {each.identity for each in frozen}
+    fresh = [each for each in {each.identity: each for each in texts}.values() if each.identity not in known]
+    learned = Known((each.sketch for each in trained), resemblance)
+    apart = Known((each.sketch for each in others), resemblance)
+    wrong: dict[str, list[Text]] = {}
+    for each in fresh:
+        reason = may_not_judge(each, names, confidence_min)
+        reason = reason or ("near_training" if learned.near(each.sketch) >= 0 else "")
+        reason = reason or ("near_other_set" if apart.near(each.sketch) >= 0 else "")
+        if reason:
+            wrong.setdefault(reason, []).append(each)
+    if wrong:
+        told = "; ".join(f"{len(rows)} {reason}, {_FIXES[reason]} ({_named(rows)})" for reason, rows in wrong.items())
+        raise HoldoutError(f"{path}: examples that may not judge: {told}. Correct them, or take them out of the file")
+    return fresh
+
+
+_FIXES = {
+    "no_provenance": "say who answered: a person, or a model with its release, as an `escalate` step",
+    "own_prediction": "it is the model's own answer: have a person or another model answer",
+    "below_label_confidence": "its label is below label_confidence_min: have a person look at it",
+    "near_training": "the model has learned from it, or from nearly the same question",
+    "near_other_set": "nearly the same question calibrates, or is in another set",
+}
+
+
+def check_releases(config: TrainerConfig, model: str, releases: Sequence[StoredRelease]) -> list[str]:
+    """The releases that say that they were judged on a set which the ledger has never been: it was replaced."""
+    heads: dict[str, list[str]] = {}
+    wrong = []
+    for stored in releases:
+        for name, told in (stored.manifest.evaluation.get("holdout_sets") or {}).items():
+            if name not in heads:
+                heads[name] = [entry.hash for entry in _read(ledger_path(config, model, name))]
+            count = int(told["entries"])
+            if heads[name][count - 1 : count] != [told["hash"]]:
+                wrong.append(stored.ref.release)
+                break
+    return wrong
+
+
+def read_trained(config: TrainerConfig, model: str) -> list[Seen]:
+    """What any training of the model has had; raises HoldoutError when the record cannot be read."""
+    path = trained_path(config, model)
+    if not path.is_file():
+        return []
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            runs = np.split(held["runs"].astype(np.uint32), np.cumsum(held["counts"])[:-1])
+            rows = zip(
+                runs, held["numbers"].tolist(), held["devices"].tolist(), held["captured"].tolist(),
+                held["identities"].tolist(), strict=True,
+            )  # fmt: skip
+            return [Seen(Sketch(each, number), device, at or None, name) for each, number, device, at, name in rows]
+    except Exception as error:  # zip, zlib, numpy and key errors: all say that the file is damaged
+        raise HoldoutError(
+            f"{path}: {error}; it says what was trained on: restore it, or remove it and the model's ledgers to begin anew"
+        ) from None
+
+
+def remember(config: TrainerConfig, model: str, texts: Sequence[Text]) -> int:
+    """Note that the model is trained on these; how many were new. Raises HoldoutError, OSError."""
+    with locked(config.holdouts):
+        before = read_trained(config, model)
+        known = {each.identity for each in before}
+        fresh = [each.seen for each in {each.identity: each for each in texts}.values() if each.identity not in known]
+        if not fresh:
+            return 0
+        rows = [*before, *fresh][-TRAINED_MAX:]
+        out = BytesIO()
+        np.savez_compressed(
+            out,
+            runs=np.concatenate([each.sketch.runs for each in rows]),
+            counts=np.array([len(each.sketch.runs) for each in rows], np.int64),
+            numbers=np.array([each.sketch.numbers for each in rows], np.int64),
+            devices=np.array([each.device for each in rows], dtype=str),
+            captured=np.array([each.captured or 0.0 for each in rows], np.float64),
+            identities=np.array([each.identity for each in rows], dtype="U64"),
+        )
+        write_whole(trained_path(config, model), out.getvalue())
+        return len(fresh)
+
+
+def _read(path: Path) -> list[Entry]:
+    return read_chain(path, lambda row: Entry(**row), lambda entry: f"entry {entry.number}", HoldoutError)
+
+
+def _extended(entries: Sequence[Entry], texts: Sequence[Text], now: float) -> list[Entry]:
+    made = list(entries)
+    known = {entry.text.identity for entry in entries}
+    batch = entries[-1].batch + 1 if entries else 0
+    for each in texts:
+        if each.identity not in known:
+            known.add(each.identity)
+            entry = Entry(
+                len(made), batch, each.prompt, [list(turn) for turn in each.messages], each.wanted, each.other,
+                dict(each.provenance), now, made[-1].hash if made else START,
+            )  # fmt: skip
+            made.append(Entry(**{**asdict(entry), "hash": entry.sealed()}))
+    return made
+
+
+def _named(texts: Sequence[Text]) -> str:
+    shown = ", ".join(json.dumps(each.question[:60], ensure_ascii=False) for each in texts[:NAMED_MAX])
+    return f"{shown} and {len(texts) - NAMED_MAX} more" if len(texts) > NAMED_MAX else shown
