@@ -18,7 +18,6 @@ from trainer.golden import write_detect_golden
 from trainer.jobfile import TrainJob
 from trainer.releases import MANIFEST, ReleaseError, build_manifest, canonical_bytes
 
-ENGINE = "onnx_detect"
 MODEL_FILE = "model.onnx"
 GOLDEN_IMAGES = 8
 QUANTISE_IMAGES_MAX = 128  # enough to see the activations' ranges
@@ -38,8 +37,8 @@ def candidate_manifest(
     return build_manifest(
         folder,
         job.manifest.target,
-        kind="detect",
-        engine=ENGINE,
+        kind=settings.kind,
+        engine=f"onnx_{settings.kind}",
         roles={"model": MODEL_FILE, **(roles or {})},
         labels=settings.labels,
         input_size=(settings.imgsz, settings.imgsz),
@@ -52,7 +51,8 @@ def candidate_manifest(
 
 @contextmanager
 def detector(folder: Path, manifest: ReleaseManifest) -> Iterator[Detector]:
-    """The engine that devices run, on a release's files; raises EngineError, and ReleaseError for no detector."""
+    """The engine that devices run, on a release's files (a segmenter or classifier is a detector too, docs/decisions/0009);
+    raises EngineError, and ReleaseError for anything else."""
     engine = open_engine(folder, manifest, EngineOptions())
     try:
         if not isinstance(engine, Detector):

@@ -55,7 +55,7 @@ def release_make(
     settings = load(config)
     try:
         chosen = settings.model(model)
-        calibration = [image.decode(chosen.labels) for image in read_folder(chosen.calibration)]
+        calibration = [image.decode(chosen.labels, chosen.kind) for image in read_folder(chosen.calibration)]
         manifest = package_vision(
             chosen.checkpoint,
             out,

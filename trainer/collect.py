@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, update
 
 from trainer.claims import by_device, end_claims, forget_pixels, give_back, refused
-from trainer.core.labels import Row, Task
+from trainer.core.labels import Row, Task, best
 from trainer.database import parts, pulls, samples
 from trainer.exchange import KINDS, Source, record_of
 from trainer.formats.base import Example, Problem, examine
@@ -186,8 +186,7 @@ def _label(label: Sequence[Row], kind: str) -> tuple[Task, list[Row]]:
     if any("text" in row for row in label) or kind == "llm":
         return "text", [{"text": row.get("text")} for row in label]
     if kind == "classify":  # boxes around the whole picture, the best is meant
-        best = sorted(label, key=lambda row: -float(row.get("score", 1.0)))[:1]
-        return "classify", [{key: row[key] for key in ("label", "score") if key in row} for row in best]
+        return "classify", [{key: row[key] for key in ("label", "score") if key in row} for row in best(label)]
     if kind == "segment" and label and all("polygons" in row for row in label):
         return "segment", [dict(row) for row in label]
     return "detect", [{key: row[key] for key in ("label", "box", "score") if key in row} for row in label]

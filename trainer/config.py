@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from trainer.core.placement import Needs
 from trainer.core.rollout import RolloutRules
 from trainer.core.split import SplitRules
 from trainer.core.triggers import TriggerRules
-from trainer.tuners.settings import LoraSettings
+from trainer.tuners.settings import DEVICE, LoraSettings
 
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
@@ -124,11 +125,12 @@ class Blocks(Section):
 class Model(Section):
     """One model that the fleet improves; its name is the slot's name on the devices and the releases' name.
 
+    `kind` says what it answers with: boxes, outlines, or one class of the whole image; images are labelled as it needs.
     The folders hold labelled images (`trainer.datasets`). `holdout` is the work as it is now, `holdout_clean` the
     beginnings that must not be forgotten, `calibration` what confidence is fitted on; no image may be in two of them.
     """
 
-    kind: Literal["detect"] = "detect"
+    kind: Literal["detect", "segment", "classify"] = "detect"
     checkpoint: Path  # .pt of the first release; later ones are kept beside the registry
     labels: Annotated[list[str], Field(min_length=1)]
     imgsz: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] = 640
@@ -138,11 +140,15 @@ class Model(Section):
     holdout_test: Path | None = None  # what no gate looks at: for a last, unbiased word
     calibration: Path
     tier: str = ""  # only devices of this tier are the model's fleet; empty: all that run it
+    method: Literal["lora", "head", "full"] = "lora"  # what of the network learns (docs/training-vision.md)
     lora: LoraTable = LoraSettings()
     epochs: Annotated[int, Field(ge=1, le=10000)] = 10
+    patience: Annotated[int, Field(ge=0)] = 0  # epochs without a lower held-out loss until it stops; 0: it does not
+    validation_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1  # of what would train: says when to stop
     batch: Annotated[int, Field(ge=1, le=4096)] = 32
     lr: Annotated[float, Field(gt=0, lt=1)] = 0.002
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: all cores
+    device: str = "auto"  # "auto": CUDA where there is one
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # on a CPU; 0: all cores
     seed: int = 0
     replay_ratio: Annotated[float, Field(ge=0, le=100)] = 1.0  # replayed images for each new one
     calibration_share: Share = 0.15  # of the new samples: they calibrate and do not train
@@ -172,6 +178,13 @@ class Model(Section):
     @classmethod
     def _gate(cls, value: dict[str, float]) -> dict[str, float]:
         make_rules(GateRules, value)
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.match(DEVICE, value):
+            raise ValueError('use "auto", "cpu", "cuda" or "cuda:NUMBER"')
         return value
 
     @model_validator(mode="after")

@@ -2,7 +2,9 @@
 
 A labelled folder holds `images/` and `labels.jsonl`, one JSON object a line:
 `{"file": "0001.png", "sha256": "...", "boxes": [{"label": "7", "box": [x1, y1, x2, y2]}, ...], "provenance": {...}}`
-with corners in pixels, `sha256` of the image file's bytes, and whatever says who labelled it.
+with corners in pixels, `sha256` of the image file's bytes, and whatever says who labelled it. For a segmenter each row of
+`boxes` has `"polygons": [[x1, y1, x2, y2, ...], ...]`, the parts of the object, and its box is what encloses them; for a
+classifier `"class": "7"` may stand instead of `boxes`, or a single box around anything (docs/decisions/0009).
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from edged.wire.manifest import TrainingManifest, TrainingSample
+from edged.wire.manifest import Kind, TrainingManifest, TrainingSample
+from trainer.core.labels import best
 from trainer.core.neighbours import groups, members, near
 from trainer.core.provenance import is_disputed, is_own, taken_at
-from trainer.core.split import SplitRules, Times, side
+from trainer.core.split import SplitRules, Times, held_back, side, unit
 from trainer.evaluate import Labelled
 from trainer.files import write_whole
+from trainer.shapes import outline, shape, whole
 from trainer.sketches import sketches_of
 
 log = logging.getLogger(__name__)
@@ -38,10 +42,12 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LabelledBox:
-    """A labelled box: `box` is x1 y1 x2 y2 in pixels."""
+    """A labelled box: `box` is x1 y1 x2 y2 in pixels; `polygons`, where there are some, are the parts of the object's
+    outline, x1 y1 x2 y2 ... each."""
 
     label: str
     box: tuple[float, float, float, float]
+    polygons: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +59,9 @@ class LabelledImage:
     boxes: tuple[LabelledBox, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def decode(self, labels: Sequence[str]) -> Labelled:
-        """The pixels with boxes (n, 4) and class indices (n,); raises DatasetError."""
+    def decode(self, labels: Sequence[str], kind: Kind = "detect") -> Labelled:
+        """The pixels with the truth that a model of this kind is held against: boxes (n, 4) and class indices (n,), for a
+        segmenter an outline of each, for a classifier one box around the whole. Raises DatasetError."""
         image = cv2.imdecode(np.frombuffer(self.data, np.uint8), cv2.IMREAD_COLOR)
         if image is None:
             raise DatasetError(f"image {self.sha256[:12]}: its {len(self.data)} bytes do not decode")
@@ -63,7 +70,23 @@ class LabelledImage:
             raise DatasetError(f"image {self.sha256[:12]}: label {unknown[0]!r} is none of {', '.join(labels)}")
         corners = np.array([box.box for box in self.boxes], np.float32).reshape(-1, 4)
         classes = np.array([labels.index(box.label) for box in self.boxes], np.int64)
-        return Labelled(np.asarray(image, np.uint8), corners, classes)
+        height, width = image.shape[:2]
+        outlines = None
+        if kind == "classify":
+            if len(classes) != 1:
+                raise DatasetError(
+                    f"image {self.sha256[:12]}: {len(classes)} labels; a classifier's image has exactly one"
+                )
+            corners = np.array([[0, 0, width, height]], np.float32)
+        elif kind == "segment":
+            bare = sum(not box.polygons for box in self.boxes)
+            if bare:
+                raise DatasetError(
+                    f"image {self.sha256[:12]}: {bare} of {len(classes)} boxes have no polygon; a segmenter learns and is "
+                    "judged by outlines: label them too"
+                )
+            outlines = tuple(outline(box.polygons, (height, width)) for box in self.boxes)
+        return Labelled(np.asarray(image, np.uint8), corners, classes, outlines)
 
 
 def read_folder(folder: Path) -> list[LabelledImage]:
@@ -83,9 +106,10 @@ def _read_lines(folder: Path, lines: Iterable[str]) -> Iterator[LabelledImage]:
         where = f"{folder / LABELS}, line {number}"
         try:
             row = json.loads(line)
-            boxes = tuple(_box(each) for each in row["boxes"])
             path = folder / IMAGES / Path(row["file"]).name
             data = path.read_bytes()
+            rows = row["boxes"] if "class" not in row else [whole(row["class"], data)]
+            boxes = tuple(LabelledBox(*shape(each)) for each in rows)
             expected = row["sha256"]
         except OSError as error:
             raise DatasetError(f"{where}: {path}: {error.strerror}") from None
@@ -95,13 +119,6 @@ def _read_lines(folder: Path, lines: Iterable[str]) -> Iterator[LabelledImage]:
         if found != expected:
             raise DatasetError(f"{where}: {path} has SHA-256 {found}, the line says {expected}: the image was changed")
         yield LabelledImage(found, data, boxes, row.get("provenance") or {})
-
-
-def _box(row: dict[str, Any]) -> LabelledBox:
-    x1, y1, x2, y2 = (float(value) for value in row["box"])
-    if not (np.isfinite([x1, y1, x2, y2]).all() and x2 > x1 and y2 > y1):
-        raise ValueError(f"box {row['box']} has no area; corners are x1 y1 x2 y2 in pixels")
-    return LabelledBox(str(row["label"]), (x1, y1, x2, y2))
 
 
 def write_folder(folder: Path, items: Iterable[LabelledImage]) -> None:
@@ -132,7 +149,10 @@ def append_folder(folder: Path, items: Sequence[LabelledImage]) -> None:
 
 
 def _line(name: str, item: LabelledImage) -> str:
-    boxes = [{"label": box.label, "box": list(box.box)} for box in item.boxes]
+    boxes = [
+        {"label": box.label, "box": list(box.box), **({"polygons": box.polygons} if box.polygons else {})}
+        for box in item.boxes
+    ]
     row = {"file": name, "sha256": item.sha256, "boxes": boxes, "provenance": item.provenance}
     return json.dumps(row, ensure_ascii=False)
 
@@ -143,8 +163,12 @@ def _suffix(data: bytes) -> str:
 
 def frozen_hash(items: Sequence[LabelledImage]) -> str:
     """The identity of a set, labels included, whatever the order of its lines."""
-    rows = sorted(f"{item.sha256} {sorted((box.label, box.box) for box in item.boxes)}" for item in items)
+    rows = sorted(f"{item.sha256} {sorted(_said(box) for box in item.boxes)}" for item in items)
     return sha256("\n".join(rows).encode()).hexdigest()
+
+
+def _said(box: LabelledBox) -> tuple[Any, ...]:
+    return (box.label, box.box, box.polygons) if box.polygons else (box.label, box.box)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +203,14 @@ def select_samples(
     apart: Apart | None = None,
     split: SplitRules | None = None,
     thin: bool = False,
+    kind: Kind = "detect",
 ) -> Selected:
     """The samples of a manifest whose pixels lie in `folder` by hash, each image once, split by device and time (by its
     hash where those are not known).
 
-    Left out and counted: labels below the confidence floor, the model's own predictions, labels that are disputed, pixels
-    that are missing or do not decode, labels that the model does not have, images of `held_out` (hashes of the holdouts'
+    Left out and counted: labels below the confidence floor, the model's own predictions, labels that are disputed, boxes
+    without an outline where `kind` is a segmenter's, pixels that are missing or do not decode, labels that the model does
+    not have, images of `held_out` (hashes of the holdouts'
     files), near-duplicates of what judges or calibrates (`apart`, and what calibrates of these samples), what was taken
     beside what judges, what the split keeps for the holdouts, and what lies between two of its sides. `thin` leaves out
     near-duplicates within the training images too.
@@ -195,7 +221,7 @@ def select_samples(
     for sample in manifest.samples:
         item: LabelledImage | None = None
         path = folder / sample.sha256
-        reason = _refused(manifest.model, sample, confidence_min)
+        reason = _refused(manifest.model, sample, confidence_min, kind)
         if reason:
             pass
         elif sample.sha256 in held_out:
@@ -207,7 +233,7 @@ def select_samples(
         else:
             reason = "unusable"
             provenance = {**sample.provenance, "device": sample.device, "sample": sample.id}
-            item = _usable(path, sample.label, provenance, labels)
+            item = _usable(path, sample.label, provenance, labels, kind)
         if item is None:
             left_out[reason] = left_out.get(reason, 0) + 1
             continue
@@ -217,7 +243,7 @@ def select_samples(
     return _keep_apart(usable, apart or Apart(guard_s=rules.guard_s), rules, thin, left_out)
 
 
-def _refused(model: str, sample: TrainingSample, confidence_min: float) -> str:
+def _refused(model: str, sample: TrainingSample, confidence_min: float, kind: Kind) -> str:
     """Why a label may not train, whatever its pixels; "" when it may."""
     confidence = sample.label.get("confidence", 0.0)
     if not confidence >= confidence_min:  # written so that NaN is below
@@ -227,6 +253,8 @@ def _refused(model: str, sample: TrainingSample, confidence_min: float) -> str:
     rows = sample.label.get("boxes")
     if isinstance(rows, list) and is_disputed(rows, sample.provenance, confidence, confidence_min):
         return "disputed"
+    if kind == "segment" and isinstance(rows, list) and any("polygons" not in row for row in rows):
+        return "no_outline"
     return ""
 
 
@@ -279,18 +307,41 @@ def _keep_apart(
 
 
 def _usable(
-    path: Path, label: dict[str, Any], provenance: dict[str, Any], labels: Sequence[str]
+    path: Path, label: dict[str, Any], provenance: dict[str, Any], labels: Sequence[str], kind: Kind
 ) -> LabelledImage | None:
     data = path.read_bytes()
     if sha256(data).hexdigest() != path.name:
         return None
     try:
-        item = LabelledImage(path.name, data, tuple(_box(box) for box in label["boxes"]), provenance)
-        item.decode(labels)
+        rows = label["boxes"]
+        if kind == "classify":  # a teacher's answer lists its runners-up
+            rows = [whole(row["label"], data) for row in best(rows)]
+        item = LabelledImage(path.name, data, tuple(LabelledBox(*shape(row)) for row in rows), provenance)
+        item.decode(labels, kind)
     except (DatasetError, ValueError, KeyError, TypeError) as error:
         log.warning("sample %s is left out: %s", path.name, error)
         return None
     return item
+
+
+def hold_back(
+    items: Sequence[LabelledImage], share: float, rules: SplitRules
+) -> tuple[list[LabelledImage], list[LabelledImage]]:
+    """What trains of `items`, and what only says when to stop: `share` of them, by device and time (by hash where those
+    are not known), the same for the same items in any order. What is nearly an image that trains, or was taken less than
+    `guard_s` from one, trains too, so there may be less to stop by than asked for, or nothing."""
+    taken = [taken_at(item.provenance) for item in items]
+    units = [unit(rules, item.sha256, *place) for item, place in zip(items, taken, strict=True)]
+    chosen = np.array(held_back(units, share), np.int64)
+    rest = np.delete(np.arange(len(items)), chosen)
+    sketches, times = sketches_of(items), Times(taken[row] for row in rest)
+    fresh = near(sketches[chosen], sketches[rest]) < 0
+    apart = [not times.beside(device, at, rules.guard_s) for device, at in (taken[row] for row in chosen)]
+    kept = set(chosen[fresh & np.array(apart, bool)].tolist())
+    return (
+        [item for row, item in enumerate(items) if row not in kept],
+        [item for row, item in enumerate(items) if row in kept],
+    )
 
 
 def choose_replay(
@@ -309,7 +360,7 @@ def choose_replay(
 
 
 def shuffle_labels(items: Sequence[LabelledImage], seed: int) -> list[LabelledImage]:
-    """The same images, each with another image's boxes: what a gate must refuse to ship."""
+    """The same images, each with another image's label: what a gate must refuse to ship."""
     boxes = [item.boxes for item in items]
     random.Random(seed).shuffle(boxes)
     return [replace(item, boxes=other) for item, other in zip(items, boxes, strict=True)]

@@ -203,7 +203,7 @@ def _admit(config: TrainerConfig, model: str, name: str, items: Sequence[Labelle
     for index, item in enumerate(items):
         if not reasons[index]:
             try:
-                item.decode(settings.labels)
+                item.decode(settings.labels, settings.kind)
             except DatasetError:
                 reasons[index] = "unusable"
     rows = [index for index, reason in enumerate(reasons) if not reason]
@@ -264,7 +264,8 @@ _FIXES = {
     "beside_training": "the same device took a training image at nearly the same time",
     "near_other_set": "nearly the same picture calibrates, or is in the other set",
     "other_side": "by its device and time it is on another side of the split",
-    "unusable": "it does not decode, or has a label that the model does not have",
+    "unusable": "it does not decode, has a label that the model does not have, or is not labelled as its kind of model "
+    "needs (segment: an outline of each object, classify: one class)",
 }
 
 

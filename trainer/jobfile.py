@@ -220,7 +220,8 @@ def _labelled(folder: Path) -> Iterator[tuple[TrainingSample, Path]]:
         try:
             row = json.loads(line)
             said = row.get("provenance") or {}
-            label = {"boxes": row["boxes"], "confidence": float(said.get("confidence", 1.0))}
+            boxes = row["boxes"] if "class" not in row else [{"label": row["class"]}]
+            label = {"boxes": boxes, "confidence": float(said.get("confidence", 1.0))}
             sample = TrainingSample(
                 id=row["file"], device=str(said.get("device", "")), sha256=row["sha256"], label=label, provenance=said
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +35,7 @@ class Listed:
 def labelled_images(
     pool: Pool, wanted: Wanted, *, labels: Collection[str] | None = None, confidence_floor: float = 0.0
 ) -> Images:
-    """The images of the pool with boxes and provenance; a classification is a box around the whole image.
+    """The images of the pool with boxes, outlines and provenance; a classification is a box around the whole image.
 
     Left out and counted: what `Pool.labelled` leaves out, texts, classes that are not in `labels`, damaged objects.
     """
@@ -46,7 +46,7 @@ def labelled_images(
         if not reason:
             try:
                 data = pool.read(record.sha256)
-                boxes = tuple(LabelledBox(row["label"], _corners(row["box"])) for row in _boxes(record, data))
+                boxes = tuple(_labelled(row) for row in _boxes(record, data))
                 items.append(LabelledImage(record.sha256, data, boxes, record.provenance()))
                 continue
             except PoolError:
@@ -114,6 +114,6 @@ def _boxes(record: Record, data: bytes) -> list[dict[str, Any]]:
     return [{**row, "box": [0.0, 0.0, float(size[0]), float(size[1])]} for row in record.label]
 
 
-def _corners(box: Sequence[float]) -> tuple[float, float, float, float]:
-    x1, y1, x2, y2 = box
-    return x1, y1, x2, y2
+def _labelled(row: Mapping[str, Any]) -> LabelledBox:
+    x1, y1, x2, y2 = row["box"]
+    return LabelledBox(row["label"], (x1, y1, x2, y2), tuple(tuple(part) for part in row.get("polygons", ())))

@@ -197,6 +197,11 @@ def _grains(value: float) -> int:
     return round(value / GRAIN_PX)
 
 
+def best(rows: Sequence[Row]) -> list[Row]:
+    """What a classifier's answer means: the row that scores best, the first of equals, as the only one."""
+    return sorted(rows, key=lambda row: -float(1.0 if row.get("score") is None else row["score"]))[:1]
+
+
 def names(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """The classes that a label names."""
     return {row["label"] for row in rows if "label" in row}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
@@ -66,6 +67,32 @@ def side(rules: SplitRules, sha256_hex: str, device: str = "", captured: float |
     if rules.block_s - into <= rules.guard_s and _of_block(rules, device, block + 1) != own:
         return None
     return own
+
+
+def unit(rules: SplitRules, sha256_hex: str, device: str = "", captured: float | None = None) -> str:
+    """What of a data set stays together: a device's block, or an image alone where device or time are not known."""
+    if not device or not captured or not math.isfinite(captured):
+        return sha256_hex
+    return f"{device}\0{math.floor(captured / rules.block_s)}"
+
+
+def held_back(units: Sequence[str], share: float) -> list[int]:
+    """The rows of some units, drawn by a hash of their names, one unit after the other until they are `share` of all rows.
+
+    At least one unit, when there are two, and never the last one that is left; a unit of more than half of all is not
+    drawn. What is drawn depends on the units alone, not on their order.
+    """
+    rows = Counter(units)
+    order = sorted(rows, key=lambda name: sha256(f"held back\0{name}".encode()).digest())
+    chosen: set[str] = set()
+    count = 0
+    for name in order[:-1]:
+        if count >= share * len(units):
+            break
+        if 2 * rows[name] <= len(units):
+            chosen.add(name)
+            count += rows[name]
+    return [row for row, name in enumerate(units) if name in chosen]
 
 
 def _of_block(rules: SplitRules, device: str, block: int) -> Side:

@@ -8,7 +8,8 @@ from trainer.kinds.base import Training
 from trainer.run import Run
 
 # kind -> the module whose `begin(run)` gives its Training; imported when a run of it begins.
-_MODULES = {"detect": "trainer.kinds.detect", "llm": "trainer.kinds.language"}
+_VISION = "trainer.kinds.vision"
+_MODULES = {"detect": _VISION, "segment": _VISION, "classify": _VISION, "llm": "trainer.kinds.language"}
 
 
 def begin(run: Run, kind: str) -> Training:

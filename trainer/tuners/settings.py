@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"  # that trains; "auto": CUDA where there is one
+
 
 class SettingsError(ValueError):
     """A training setting is wrong; the message names the key, its value and the fix."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trainer.tuners.settings import LoraSettings, SettingsError
+from trainer.tuners.settings import DEVICE, LoraSettings, SettingsError
 
 Task = Literal["detect", "segment", "classify"]
 Method = Literal["lora", "head", "full"]
@@ -45,7 +45,7 @@ class YoloSettings(BaseModel):
     patience: Annotated[int, Field(ge=0)] = 0  # epochs without a lower held-out loss until it stops; 0: it does not
     replay_ratio: Annotated[float, Field(ge=0, le=100)] = 1.0  # images of the base's data for each new image
     augment: Mapping[str, float] = {}
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"  # "auto": CUDA where there is one
+    device: Annotated[str, Field(pattern=DEVICE)] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # on a CPU; 0: all cores
     workers: Annotated[int, Field(ge=0, le=64)] = WORKERS_MAX  # processes that read images; none on a CPU
 

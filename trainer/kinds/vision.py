@@ -1,4 +1,8 @@
-"""Detectors: YOLO checkpoints fine-tuned with LoRA, exported to ONNX and int8."""
+"""Detectors, segmenters and classifiers: YOLO checkpoints fine-tuned, exported to ONNX and int8.
+
+One way for the three of them: what differs is what a label must say (`LabelledImage.decode`) and how an answer is scored
+(`trainer.evaluate`), and both know it by `models.NAME.kind`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +32,7 @@ from trainer.datasets import (
     LabelledImage,
     Selected,
     choose_replay,
+    hold_back,
     read_folder,
     select_samples,
     shuffle_labels,
@@ -41,15 +46,22 @@ from trainer.releases import Registry
 from trainer.run import Run
 from trainer.tuners.base import Work, tuner
 
+if TYPE_CHECKING:
+    from trainer.tuners.yolo import Example
+
 log = logging.getLogger(__name__)
 LEARNED_MAX = 2000  # images that tell the novelty reference what has been learned
+
+# Keys of models.NAME that are the tuner's own, by the same names.
+TUNING = ("method", "lora", "epochs", "patience", "imgsz", "batch", "lr", "replay_ratio", "device", "threads")
 
 
 @dataclass(slots=True)
 class Sets:
-    """All images of a job, apart from each other."""
+    """All images of a job, apart from each other. `validation` is of the training side: it says when to stop."""
 
     selected: Selected
+    validation: list[LabelledImage]
     replay: list[LabelledImage]
     calibration: list[LabelledImage]
     target: list[LabelledImage]
@@ -57,16 +69,16 @@ class Sets:
     holdout_sha256: dict[str, str]
 
 
-def begin(run: Run) -> Detection:
-    """The training of a detector; raises DatasetError when the weights to begin with are not there."""
-    return Detection(run)
+def begin(run: Run) -> Vision:
+    """The training of a vision model; raises DatasetError when the weights to begin with are not there."""
+    return Vision(run)
 
 
-class Detection:
-    """`trainer.kinds.base.Training` of a detector."""
+class Vision:
+    """`trainer.kinds.base.Training` of a model that looks at images."""
 
     sets: Sets
-    trained_on: list[LabelledImage]
+    trained_on: list[LabelledImage]  # or stopped by
     calibration: list[Labelled]  # decoded, without what was trained on
     exported: Exported
     manifest: ReleaseManifest  # of the candidate, calibrated
@@ -81,6 +93,11 @@ class Detection:
         self.settings = self.job.config.model(self.job.model)
         registry = Registry(self.job.config.releases)
         self.current = registry.get(self.job.manifest.source)
+        if self.current.manifest.kind != self.settings.kind:
+            raise DatasetError(
+                f"{self.job.manifest.source} is of kind {self.current.manifest.kind}, models.{self.job.model}.kind says "
+                f"{self.settings.kind}: a model keeps its kind; correct the one, or give the other a name of its own"
+            )
         self.checkpoint = self.job.config.checkpoint(self.job.manifest.source, self.job.model)
         first = registry.list(self.job.model)[0].ref.release
         if self.checkpoint == self.settings.checkpoint and self.job.manifest.source != first:
@@ -102,21 +119,27 @@ class Detection:
         self.run.facts["samples"] = {
             "named": len(self.job.manifest.samples),
             "training": len(selected.training),
+            "validation": len(self.sets.validation),
             "calibration": len(selected.calibration),
             "left_out": selected.left_out,
             "replay": len(self.sets.replay),
             "near_duplicates": selected.near_duplicates,
-            "provenance": provenance([*selected.training, *selected.calibration]),
+            "provenance": provenance([*selected.training, *self.sets.validation, *selected.calibration]),
         }
-        return len(selected.training) + len(selected.calibration)
+        return self._used()
+
+    def _used(self) -> int:
+        """How many of the job's samples have a part in it."""
+        selected = self.sets.selected
+        return len(selected.training) + len(self.sets.validation) + len(selected.calibration)
 
     def tune(self) -> None:
         if not self.sets.selected.training:
             left_out = self.sets.selected.left_out
             raise DatasetError(f"none of {len(self.job.manifest.samples)} samples is usable: {left_out}")
-        items = [*self.sets.selected.training, *self.sets.replay]
-        remember(self.job.config, self.job.model, items)
-        self.trained_on = items
+        items, validation = [*self.sets.selected.training, *self.sets.replay], self.sets.validation
+        self.trained_on = [*items, *validation]
+        remember(self.job.config, self.job.model, self.trained_on)
         self.run.facts["ablate"] = self.settings.ablate
         if self.settings.ablate == "train":
             log.warning("ablate = train: the release gets the weights of %s again", self.job.manifest.source)
@@ -124,33 +147,21 @@ class Detection:
             return
         if self.settings.ablate == "labels":
             log.warning("ablate = labels: every image gets another image's labels")
-            items = shuffle_labels(items, self.settings.seed)
-        self._tune_lora(items)
+            items, validation = (shuffle_labels(each, self.settings.seed) for each in (items, validation))
+        self._tune(items, validation)
 
-    def _tune_lora(self, items: list[LabelledImage]) -> None:
-        from trainer.tuners.yolo import Example, YoloSettings
+    def _tune(self, items: list[LabelledImage], validation: list[LabelledImage]) -> None:
+        from trainer.tuners.yolo import YoloSettings
 
         settings, scratch = self.settings, self.run.folder / "scratch"
-        decoded = [(item, item.decode(settings.labels)) for item in items]
-        replayed = {item.sha256 for item in self.sets.replay}
+        asked = settings.model_dump(include=set(TUNING))
         work = Work(
             base=self.checkpoint,
-            data=[
-                Example(item.sha256, item.data, each.classes, boxes=each.boxes, replay=item.sha256 in replayed)
-                for item, each in decoded
-            ],
+            data=examples(items, settings, frozenset(item.sha256 for item in self.sets.replay)),
+            held_out=examples(validation, settings),
             out=self.run.folder / "model.pt",
             scratch=scratch,
-            settings=YoloSettings(
-                labels=tuple(settings.labels),
-                lora=settings.lora,
-                epochs=settings.epochs,
-                imgsz=settings.imgsz,
-                batch=settings.batch,
-                lr=settings.lr,
-                replay_ratio=settings.replay_ratio,
-                threads=settings.threads,
-            ),
+            settings=YoloSettings.parse({**asked, "labels": tuple(settings.labels), "task": settings.kind}),
             seed=settings.seed,
             report=self.run.epoch,
         )
@@ -204,8 +215,8 @@ class Detection:
     def evaluate(self) -> None:
         from trainer.tuners.yolo import weights_sha256
 
-        self.target = [item.decode(self.settings.labels) for item in self.sets.target]
-        self.base = [item.decode(self.settings.labels) for item in self.sets.base]
+        self.target = [item.decode(self.settings.labels, self.settings.kind) for item in self.sets.target]
+        self.base = [item.decode(self.settings.labels, self.settings.kind) for item in self.sets.base]
         manifest, current, profiles = self.manifest, self.current, self._profiles()
         self.run.progress("evaluate", what="the file before quantisation")
         before = evaluate_release(self.run.folder / "fp32", manifest, self.target).quality
@@ -239,7 +250,7 @@ class Detection:
             ),
             target=frozenset(image_sha256(item.image) for item in self.target),
             base=frozenset(image_sha256(item.image) for item in self.base),
-            training=frozenset(image_sha256(item.decode(settings.labels).image) for item in seen),
+            training=frozenset(image_sha256(item.decode(settings.labels, settings.kind).image) for item in seen),
         )
         targets = [profile.target for profile in self._profiles()]
         chance = np.random.default_rng(settings.seed)
@@ -247,14 +258,13 @@ class Detection:
 
     def summary(self) -> dict[str, Any]:
         """F1 on the holdouts, after and before."""
-        selected = self.sets.selected
         found = {
             "accuracy": self.new.target, "accuracy_before": self.old.target,
             "accuracy_clean": self.new.base, "accuracy_clean_before": self.old.base,
         }  # fmt: skip
         return {
             **{name: round(each.f1, 4) for name, each in found.items() if each is not None},
-            "samples_used": len(selected.training) + len(selected.calibration),
+            "samples_used": self._used(),
         }
 
     def complete(self, verdict: Verdict) -> None:
@@ -273,10 +283,7 @@ class Detection:
             "samples": self.run.facts["samples"],
             "training_manifest_sha256": sha256(self.job.manifest.model_dump_json().encode()).hexdigest(),
             "training": {
-                **{
-                    name: getattr(settings, name) for name in ("imgsz", "epochs", "batch", "lr", "replay_ratio", "seed")
-                },
-                "lora": settings.lora.model_dump(mode="json"),
+                **settings.model_dump(mode="json", include={"seed", *TUNING} - {"device", "threads"}),
                 "weights_sha256": new.weights_sha256,
             },
             # The same weights on the target holdout, in float32 and as they ship.
@@ -321,17 +328,40 @@ def read_sets(job: TrainJob, settings: Model) -> Sets:
         apart=Apart(judges, folder, settings.split_guard_s),
         split=settings.split_rules(),
         thin=settings.near_duplicates == "thin",
+        kind=settings.kind,
     )
+    training, validation = selected.training, list[LabelledImage]()
+    if settings.patience:
+        training, validation = hold_back(training, settings.validation_share, settings.split_rules())
+        selected = replace(selected, training=training)
+        if not validation:
+            log.warning(
+                "patience = %d: all of %d epochs are trained, because none of %d images can be held back: they are nearly "
+                "the same, or of one minute; give more", settings.patience, settings.epochs, len(training),
+            )  # fmt: skip
     count = round(settings.replay_ratio * len(selected.training))
-    excluded = held_out | frozenset(item.sha256 for item in selected.calibration)
-    replay = choose_replay(past, count, settings.seed, excluded, [*judges, *folder, *selected.calibration])
-    return Sets(selected, replay, [*folder, *selected.calibration], target, base, hashes)
+    apart = [*judges, *folder, *selected.calibration, *validation]
+    replay = choose_replay(past, count, settings.seed, frozenset(item.sha256 for item in apart), apart)
+    return Sets(selected, validation, replay, [*folder, *selected.calibration], target, base, hashes)
+
+
+def examples(items: list[LabelledImage], settings: Model, replayed: frozenset[str] = frozenset()) -> list[Example]:
+    """What the tuner reads; `replayed` are the hashes of what the base has learned from."""
+    from trainer.tuners.yolo import Example
+
+    found = []
+    for item in items:
+        truth = item.decode(settings.labels, settings.kind)
+        boxes = truth.boxes if settings.kind == "detect" else None
+        old = item.sha256 in replayed
+        found.append(Example(item.sha256, item.data, truth.classes, boxes, truth.outlines, old))
+    return found
 
 
 def untrained(items: list[LabelledImage], trained: list[LabelledImage], settings: Model) -> list[Labelled]:
     """The calibration's images, decoded, without those whose pixels were trained on under another file's hash."""
-    known = {image_sha256(item.decode(settings.labels).image) for item in trained}
-    decoded = [item.decode(settings.labels) for item in items]
+    known = {image_sha256(item.decode(settings.labels, settings.kind).image) for item in trained}
+    decoded = [item.decode(settings.labels, settings.kind) for item in items]
     fresh = [item for item in decoded if image_sha256(item.image) not in known]
     if len(fresh) < len(decoded):
         log.warning("%d calibration images are left out: their pixels are trained on", len(decoded) - len(fresh))
