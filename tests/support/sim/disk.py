@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from bench.kept import kept
+
 ROOT = Path(__file__).parents[3]
 SOURCE = Path(__file__).with_name("disk.c")
 MAPPED = "-shm"  # SQLite's mapped memory, made anew by who opens the database first
@@ -34,14 +36,11 @@ _RECORD = struct.Struct("=iiiiqqII")
 def library() -> Path:
     """The recorder, compiled when its source is new."""
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    path = ROOT / "build" / "sim" / f"disk-{digest}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(beside), str(SOURCE), "-ldl"]
-        subprocess.run(command, check=True)
-        beside.replace(path)
-    return path
+    command = ["gcc", "-O2", "-shared", "-fPIC", str(SOURCE), "-ldl"]
+    return kept(
+        ROOT / "build" / "sim" / f"disk-{digest}.so",
+        lambda path: subprocess.run([*command, "-o", str(path)], check=True),
+    )
 
 
 @dataclass(eq=False, slots=True)
