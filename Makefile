@@ -15,7 +15,7 @@ demo: setup ## run the closed loop on this machine; options: make demo ARGS="--h
 
 test: setup lint types imports ## lint, types, import rules and all tests that CI runs on every change
 	@packaging/setup.sh tests
-	$(TRAINER)/python -m pytest -m "not long" tests
+	$(TRAINER)/python -m tests.support.beside -m "not long"
 
 deb: ## build the Debian packages edged and edged-llm in build/deb; options: make deb ARGS="--help"
 	@packaging/setup.sh device

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
 import struct
 import subprocess
 from pathlib import Path
 from types import TracebackType
+
+from bench.kept import kept
 
 DISK_MIB = 48
 LEFT_BYTES_MAX = 192 << 10  # what a full disk has left
@@ -90,13 +91,12 @@ class Clock:
 def _shim() -> Path:
     """The library that sets a process's clock; compiled once."""
     source = SHIM.read_bytes()
-    library = ROOT / "build" / f"set_clock-{hashlib.sha256(source).hexdigest()[:12]}.so"
-    if not library.exists():
-        beside = library.with_suffix(f".{os.getpid()}")
+
+    def make(beside: Path) -> None:
         done = subprocess.run(
             ["cc", "-shared", "-fPIC", "-O1", "-o", beside, SHIM, "-ldl"], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise CannotDisturb(f"the library that sets a clock cannot be compiled: {done.stderr.strip()}")
-        beside.replace(library)
-    return library
+
+    return kept(ROOT / "build" / f"set_clock-{hashlib.sha256(source).hexdigest()[:12]}.so", make)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -20,6 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.kept import kept
 from edged.engines.letterbox import Letterbox
 from trainer.export.onnx import export_onnx
 from trainer.tuners.yolo import prepare_process
@@ -57,14 +57,13 @@ def overfit(network: str, size: int) -> Path:
     """The ONNX file, for `size` x `size` pixels, of a network such as "yolo11n.yaml" or "yolo26n-seg.yaml"; made once."""
     told = hashlib.sha256(Path(__file__).read_bytes() + f"{network} {size} {version('ultralytics')}".encode())
     told.update((Path(__file__).parents[1] / "trainer" / "export" / "onnx.py").read_bytes())
-    out = CACHE / f"{Path(network).stem}-{size}-{told.hexdigest()[:12]}.onnx"
-    if not out.is_file():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".overfit-", dir=CACHE) as scratch:
-            trained = Path(scratch) / "model.pt"
-            _train(network, size, trained)
-            export_onnx(trained, Path(scratch) / "model.onnx", size).replace(out)
-    return out
+
+    def make(out: Path) -> None:
+        trained = out.with_suffix(".pt")
+        _train(network, size, trained)
+        export_onnx(trained, out, size)
+
+    return kept(CACHE / f"{Path(network).stem}-{size}-{told.hexdigest()[:12]}.onnx", make)
 
 
 def _train(network: str, size: int, out: Path) -> None:

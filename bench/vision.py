@@ -18,6 +18,7 @@ from typing import Any
 
 import cv2
 
+from bench.kept import kept
 from bench.photos import CACHE, LABELS, overfit, photos, pieces
 from edged.engines.letterbox import Letterboxer
 from trainer.candidate import GOLDEN_IMAGES, MODEL_FILE, detector
@@ -59,10 +60,9 @@ def models(size: int) -> Models:
     for source in MADE_BY:
         told.update((ROOT / source).read_bytes())
     folder = CACHE / f"bench-{size}-{told.hexdigest()[:12]}"
-    if not folder.is_dir():
-        beside = folder.with_suffix(".new")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+
+    def make(beside: Path) -> None:
+        beside.mkdir()
         letterboxer = Letterboxer((size, size), "float32")
         seen = [*photos(), *(piece for photo in photos() for piece in pieces(photo))]
         quantize_static_int8(
@@ -71,7 +71,8 @@ def models(size: int) -> Models:
         pixels = take_uint8(beside / "int8.onnx", beside / "uint8.onnx")
         _release(beside / "fp32", fp32, size)
         _release(beside / "int8", pixels, size)
-        beside.rename(folder)
+
+    kept(folder, make)
     return Models(size, fp32, folder / "int8.onnx", folder / "fp32", folder / "int8")
 
 

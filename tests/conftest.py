@@ -9,10 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.models import make_release
 
 ROOT = Path(__file__).parents[1]
+
+# The same examples in every run, however slow the machine is. HYPOTHESIS_PROFILE=default looks for others.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+if os.environ.get("HYPOTHESIS_PROFILE") != "default":
+    settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from sqlalchemy import (
     insert,
     update,
 )
+from sqlalchemy.util import OrderedSet
 
 # 2: leases, workers, opinions, pool, pulls, registrations; 3: predictions. New tables only, made by `create_all`.
 SCHEMA_VERSION = 3
@@ -295,6 +296,9 @@ registrations = Table(  # which server was told of which release
     Column("updated", Float, nullable=False),
     Index("registrations_by_state", "target", "state"),
 )
+
+for _table in metadata.tables.values():  # by name: the same file at every first start, wherever objects lie in memory
+    _table.indexes = OrderedSet(sorted(_table.indexes, key=lambda index: str(index.name)))  # type: ignore[assignment]
 
 
 class DatabaseError(RuntimeError):

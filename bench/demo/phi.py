@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast, Phi3Config, Phi3ForCausalLM
 
+from bench.kept import kept
 from trainer.export.gguf import export_gguf
 from trainer.export.gguf_lora import export_lora_gguf
 from trainer.tuners.base import Work
@@ -105,14 +105,13 @@ def _texts(item: PhiExample) -> list[str]:
 def _cached(build: Path, name: str, recipe: dict[str, Any], make: Callable[[Path], None]) -> Path:
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = build / f"{name}-{key}"
-    if not folder.is_dir():
-        beside = build / f".{folder.name}.part"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+
+    def made(beside: Path) -> None:
+        beside.mkdir()
         with _one_thread():
             make(beside)
-        beside.rename(folder)
-    return folder
+
+    return kept(folder, made)
 
 
 @contextmanager

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 from bench import photos
+from bench.kept import kept
 
 SIZE = 128  # of the inputs, in pixels
 
@@ -17,9 +16,4 @@ def checkpoint(network: str) -> Path:
     """The .pt of a network such as "yolo11n-seg.yaml" that surely answers `bench.photos.photos()`."""
     told = hashlib.sha256(Path(photos.__file__).read_bytes() + f"{network} {SIZE} {version('ultralytics')}".encode())
     out = photos.CACHE / f"{Path(network).stem}-{SIZE}-{told.hexdigest()[:12]}.pt"
-    if not out.is_file():
-        photos.CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=photos.CACHE) as scratch:
-            photos._train(network, SIZE, Path(scratch) / "model.pt")
-            os.replace(Path(scratch) / "model.pt", out)
-    return out
+    return kept(out, lambda beside: photos._train(network, SIZE, beside))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bench.kept import kept
 from bench.photos import CACHE, LABELS, overfit, photos, pieces
 from edged.config import MIB
 from edged.engines.base import Detector, EngineOptions, Image, open_engine
@@ -39,18 +39,7 @@ def vision_release(kind: str, model: str, precision: str, size: int) -> Path:
     for name in RECIPE:
         told.update((ROOT / name).read_bytes())
     folder = CACHE / f"claimed-{model}-{precision}-{size}-{told.hexdigest()[:12]}"
-    if not folder.is_dir():
-        with tempfile.TemporaryDirectory(prefix=".claimed-", dir=CACHE) as scratch:
-            _keep(_make(source, Path(scratch) / "release", kind, model, precision, size), folder)
-    return folder
-
-
-def _keep(made: Path, folder: Path) -> None:
-    try:
-        made.replace(folder)
-    except OSError:
-        if not folder.is_dir():  # else another run was faster, with the same recipe
-            raise
+    return kept(folder, lambda beside: _make(source, beside, kind, model, precision, size))
 
 
 def _make(source: Path, folder: Path, kind: str, model: str, precision: str, size: int) -> Path:
@@ -121,17 +110,16 @@ def language_release(size: str) -> Path:
     for name in (*RECIPE, "tests/trainer/tiny_phi.py", *(f"trainer/export/{name}" for name in exported)):
         told.update((ROOT / name).read_bytes())
     folder = CACHE / f"claimed-phi-{size}-Q4_K_M-{told.hexdigest()[:12]}"
-    if not folder.is_dir():
-        from tests.trainer.tiny_phi import save_phi2
+    return kept(folder, lambda beside: _make_phi(beside, SMALL[size]))
 
-        shape = SMALL[size]
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".claimed-", dir=CACHE) as scratch:
-            save_phi2(
-                Path(scratch) / "checkpoint", hidden_size=shape.hidden, intermediate_size=4 * shape.hidden,
-                num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
-                max_position_embeddings=4096, initializer_range=0.05,
-            )  # fmt: skip
-            package_gguf(Path(scratch) / "checkpoint", Path(scratch) / "release", "phi-shaped@1.0", prompts=PROMPTS)
-            _keep(Path(scratch) / "release", folder)
-    return folder
+
+def _make_phi(folder: Path, shape: Shape) -> None:
+    from tests.trainer.tiny_phi import save_phi2
+
+    checkpoint = folder.with_name("checkpoint")
+    save_phi2(
+        checkpoint, hidden_size=shape.hidden, intermediate_size=4 * shape.hidden,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
+        max_position_embeddings=4096, initializer_range=0.05,
+    )  # fmt: skip
+    package_gguf(checkpoint, folder, "phi-shaped@1.0", prompts=PROMPTS)

@@ -10,7 +10,8 @@ from typer.testing import CliRunner, Result
 from edged.link import Connected, Inbound, Link, LinkOptions, Published
 from edged.wire.topics import Address
 from tests.support.device import SITE, until
-from tests.system.broker import Broker, free_port
+from tests.support.ports import free_port
+from tests.system.broker import Broker
 from trainer.cli import app
 
 HOST = "127.0.0.1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections import deque
@@ -14,6 +13,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from tests.support.ports import free_port
 
 
 class Told:
@@ -27,7 +28,7 @@ class Told:
         self.answers: deque[int | tuple[int, str, dict[str, str]]] = deque()
         self.hold = threading.Event()  # while it is not set, answers wait after their work is done
         self.hold.set()
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -88,9 +89,3 @@ class Told:
         while not self.hold.is_set():
             await asyncio.sleep(0.02)
         return JSONResponse({"error": "known"} if known else {"ok": True}, 409 if known else 201)
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -11,19 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from tests.support.ports import free_port
 from trainer.broker import BrokerTls, write_broker_config
 from trainer.ca import create_ca, issue
 from trainer.core.access import Identity
 
 START_S_MAX = 10.0
 MOSQUITTO = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
-
-
-def free_port() -> int:
-    """A TCP port of loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Broker:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from bench.kept import kept
+
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"
 # What the package needs of Debian, and a broker with its clients. Nothing is installed later: there is no network inside.
@@ -38,19 +40,16 @@ def debian(packages: Sequence[str] = PACKAGES) -> Path:
             raise CannotBoot(f"{program} is missing: packaging/setup.sh tests, or apt-get install {package}")
     name = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:12]
     root = ROOT / "build" / "booted" / f"{SUITE}-{name}"
-    if root.is_dir():
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    beside = root.with_name(root.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    made = subprocess.run(
-        ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", SUITE, beside],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if made.returncode:
-        raise CannotBoot(f"debootstrap: exit status {made.returncode}: {(made.stdout + made.stderr)[-1500:]}")
-    beside.rename(root)
-    return root
+
+    def make(beside: Path) -> None:
+        made = subprocess.run(
+            ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", SUITE, beside],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if made.returncode:
+            raise CannotBoot(f"debootstrap: exit status {made.returncode}: {(made.stdout + made.stderr)[-1500:]}")
+
+    return kept(root, make)
 
 
 class Machine:

@@ -52,6 +52,7 @@ def talker(folder: Path, gguf: Path, start: Start) -> Path:
     return folder
 
 
+@pytest.mark.alone
 @pytest.mark.long
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="this machine has one core: there is nothing to share")
 def test_half_a_minute_of_generation_costs_a_busy_camera_no_frame(

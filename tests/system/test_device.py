@@ -14,7 +14,8 @@ from edged.wire.messages import Escalation, Event, InferReply, Result, SampleEnt
 from tests.support.device import SITE, Bus, Device, responder_tables, tables, until
 from tests.support.files import file_server
 from tests.support.models import HARD_WORK, STRANGE, make_release, picture, put_pictures
-from tests.system.broker import Broker, free_port
+from tests.support.ports import free_port
+from tests.system.broker import Broker
 from trainer.core.access import Identity
 
 

@@ -292,6 +292,7 @@ def test_a_hot_device_works_less_says_so_and_recovers(tmp_path: Path, broker: Br
     assert len(until("the end of it", lambda: events(bus, "temperature_ok"))) == 1
 
 
+@pytest.mark.alone
 def test_cpu_time_stays_below_its_share_of_what_the_control_group_allows(
     tmp_path: Path, broker: Broker, bus: Bus, group: ControlGroup
 ) -> None:

@@ -231,6 +231,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Iterator[Line]:
             bus.close()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_release_is_refused_said_and_remembered(tmp_path: Path, line: Line, toy: Path, kind: str) -> None:
     device, bus, files = line.device, line.bus, line.files

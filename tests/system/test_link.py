@@ -31,7 +31,8 @@ from edged.link import (
     TooLarge,
 )
 from edged.wire import topics
-from tests.system.broker import Broker, free_port
+from tests.support.ports import free_port
+from tests.system.broker import Broker
 from trainer.core.access import Identity
 
 WAIT_S_MAX = 30.0

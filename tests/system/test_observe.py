@@ -20,7 +20,8 @@ from edged.stamp import Stamp
 from edged.wire import messages, topics
 from tests.support.device import EDGED, SITE, Bus, Device, clean_env, tables, until
 from tests.support.models import picture
-from tests.system.broker import Broker, free_port
+from tests.support.ports import free_port
+from tests.system.broker import Broker
 
 
 @pytest.fixture

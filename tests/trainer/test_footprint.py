@@ -61,6 +61,7 @@ def test_an_adapter_is_held_against_the_claim_for_language_models() -> None:
     assert (target.file_mib_max, target.memory_mib_max) == (1720, 3400)
 
 
+@pytest.mark.alone
 def test_a_release_is_measured_with_its_libraries(ours: Profile, tmp_path: Path) -> None:
     make_release(tmp_path / "a", "toy@1.0")
     (found,) = measure_all(tmp_path / "a", [ours])

@@ -317,6 +317,7 @@ ROWS: dict[str, tuple[Callable[[World], Plan], set[str], set[str], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", ROWS)
 def test_each_planted_failure_is_stopped_for_its_reason(world: World, tmp_path: Path, name: str) -> None:
     make, must, may, words = ROWS[name]

@@ -95,9 +95,11 @@ static int opened(int fd, int dirfd, const char *path, int flags) {
     note(OPEN, fd, dirfd, flags, 0, 0, path, strlen(path), "", 0);
     return fd;
 }
+/* SQLite's own chance, of which it makes the salts of its log: the same in every run. */
+static const char *chance(const char *path) { return path && !strcmp(path, "/dev/urandom") ? "/dev/zero" : path; }
 #define MODE(flags, last) mode_t mode = 0; if ((flags) & (O_CREAT | O_TMPFILE)) { va_list a; va_start(a, last); mode = va_arg(a, int); va_end(a); }
-int open(const char *path, int flags, ...) { REAL(open); MODE(flags, flags); return opened(real(path, flags, mode), AT_FDCWD, path, flags); }
-int open64(const char *path, int flags, ...) { REAL(open64); MODE(flags, flags); return opened(real(path, flags, mode), AT_FDCWD, path, flags); }
+int open(const char *path, int flags, ...) { REAL(open); path = chance(path); MODE(flags, flags); return opened(real(path, flags, mode), AT_FDCWD, path, flags); }
+int open64(const char *path, int flags, ...) { REAL(open64); path = chance(path); MODE(flags, flags); return opened(real(path, flags, mode), AT_FDCWD, path, flags); }
 int openat(int dirfd, const char *path, int flags, ...) { REAL(openat); MODE(flags, flags); return opened(real(dirfd, path, flags, mode), dirfd, path, flags); }
 int openat64(int dirfd, const char *path, int flags, ...) { REAL(openat64); MODE(flags, flags); return opened(real(dirfd, path, flags, mode), dirfd, path, flags); }
 int creat(const char *path, mode_t mode) { return open(path, O_CREAT | O_WRONLY | O_TRUNC, mode); }

@@ -21,9 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from bench.kept import kept
+
 ROOT = Path(__file__).parents[3]
 SOURCE = Path(__file__).with_name("disk.c")
 MAPPED = "-shm"  # SQLite's mapped memory, made anew by who opens the database first
+SALTED = b".key"  # encrypted with a salt that is new every time
 SECTOR = 512  # bytes that are written wholly or not at all
 OPEN, WRITE, SIZE, RENAME, LINK, UNLINK, MKDIR, FSYNC, CLOSE = range(1, 10)
 NAMES = ("", "open", "write", "size", "rename", "link", "unlink", "mkdir", "fsync", "close")
@@ -33,14 +36,11 @@ _RECORD = struct.Struct("=iiiiqqII")
 def library() -> Path:
     """The recorder, compiled when its source is new."""
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    path = ROOT / "build" / "sim" / f"disk-{digest}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(beside), str(SOURCE), "-ldl"]
-        subprocess.run(command, check=True)
-        beside.replace(path)
-    return path
+    command = ["gcc", "-O2", "-shared", "-fPIC", str(SOURCE), "-ldl"]
+    return kept(
+        ROOT / "build" / "sim" / f"disk-{digest}.so",
+        lambda path: subprocess.run([*command, "-o", str(path)], check=True),
+    )
 
 
 @dataclass(eq=False, slots=True)
@@ -273,7 +273,7 @@ class Disk:
     def _take_in(self) -> None:
         log = ctypes.string_at(self._c.sim_log(), self._c.sim_log_length()) if self._c.sim_log_length() else b""
         self._c.sim_log_clear()
-        at, prefix = 0, len(str(self.root))
+        at, prefix, root, salted = 0, len(str(self.root)), str(self.root).encode(), dict[int, bool]()
         while at < len(log):
             op, fd, fd2, flags, offset, size, n, m = _RECORD.unpack_from(log, at)
             at += _RECORD.size
@@ -282,7 +282,10 @@ class Disk:
             if self.traced:
                 names = "" if op == WRITE else f"{first.decode()[prefix:]} {second.decode()[prefix:]}"
                 file = f" {fd}" if op in (WRITE, SIZE, FSYNC) else ""
-                data = f"{n} {zlib.crc32(first):08x}" if op == WRITE else str(size)
+                if op == OPEN:
+                    salted[fd] = first.endswith(SALTED)
+                told = "" if salted.get(fd) else f" {zlib.crc32(first.replace(root, b'')):08x}"
+                data = f"{n}{told}" if op == WRITE else str(size)
                 self.trace.append(f"{NAMES[op]}{file} {offset} {data} {names}")
             self._replay(op, fd, fd2, flags, offset, size, first, second)
 

@@ -51,10 +51,11 @@ def _run(arguments: Any, seeds: range) -> int:
     from tests.support.sim.disk import Disk
 
     logging.disable(logging.CRITICAL)
-    scenario = import_module(f"tests.support.sim.{arguments.scenario}")
     memory = Path("/dev/shm")
     scratch = Path(tempfile.mkdtemp(prefix="edged-sim-", dir=memory if memory.is_dir() else None))
-    here, failures, template = worlds.Here(), 0, None
+    # Before anything of the product is imported: what it binds then (`now=time.time`) is the world's too.
+    here, failures, template = worlds.Here(worlds.World("imports", Disk(scratch / "disk"))), 0, None
+    scenario = import_module(f"tests.support.sim.{arguments.scenario}")
     try:
         for seed in (None, *seeds):
             disk = Disk(scratch / "disk", arguments.trace and seed is not None)

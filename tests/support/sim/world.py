@@ -20,8 +20,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import datetime, timezone
 from random import Random
+from types import SimpleNamespace
 from typing import Any
+
+from sqlite_utils import migrations
 
 from tests.support.sim.disk import Disk
 
@@ -155,10 +159,8 @@ def _alone(*values: object, **_: object) -> None:
 class Here:
     """This process lives in a world: its clock, its randomness and its process id are the world's."""
 
-    world: World
-
-    def __init__(self) -> None:
-        self.dice = Random(0)
+    def __init__(self, world: World) -> None:
+        self.move_to(world)
         gc.disable()
         threading.Thread.start = _alone  # type: ignore[method-assign]
         subprocess.Popen.__init__ = _alone  # type: ignore[method-assign]
@@ -166,6 +168,10 @@ class Here:
         time.monotonic = lambda: self.world.clock.monotonic()
         os.urandom = lambda n: self.dice.randbytes(n)
         os.getpid = lambda: 4242
+        migrations.datetime = SimpleNamespace(  # type: ignore[attr-defined, assignment]
+            datetime=SimpleNamespace(now=lambda zone: datetime.fromtimestamp(self.world.clock.now(), zone)),
+            timezone=timezone,
+        )
         tempfile._get_candidate_names = lambda: (f"{self.dice.getrandbits(40):x}" for _ in itertools.count())  # type: ignore[attr-defined]
 
     def move_to(self, world: World) -> None:

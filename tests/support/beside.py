@@ -1,0 +1,90 @@
+"""Runs the tests in two processes side by side: `python -m tests.support.beside -m "not long"`; what is given goes to pytest.
+
+Those of tests/system mostly wait for real processes, all others compute: the latter run beside them with less of a say about
+the processor. Those marked `alone` come last, when nothing else runs. What the first process says is shown as it comes, the
+second's when both have ended. The exit status is that of the first that failed. Plain `pytest tests` runs the same tests.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[2]
+NICE = 5
+NONE_FOUND = 5  # pytest's exit status when no test is left
+STOP_S_MAX = 60.0  # for a pytest that was asked to stop to end what it has started
+
+
+class Part:
+    """A pytest process; `mark` in its `-m` expression with `and`."""
+
+    def __init__(self, name: str, given: list[str], mark: str, where: list[str], *, nice: bool, out: IO[bytes] | None):
+        at = given.index("-m") + 1 if "-m" in given else 0
+        marks = f"({given[at]}) and {mark}" if at else mark
+        rest = [*given[: at - 1], *given[at + 1 :]] if at else given
+        self.name, self._began = name, time.monotonic()
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, *rest, *where]
+        self._process = subprocess.Popen(
+            ["nice", "-n", str(NICE), *command] if nice else command,
+            cwd=ROOT,
+            stdout=out,
+            stderr=out and subprocess.STDOUT,
+        )
+
+    def wait(self) -> int:
+        """Its exit status."""
+        status = self._process.wait()
+        self.took_s = time.monotonic() - self._began
+        return 0 if status == NONE_FOUND else status
+
+    def stop(self) -> None:
+        """As Ctrl-C does, for one that did not get it: what it has started is ended by its fixtures."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(STOP_S_MAX)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def _terminated(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(given: list[str]) -> int:
+    signal.signal(signal.SIGTERM, _terminated)
+    parts: list[Part] = []
+    with tempfile.TemporaryFile() as said:
+        try:
+            others = ["tests", "--ignore=tests/system"]
+            parts = [
+                Part("tests/system", given, "not alone", ["tests/system"], nice=False, out=None),
+                Part("the others", given, "not alone", others, nice=True, out=said),
+            ]
+            statuses = [part.wait() for part in parts]
+            said.seek(0)
+            print("\n=== the others, which ran beside tests/system ===", flush=True)
+            sys.stdout.buffer.write(said.read())
+            print("=== those that need the machine for themselves ===", flush=True)
+            parts.append(Part("alone", given, "alone", ["tests"], nice=False, out=None))
+            statuses.append(parts[-1].wait())
+        except KeyboardInterrupt:
+            for part in parts:
+                part.stop()
+            said.seek(0)
+            sys.stdout.buffer.write(said.read())
+            return 130
+    for part, status in zip(parts, statuses, strict=True):
+        print(f"{part.name}: {part.took_s / 60:.1f} min, exit status {status}")
+    return next((status for status in statuses if status), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
