@@ -47,14 +47,19 @@ def extend(
 @holdout_app.command("show")
 def show_sets(model: ModelName, config: Config = CONFIG, as_json: Json = False) -> None:
     """What each set holds: images, classes, who labelled them, from which devices, frozen when."""
-    show(_described(load(config), model), as_json)
+    settings = load(config)
+    show(_texts(settings, model) or _described(settings, model), as_json)
 
 
 @holdout_app.command("verify")
 def verify(model: ModelName, config: Config = CONFIG, as_json: Json = False) -> None:
     """Compare every frozen set with its images, and with what the releases were judged on. Status 1 when one changed."""
     settings = load(config)
-    found = {name: row.get("identity", "not frozen") for name, row in _described(settings, model).items()}
+    texts = _texts(settings, model)
+    found = {name: row.get("identity", "not frozen") for name, row in (texts or _described(settings, model)).items()}
+    if texts is not None:
+        show(found, as_json)
+        return
     from trainer import holdout
     from trainer.datasets import read_folder
     from trainer.releases import Registry
@@ -72,6 +77,27 @@ def verify(model: ModelName, config: Config = CONFIG, as_json: Json = False) -> 
     if wrong:
         fail("; ".join(wrong) + ". The ledger or the folder was replaced: restore both from a copy")
     show(found, as_json)
+
+
+def _texts(settings: TrainerConfig, model: str) -> dict[str, dict[str, Any]] | None:
+    """Each set of a language model in numbers, None for another model; ends the program where one was changed."""
+    from trainer import text_holdout
+    from trainer.config import ConfigError
+    from trainer.releases import Registry
+
+    try:
+        own = settings.any_model(model)
+        if own.kind != "llm":
+            return None
+        found = text_holdout.described(settings, model)
+        adapters = Registry(settings.releases).list(own.adapter_name(model))
+        wrong = text_holdout.check_releases(settings, model, adapters)
+    except (ConfigError, text_holdout.HoldoutError, OSError) as error:
+        fail(str(error))
+    if wrong:
+        fail(f"{', '.join(wrong)}: judged on a set that this ledger never was. It was replaced: restore it from a copy")
+    return {name: {**row, **{each: _day(row[each]) for each in ("frozen_first", "frozen_last") if each in row}}
+            for name, row in found.items()}  # fmt: skip
 
 
 def _take(settings: TrainerConfig, model: str, name: str, source: Path | None, *, first: bool, as_json: bool) -> None:

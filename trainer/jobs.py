@@ -110,7 +110,8 @@ class Jobs:
                 return {"error": f"the fleet runs a release that cannot be improved: {error}"}
             query = select(samples).where(*trainable(model, settings.label_confidence_min, names))
             rows = connection.execute(query.order_by(samples.c.captured.desc()).limit(settings.samples_max)).all()
-            said, own = (of(connection, [row.id for row in rows]) for of in (opinions_of, answers_of))
+            said = opinions_of(connection, [row.id for row in rows])
+            own = answers_of(connection, [row.id for row in rows])
             job = f"{model}-{new_id()}"
             manifest = TrainingManifest(
                 job=job,

@@ -12,6 +12,7 @@ go on holding all that was once frozen from it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -26,7 +27,7 @@ from trainer.core.near_texts import RESEMBLANCE, Known, Sketch
 from trainer.core.text_split import Seen
 from trainer.files import write_whole
 from trainer.holdout import HoldoutError
-from trainer.kinds.texts import Text, may_not_judge
+from trainer.kinds.texts import Text, may_not_judge, provenance
 from trainer.releases import StoredRelease
 
 SETS = ("gate", "calibration", "test", "holdout")
@@ -150,6 +151,24 @@ def check_releases(config: TrainerConfig, model: str, releases: Sequence[StoredR
                 wrong.append(stored.ref.release)
                 break
     return wrong
+
+
+def described(config: TrainerConfig, model: str) -> dict[str, dict[str, Any]]:
+    """Each set in numbers; raises HoldoutError naming the entry that was changed."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in SETS:
+        entries = _read(ledger_path(config, model, name))
+        found[name] = {"examples": len(entries)}
+        if entries:
+            found[name] |= {
+                "pairs": sum(entry.other is not None for entry in entries),
+                "labelled_by": provenance([entry.text for entry in entries]),
+                "devices": dict(Counter(str(each) for entry in entries if (each := entry.provenance.get("device")))),
+                "frozen_first": entries[0].frozen,
+                "frozen_last": entries[-1].frozen,
+                "identity": entries[-1].hash,
+            }
+    return found
 
 
 def read_trained(config: TrainerConfig, model: str) -> list[Seen]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edged.releases import reference
-from edged.wire.manifest import ReleaseRef
+from edged.wire.manifest import Calibration, ReleaseRef, Scaling
 from tests.support.device import Bus, Device, tables, until
 from tests.support.files import file_server
 from tests.support.models import write_manifest
@@ -31,6 +31,9 @@ def base(tmp_path: Path, phi: dict[str, Path]) -> Path:
     return folder
 
 
+FITTED = Calibration(method="scaled", answers=Scaling(temperature=0.1, bias=0.0), items=500)
+
+
 def adapter(
     tmp_path: Path, phi: dict[str, Path], base: ReleaseRef, answer: str, release: str
 ) -> tuple[Path, ReleaseRef]:
@@ -38,7 +41,9 @@ def adapter(
     folder.mkdir()
     shutil.copy(phi["adapter_gguf"], folder / "adapter.gguf")
     roles = {"adapter": "adapter.gguf", **write_prompt_golden(folder, [(PROMPT, answer)])}
-    manifest = build_manifest(folder, release, kind="lora", engine="llama", roles=roles, base=base)
+    manifest = build_manifest(
+        folder, release, kind="lora", engine="llama", roles=roles, base=base, calibration=FITTED
+    )  # fmt: skip
     return folder, write_manifest(folder, manifest)
 
 
@@ -66,6 +71,9 @@ def test_prompts_are_answered_and_adapters_come_and_go(
     def answer() -> tuple[str | None, str | None]:
         reply = bus.reply(bus.ask("dev1", "chat", generation_prompt=PROMPT))
         assert (reply.error, reply.generation_prompt, reply.release) == (None, PROMPT, "clerk@1.0")
+        assert reply.doubt == (None if reply.adapter else "uncalibrated"), (
+            "the base has no calibration, the adapter its own"
+        )
         return reply.generated_response, reply.adapter
 
     with file_server() as files:

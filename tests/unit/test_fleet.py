@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, select
 
-from edged.wire.messages import CommandState, Metrics, ModelReport, Reported, SampleEntry, State
+from edged.wire.messages import (
+    Box,
+    CommandState,
+    Metrics,
+    ModelReport,
+    Provenance,
+    Reported,
+    SampleEntry,
+    State,
+    Text,
+)
 from trainer import fleet
 from trainer.core.rollout import Outcome, Window
 from trainer.database import Database, commands, devices, put, samples
@@ -225,3 +235,18 @@ def test_who_else_said_something_is_kept(connection: Connection) -> None:
     found = fleet.opinions_of(connection, ["s1", "s2", "s3"])
     assert [(each["who"], each["confidence"]) for each in found["s1"]] == [("mid", 0.4), ("top", 0.9)]
     assert list(found) == ["s1"]
+
+
+def test_the_answers_of_a_models_adapters_are_its_own_predictions(connection: Connection) -> None:
+    for number, release in enumerate(("clerk@1.0", "clerk-lora@1.0", "clerk-loran@1.0", "large@1.0")):
+        who = Provenance(kind="model", who="site-1", release=release)
+        fleet.take_sample(connection, "d1", entry(f"s{number}", model="clerk", provenance=who))
+    assert fleet.training_counts(connection, "clerk", 0.5) == (3, 3)
+    assert fleet.training_counts(connection, "clerk", 0.5, ("clerk", "clerk-lora")) == (2, 2)
+
+
+def test_what_the_devices_model_had_answered_to_a_text_is_kept(connection: Connection) -> None:
+    fleet.take_sample(connection, "d1", entry("s1", prediction=[Text(text="accept")]))
+    fleet.take_sample(connection, "d1", entry("s2", prediction=[Box(label="1", box=(0, 0, 5, 5))]))
+    fleet.take_sample(connection, "d2", entry("s1", ts=9.0, prediction=[Text(text="another device's")]))
+    assert fleet.answers_of(connection, ["s1", "s2"]) == {"s1": "accept"}

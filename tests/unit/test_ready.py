@@ -15,7 +15,6 @@ from tests.unit.test_train_cli import line, world
 from trainer.cli import app
 from trainer.config import load_config
 from trainer.database import jobs, samples
-from trainer.jobfile import JobError
 from trainer.ready import UnderWay, at_work, ready
 
 __all__ = ["world"]
@@ -67,9 +66,9 @@ def test_a_labelled_folder_counts_too(world: Path) -> None:
     assert (code, said["samples_new"], said["needed"]) == (0, 120, 101)
 
 
-def test_a_language_model_needs_its_data_set(world: Path) -> None:
-    with pytest.raises(JobError, match="name its dataset"):
-        ready(load_config(world / "trainer.toml"), "clerk", now=0.0)
+def test_without_a_data_set_a_language_model_counts_what_devices_keep(world: Path) -> None:
+    found = ready(load_config(world / "trainer.toml"), "clerk", now=0.0)
+    assert (found.ready, found.samples_new, found.needed, found.reason) == (False, 0, 50, "no labelled sample")
 
 
 def test_the_fleets_samples_count_until_a_job_has_had_them(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from random import Random
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from edged.wire.manifest import ReleaseManifest, ReleaseRef
-from trainer.config import TrainerConfig
+from trainer.cli import app
+from trainer.config import TrainerConfig, load_config
 from trainer.core.split import SplitRules
 from trainer.core.text_split import Seen
 from trainer.holdout import HoldoutError
@@ -183,3 +185,29 @@ def test_a_configured_holdout_may_grow_and_nothing_else() -> None:
         assert reason in str(error.value) and json.dumps(more.question[:60]) in str(error.value)
     with pytest.raises(HoldoutError, match="1 near_training"):
         checked(TEXTS[:6], TEXTS[:5], [TEXTS[5].seen])
+
+
+def test_the_command_line_shows_and_verifies_the_sets_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "trainer.toml").write_text('data_dir = "data"\n[models.clerk]\nkind = "llm"\ncheckpoint = "c"\n')
+    config = load_config(tmp_path / "trainer.toml")
+    rows = [text(1), text(2, {**BIG, "device": "d1"}), text(3, {**BIG, "device": "d1"}, "nobody")]
+    freeze(config, "clerk", {"gate": rows}, 1_700_000_000.0)
+
+    def call(what: str) -> Any:
+        return CliRunner().invoke(app, ["holdout", what, "clerk", "--config", str(tmp_path / "trainer.toml"), "--json"])
+
+    shown = json.loads(call("show").stdout)
+    assert {name: row["examples"] for name, row in shown.items()} == {
+        "gate": 3,
+        "calibration": 0,
+        "test": 0,
+        "holdout": 0,
+    }
+    gate = shown["gate"]
+    assert (gate["pairs"], gate["devices"], gate["frozen_first"]) == (1, {"d1": 2}, "2023-11-14T22:13:20Z")
+    assert gate["labelled_by"] == {"model site-1 (large@2.0)": 2, "person ann": 1}
+    assert json.loads(call("verify").stdout)["gate"] == gate["identity"]
+    path = ledger_path(config, "clerk", "gate")
+    path.write_text(path.read_text().replace("ann", "bob"))
+    done = call("verify")
+    assert done.exit_code == 1 and "entry 0): the entry was changed" in done.stderr

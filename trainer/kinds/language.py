@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -233,19 +234,19 @@ class Language:
             before_latency_ms=took[before],
             model_bytes=measures.shipped_bytes(base, shipped),
             **self._parity(held_out, scores),
-            **self._footprints(),
         )
+        self._measure_footprints()
         held: dict[str, Any] = {
             name: {**each.summary(), "latency_ms_median": took[name]} for name, each in scores.items()
         }
         self.run.facts["evaluation"] = {"held_out": held}
 
-    def _parity(self, held_out: Sequence[Text], scores: Mapping[str, Scores]) -> dict[str, float]:
+    def _parity(self, held_out: Sequence[Text], scores: Mapping[str, Scores]) -> dict[str, Any]:
         """The losses of some examples on the checkpoint that was trained, and by the files that ship."""
         self.run.progress("evaluate", what="the trained adapter on the checkpoint")
         some = sorted(held_out, key=lambda each: each.identity)[:PARITY_EXAMPLES_MAX]
         known = {each.identity for each in some}
-        found = {}
+        found: dict[str, Any] = {}
         for name, adapter in (("base", None), ("adapter", self.run.folder / "adapter")):
             with likelihood.checkpoint(self.settings.checkpoint, adapter) as scorer:
                 found[f"checkpoint_{name}"] = score(scorer, some, "checkpoint").loss
@@ -253,18 +254,18 @@ class Language:
         self.run.facts["parity"] = {"examples": len(some), **found}
         return found
 
-    def _footprints(self) -> dict[str, Any]:
+    def _measure_footprints(self) -> None:
         """What the adapter and what runs now take, for each profile that is configured."""
         profiles = [read_profile(name, "lora") for name in self.settings.profiles]
         self.targets = [each.target for each in profiles]
         if not profiles:
-            return {}
+            return
         self.run.progress("evaluate", what=f"memory and time on {', '.join(self.settings.profiles)}")
-        new = measures.footprints(self.run.candidate, self._manifest(), self.base, profiles)
-        return {
-            "footprints": new,
-            "before_footprints": measures.before_footprints(self.current, self.base, profiles),
-        }
+        self.evidence = replace(
+            self.evidence,
+            footprints=measures.footprints(self.run.candidate, self._manifest(), self.base, profiles),
+            before_footprints=measures.before_footprints(self.current, self.base, profiles),
+        )
 
     def _fitting(self) -> list[Text]:
         """The held-out examples that fit the model's context; raises DatasetError when there is none."""
