@@ -26,7 +26,7 @@ from trainer.pool import Pool, Wanted
 
 SAMPLES = 6
 SIDE_PX = 250  # as plain pixels: three blocks a picture
-SLOW_KIB_S = 256
+SLOW_KIB_S = 512
 
 
 def pull(trainer: Trainer, *arguments: str) -> subprocess.CompletedProcess[str]:
