@@ -42,6 +42,7 @@ class Handover:
         self._store, self._outgoing, self._uploads = store, outgoing, uploads
         self._host, self._enqueue = host, enqueue
         self._under_way: set[str] = set()
+        self._ending: dict[str, messages.SamplesCommand] = {}  # what ends claims and has not had its turn
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._waited = 0.0  # seconds that a listing has now waited for room
@@ -53,6 +54,8 @@ class Handover:
             if command_id in self._under_way:
                 return
             self._under_way.add(command_id)
+            if command.action in ("release", "used"):
+                self._ending[command_id] = command
         self._work.submit(self._run, command_id, command)
 
     def close(self) -> None:
@@ -73,6 +76,7 @@ class Handover:
         finally:
             with self._lock:
                 self._under_way.discard(command_id)
+                self._ending.pop(command_id, None)
 
     def _move(self, command: messages.SamplesCommand) -> dict[str, Any]:
         if command.action == "list":
@@ -97,7 +101,7 @@ class Handover:
         if command.upload_url:
             gone = [s for s in moved.samples if not self._upload(s, command.upload_url)]
         else:
-            gone = self._answer(moved.samples)
+            gone = self._answer(moved.samples, command.job)
         for sample in gone:  # the others are handed over all the same
             moved.samples.remove(sample)
             moved.refused[sample.id] = "its image is gone or damaged"
@@ -155,8 +159,9 @@ class Handover:
         self._store.count("samples_uploaded")
         return True
 
-    def _answer(self, claimed: list[Sample]) -> list[Sample]:
-        """Give the trainer the blocks that it asks for; the samples that have none. Raises FetchError."""
+    def _answer(self, claimed: list[Sample], job: str) -> list[Sample]:
+        """Give the trainer the blocks that it asks for; the samples that have none. It ends when the trainer gives all of
+        them back: it has them, or wants them no more, and what said so was lost. Raises FetchError."""
         whole: dict[str, Path] = {}
         gone = []
         for sample in claimed:
@@ -167,9 +172,21 @@ class Handover:
                 log.error("sample %s: its image is gone or damaged", sample.id)
                 self._store.count("samples_damaged")
                 gone.append(sample)
-        self._uploads.answer(whole, self._closing.is_set)
+        ids = {sample.id for sample in claimed}
+        try:
+            self._uploads.answer(whole, lambda: self._closing.is_set() or self._given_back(job, ids))
+        except FetchError:
+            if not self._given_back(job, ids):
+                raise
+            return gone
         self._store.count("samples_uploaded", len(whole))
         return gone
+
+    def _given_back(self, job: str, ids: set[str]) -> bool:
+        """Whether what waits for its turn ends the claim of a job on all of these samples."""
+        with self._lock:
+            ended = {each for command in self._ending.values() if command.job == job for each in command.samples}
+        return bool(ids) and ids <= ended
 
     def _say(
         self, command_id: str, state: Literal["accepted", "done", "failed"], reason: str, detail: dict[str, Any]

@@ -34,7 +34,7 @@ class Uploads:
 
     def answer(self, samples: Mapping[str, Path], cancelled: Cancelled) -> None:
         """Answer the trainer's questions for blocks of these samples (SHA-256 -> file), and of nothing else, until it says
-        that it has every one. Raises FetchError."""
+        that it has every one. Raises FetchError, also when it is `cancelled`."""
         key = topics.ASK_BLOCKS(**self._own, sha256="0").topic.rpartition("/")[0]
         waiting, heard = set(samples), self._clock.monotonic()
         with self._bulk.listen(key) as box:

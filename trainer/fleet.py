@@ -141,13 +141,25 @@ def take_event(connection: Connection, device: str, event: Event) -> None:
 def take_command_state(connection: Connection, command: str, state: CommandState) -> None:
     """How far a command is; what is done stays done. One that failed is sent again, unless it is a person's: the reason may
     pass."""
-    kind = connection.execute(select(commands.c.type).where(commands.c.id == command)).scalar()
-    told = "refused" if state.state == "failed" and kind in ORDERS else state.state
+    found = connection.execute(select(commands).where(commands.c.id == command)).first()
+    told = "refused" if state.state == "failed" and found is not None and found.type in ORDERS else state.state
     connection.execute(
         update(commands)
         .where(commands.c.id == command, commands.c.state.notin_(ENDED))
         .values(state=told, reason=state.reason, detail=state.detail)
     )
+    if found is not None and found.body.get("action") == "release" and state.state == "done":
+        _given_back(connection, found.device, state)
+
+
+def _given_back(connection: Connection, device: str, state: CommandState) -> None:
+    """The device holds these samples for nobody: an entry from before, in which they were claimed, says so no more. It may
+    have come after the claim was ended here, and only the next listing, hours later, would undo it."""
+    moved = state.detail.get("moved")
+    for part in parts([each for each in moved if isinstance(each, str)] if isinstance(moved, list) else []):
+        where = (samples.c.id.in_(part), samples.c.device == device, samples.c.job.is_(None))
+        held = (samples.c.state.in_(("claimed", "labelled")), samples.c.entry_ts <= state.ts)
+        connection.execute(update(samples).where(*where, *held).values(state="labelled", entry_ts=state.ts))
 
 
 def prune(connection: Connection, now: float) -> None:

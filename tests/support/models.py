@@ -163,19 +163,20 @@ def grey(value: int, side: int = SIDE) -> np.ndarray:
     return np.full((side, side, 3), value, dtype=np.uint8)
 
 
-def picture(value: int = PLAIN, mark: int = 0) -> bytes:
-    """A PNG of one grey value; `mark` makes its bytes differ from all others."""
-    image = grey(value)
+def picture(value: int = PLAIN, mark: int = 0, side: int = 0) -> bytes:
+    """A PNG of one grey value; `mark` makes its bytes differ from all others. `side`: larger, and as many bytes as it has
+    pixels."""
+    image = grey(value, side or SIDE)
     image[0, :2] = [mark % 256, mark // 256 % 256, 7], [1, 2, 3]
-    done, data = cv2.imencode(".png", image)
+    done, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 0] if side else [])
     assert done
     return data.tobytes()
 
 
-def put_pictures(folder: Path, names: Sequence[str], value: int = PLAIN) -> None:
+def put_pictures(folder: Path, names: Sequence[str], value: int = PLAIN, side: int = 0) -> None:
     """Write pictures as a careful writer does: beside, then renamed. Each has other bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         beside = folder / f".{name}"
-        beside.write_bytes(picture(value, number))
+        beside.write_bytes(picture(value, number, side))
         beside.rename(folder / name)

@@ -18,12 +18,15 @@ from sqlalchemy import select
 from tests.support.device import Device, responder_tables, tables
 from tests.support.models import STRANGE, make_release, put_pictures
 from tests.system.broker import Broker
-from tests.system.test_trainer_serve import Trainer, until
+from tests.system.test_trainer_serve import SITE, Trainer, until
+from trainer.core.access import Identity
 from trainer.database import Database, commands, samples
 from trainer.fleet import ENDED
 from trainer.pool import Pool, Wanted
 
 SAMPLES = 6
+SIDE_PX = 250  # as plain pixels: three blocks a picture
+SLOW_KIB_S = 512
 
 
 def pull(trainer: Trainer, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -59,16 +62,22 @@ def free(trainer: Trainer) -> bool:
 
 
 @contextmanager
-def plant(folder: Path, broker: Broker, toy: Path) -> Iterator[tuple[Trainer, Device, dict[str, bytes]]]:
-    """A trainer that serves, and a device with SAMPLES samples that a responder has labelled."""
+def plant(
+    folder: Path, broker: Broker, toy: Path, *, by_blocks: bool = False
+) -> Iterator[tuple[Trainer, Device, dict[str, bytes]]]:
+    """A trainer that serves, and a device with SAMPLES samples that a responder has labelled; `by_blocks`: nobody reaches
+    the trainer but through the broker."""
     make_release(folder / "teacher", "teacher@3.0", 2)
     trainer = Trainer(folder / "trainer", broker)
+    plan = tables(folder, "dev1", broker, toy)
+    if by_blocks:
+        only_by_broker(trainer, plan, broker)
     trainer.start()
-    device = Device(folder, tables(folder, "dev1", broker, toy))
+    device = Device(folder, plan)
     try:
         with Device(folder, responder_tables(folder, "big1", broker, folder / "teacher")), device:
             names = [f"strange{number}.png" for number in range(SAMPLES)]
-            put_pictures(device.inbox, names, STRANGE)
+            put_pictures(device.inbox, names, STRANGE, SIDE_PX if by_blocks else 0)
             device.wait(f"{SAMPLES} labels", lambda s: s["samples"].get("labelled", 0) == SAMPLES)
             until("the trainer knows", lambda: len(rows(trainer)) == SAMPLES and free(trainer))
             taken = [path.read_bytes() for path in (device.inbox / "done").iterdir()]
@@ -78,6 +87,52 @@ def plant(folder: Path, broker: Broker, toy: Path) -> Iterator[tuple[Trainer, De
         raise
     finally:
         trainer.stop()
+
+
+def only_by_broker(trainer: Trainer, plan: dict[str, Any], broker: Broker) -> None:
+    """Both have the second connection, with a certificate of its own; the trainer's HTTPS leads nowhere."""
+    certificate, key = broker.certificate("host~blk")
+    text = trainer.config.read_text()
+    text = text.replace("[broker]\n", f'[broker]\nbulk_certificate = "{certificate}"\nbulk_key = "{key}"\n')
+    text = text.replace("[http]\nport = 0\n", '[http]\nport = 0\nurl = "https://127.0.0.1:1"\n')
+    trainer.config.write_text(text + "[blocks]\nsamples = true\n")
+    certificate, key = broker.certificate("dev1~blk")
+    plan["broker"] |= {"bulk_certificate": certificate, "bulk_key": key}
+    plan["host"] |= {"carrier": "mqtt", "bandwidth_kib_s": SLOW_KIB_S}
+
+
+@pytest.mark.timeout(180)
+def test_a_device_that_reaches_only_the_broker_hands_its_pixels_over_as_blocks(tmp_path: Path, toy: Path) -> None:
+    """With certificates and rights, over a slow link, through the death of each end and of the broker."""
+    clients = [
+        Identity("host", SITE, roles=("trainer",)), Identity("dev1", SITE), Identity("big1", SITE, roles=("responder",)),
+    ]  # fmt: skip
+    with (
+        Broker(tmp_path / "broker", tls=True, clients=clients) as broker,
+        plant(tmp_path, broker, toy, by_blocks=True) as (trainer, device, pictures),
+    ):
+        pool = Pool(Database(trainer.folder / "data" / "trainer.sqlite"), trainer.folder / "data" / "pool")
+        ids = [row["id"] for row in trainer.call("samples", "list", "--device", "dev1")]
+        done = pull(trainer, *ids[:2])
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["here"] == 2
+
+        # The rest, while everybody dies once.
+        started = json.loads(pull(trainer, "--device", "dev1", "--no-wait").stdout)
+        assert started["samples"] == SAMPLES
+        device.kill9()
+        device.start()
+        broker.kill9()
+        broker.start()
+        trainer.end(signal.SIGKILL)
+        trainer.start()
+        until("all are in the pool", lambda: len(pool.records()) == SAMPLES, 90)
+        assert {record.sha256: pool.read(record.sha256) for record in pool.records()} == pictures
+        until("all may train", lambda: free(trainer) and not open_commands(trainer))
+        status = device.wait("they are labelled there", lambda s: s["samples"] == {"labelled": SAMPLES})
+        assert status["counters"]["blocks_sent"] > 0
+        assert "commands_failed" not in status["counters"]
+        assert trainer.log().count("PUT /samples") == 0
 
 
 @pytest.mark.timeout(180)

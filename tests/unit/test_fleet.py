@@ -250,3 +250,32 @@ def test_what_the_devices_model_had_answered_to_a_text_is_kept(connection: Conne
     fleet.take_sample(connection, "d1", entry("s2", prediction=[Box(label="1", box=(0, 0, 5, 5))]))
     fleet.take_sample(connection, "d2", entry("s1", ts=9.0, prediction=[Text(text="another device's")]))
     assert fleet.answers_of(connection, ["s1", "s2"]) == {"s1": "accept"}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the answer", "after it"])
+def test_an_entry_from_before_a_release_does_not_hold_a_sample_for_nobody(connection: Connection, late: bool) -> None:
+    """The listing was made while the sample was claimed, and is heard when the trainer has ended the claim."""
+    row = {
+        "device": "d1",
+        "type": "samples",
+        "body": {"action": "release"},
+        "state": "open",
+        "job": "j1",
+        "created": 0.0,
+    }
+    put(connection, commands, {"id": "c1"}, row)
+    for sample, job in (("s1", None), ("s2", "j2"), ("s3", None)):
+        fleet.take_sample(connection, "d1", entry(sample, ts=1.0))
+        put(connection, samples, {"id": sample}, {"job": job})
+    stale = [entry(sample, ts=2.0, state="claimed") for sample in ("s1", "s2", "s3")]
+    done = CommandState(**envelope(3.0), command="c1", state="done", detail={"moved": ["s1", "s2", 7]})
+    if late:
+        fleet.take_command_state(connection, "c1", done)
+    for each in stale:
+        fleet.take_sample(connection, "d1", each)
+    if not late:
+        fleet.take_command_state(connection, "c1", done)
+    states = {row.id: row.state for row in connection.execute(select(samples.c.id, samples.c.state))}
+    assert states == {"s1": "labelled", "s2": "claimed", "s3": "claimed"}, "s2 is another job's, s3 was not given back"
+    fleet.take_sample(connection, "d1", entry("s1", ts=4.0, state="rejected"))  # what is newer counts
+    assert connection.execute(select(samples.c.state).where(samples.c.id == "s1")).scalar_one() == "rejected"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from edged.clock import SystemClock
+from edged.fetch import FetchError
 from edged.handover import Handover
 from edged.outgoing import Outgoing
 from edged.stamp import Stamp
@@ -27,6 +29,15 @@ class HeldUploads:
     def __init__(self) -> None:
         self.sent: list[tuple[str, str]] = []
         self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def answer(self, samples: Mapping[str, Path], cancelled: Callable[[], bool]) -> None:
+        """As one whom the trainer never tells that it has everything."""
+        self.begun.set()
+        deadline = time.monotonic() + WAIT_S
+        while not cancelled():
+            if self.go_on.wait(0.005) or time.monotonic() > deadline:
+                raise FetchError("the trainer has asked for nothing for 60 s")
+        raise FetchError("the device is stopping: ask again")
 
     def put(self, url: str, path: Path, sha256: str) -> None:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
@@ -96,6 +107,29 @@ def test_a_claim_that_is_repeated_while_it_uploads_uploads_once(desk: Desk) -> N
     assert desk.store.counts() == {"claimed": 2}
     desk.handover.submit("c1", claim)  # after it ended: the same end again
     assert desk.answers(2)[1].state == "done"
+
+
+@pytest.mark.parametrize("ending", ["release", "used"])
+def test_a_claim_over_mqtt_ends_when_the_trainer_gives_everything_back(desk: Desk, ending: str) -> None:
+    """The trainer has all, and died before it could say so: nothing waits for a minute."""
+    desk.handover.submit("c1", command(action="claim", job="j1", samples=["s1", "s2"]))
+    assert desk.uploads.begun.wait(WAIT_S)
+    desk.handover.submit("c2", command(action=ending, job="j1", samples=["s1"], release="toy@1.1"))
+    desk.handover.submit("c3", command(action=ending, job="j1", samples=["s2"], release="toy@1.1"))
+    answers = desk.answers(3)
+    assert [(answer.command, answer.state) for answer in answers] == [("c1", "done"), ("c2", "done"), ("c3", "done")]
+    assert desk.store.counts() == ({"labelled": 2} if ending == "release" else {"used": 2})
+    assert "samples_uploaded" not in desk.store.counters()
+
+
+def test_a_claim_over_mqtt_goes_on_while_somebody_wants_one_of_its_samples(desk: Desk) -> None:
+    desk.handover.submit("c1", command(action="claim", job="j1", samples=["s1", "s2"]))
+    assert desk.uploads.begun.wait(WAIT_S)
+    desk.handover.submit("c2", command(action="release", job="j1", samples=["s1"]))
+    desk.handover.submit("c3", command(action="release", job="j2", samples=["s2"]))  # another one's
+    desk.uploads.go_on.set()
+    first = desk.answers(3)[0]
+    assert (first.command, first.state, first.reason) == ("c1", "failed", "the trainer has asked for nothing for 60 s")
 
 
 def test_pixels_go_to_the_known_trainer_only(desk: Desk) -> None:
