@@ -161,7 +161,7 @@ def test_one_that_is_too_large_holds_up_nobody(world: World, monkeypatch: pytest
     world.say(said_by(world.record(), "ann"))
 
     def refuse(*_: Any) -> bool:
-        raise TooLarge("too large")
+        raise TooLarge("the verdict", 2_000_000, 1_000_000)
 
     monkeypatch.setattr(world.corrections, "_publish", refuse)
     assert world.told() == []
