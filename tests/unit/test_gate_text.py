@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,3 +143,15 @@ FITS = replace(
 def test_base_and_adapter_must_fit_every_profile(found: Evidence, target: Target, failed: list[str]) -> None:
     judged = judge(found, Rules(), np.random.default_rng(0), [target])
     assert [each.name for each in judged.checks if not each.passed] == failed
+
+
+def test_docs_name_every_rule_with_its_default_and_every_check() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gate.md").read_text()
+    adapters = text[text.index("## Adapters") :]
+    for rule in fields(Rules):
+        assert f"`{rule.name}` = {getattr(Rules(), rule.name)}" in adapters, rule.name
+    checks = {each.name for found in (GOOD, AGAIN, PAIRS, KEEPS) for each in verdict(found).checks}
+    for name in {*checks, "size (PROFILE)", "memory (PROFILE)", "latency (PROFILE)"}:
+        assert (
+            f"`{name.replace('(candidate)', '(WHAT)').replace('(base)', '(WHAT)')}`" in adapters or "current" in name
+        ), name
