@@ -76,9 +76,7 @@ def _conversation(request: LanguageRequest) -> tuple[str, str]:
     return request.messages[asked[-1]]["content"], "\n".join(f"{turn['role']}: {turn['content']}" for turn in others)
 
 
-def lines(
-    requests: Iterable[LanguageRequest], sample: Callable[[str], Sample | None], device: str = ""
-) -> list[str]:
+def lines(requests: Iterable[LanguageRequest], sample: Callable[[str], Sample | None], device: str = "") -> list[str]:
     """The lines of the whole answers among `requests`, in their order, each with its end of line; `sample` finds what a
     request became, by its id."""
     found = (example(request, sample(request.id), device) for request in requests)

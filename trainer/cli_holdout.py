@@ -83,6 +83,7 @@ def _texts(settings: TrainerConfig, model: str) -> dict[str, dict[str, Any]] | N
     """Each set of a language model in numbers, None for another model; ends the program where one was changed."""
     from trainer import text_holdout
     from trainer.config import ConfigError
+    from trainer.holdout import HoldoutError
     from trainer.releases import Registry
 
     try:
@@ -92,7 +93,7 @@ def _texts(settings: TrainerConfig, model: str) -> dict[str, dict[str, Any]] | N
         found = text_holdout.described(settings, model)
         adapters = Registry(settings.releases).list(own.adapter_name(model))
         wrong = text_holdout.check_releases(settings, model, adapters)
-    except (ConfigError, text_holdout.HoldoutError, OSError) as error:
+    except (ConfigError, HoldoutError, OSError) as error:
         fail(str(error))
     if wrong:
         fail(f"{', '.join(wrong)}: judged on a set that this ledger never was. It was replaced: restore it from a copy")

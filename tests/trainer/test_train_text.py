@@ -201,6 +201,8 @@ name = "ours"
 threads = 1
 providers = ["cpu"]
 prove_s_max = 40.0
+[slot.language]
+latency_ms_max = 5000.0
 [carries]
 machine_mib = 512
 precision = "int8"
@@ -257,6 +259,6 @@ def test_base_and_adapter_are_measured_beside_what_runs_now(calibrated: dict[str
     assert checks[f"size ({ours})"]["value"] == pytest.approx((base.bytes + adapter.stat().st_size) / 2**20)
     assert 20 < checks[f"memory ({ours})"]["value"] < 400
     for name in ("latency", f"latency ({ours})"):
-        assert 0 < checks[name]["value"] < 10
+        assert 0 < checks[name]["value"] < 5000
     figures = calibrated["evaluation"]["held_out"]
     assert all(figures[side]["latency_ms_median"] > 0 for side in ("base", "candidate"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ def scores(each: float, release: str = "a@1.0", names: tuple[str, ...] = NAMES, 
 GOOD = Evidence(
     held_out=frozenset(NAMES), trained=frozenset({"t1", "t2"}), candidate=scores(0.5), base=scores(2.0),
     adapter_sha256="new", checkpoint_base=2.0, checkpoint_adapter=0.5, shipped_base=2.01, shipped_adapter=0.52,
-    near_duplicates=frozenset(), calibration_method="scaled", calibration_items=120, calibration_ece=0.04, latency_ms=12.0,
-    before_latency_ms=10.0, model_bytes=3 * MIB,
+    near_duplicates=frozenset(), calibration_method="scaled", calibration_items=120, calibration_ece=0.04, latency_ms=1200.0,
+    before_latency_ms=1000.0, model_bytes=3 * MIB,
 )  # fmt: skip
+QUICK = replace(GOOD, latency_ms=59.0, before_latency_ms=10.0)
 BARE = replace(GOOD, calibration_method="uncalibrated", calibration_items=40, calibration_ece=None)
 AGAIN = replace(GOOD, has_current=True, current=scores(1.0), current_sha256="old")
 PAIRS = replace(GOOD, pairs=True, candidate=scores(2.0, margin=3.0), base=scores(2.0, margin=-1.0))
@@ -39,7 +41,7 @@ def verdict(found: Evidence) -> Any:
     return judge(found, Rules(), np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("found", [GOOD, AGAIN, PAIRS, KEEPS, BARE])
+@pytest.mark.parametrize("found", [GOOD, AGAIN, PAIRS, KEEPS, BARE, QUICK])
 def test_what_is_better_passes(found: Evidence) -> None:
     assert verdict(found).reasons == []
 
@@ -81,10 +83,13 @@ def test_what_is_better_passes(found: Evidence) -> None:
         (replace(GOOD, calibration_ece=0.11), "calibration"),
         (replace(GOOD, calibration_ece=None), "calibration"),
         (replace(GOOD, calibration_ece=math.nan), "calibration"),
-        (replace(GOOD, latency_ms=20.1), "latency"),
+        (replace(GOOD, latency_ms=2001.0), "latency"),
         (replace(GOOD, latency_ms=None), "latency"),
         (replace(GOOD, before_latency_ms=None), "latency"),
         (replace(GOOD, before_latency_ms=0.0), "latency"),
+        (replace(GOOD, before_latency_ms=math.inf), "latency"),
+        (replace(GOOD, latency_ms=math.nan), "latency"),
+        (replace(GOOD, latency_ms=60.1, before_latency_ms=10.0), "latency"),
     ],
 )  # fmt: skip
 def test_what_is_not_measured_or_not_better_fails_and_says_which(found: Evidence, check: str) -> None:
@@ -142,3 +147,15 @@ FITS = replace(
 def test_base_and_adapter_must_fit_every_profile(found: Evidence, target: Target, failed: list[str]) -> None:
     judged = judge(found, Rules(), np.random.default_rng(0), [target])
     assert [each.name for each in judged.checks if not each.passed] == failed
+
+
+def test_docs_name_every_rule_with_its_default_and_every_check() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gate.md").read_text()
+    adapters = text[text.index("## Adapters") :]
+    for rule in fields(Rules):
+        assert f"`{rule.name}` = {getattr(Rules(), rule.name)}" in adapters, rule.name
+    checks = {each.name for found in (GOOD, AGAIN, PAIRS, KEEPS) for each in verdict(found).checks}
+    for name in {*checks, "size (PROFILE)", "memory (PROFILE)", "latency (PROFILE)"}:
+        assert (
+            f"`{name.replace('(candidate)', '(WHAT)').replace('(base)', '(WHAT)')}`" in adapters or "current" in name
+        ), name

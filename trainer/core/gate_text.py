@@ -36,6 +36,7 @@ class Rules:
     calibration_items_min: int = 0  # 0: an adapter may go out uncalibrated; devices then trust none of its answers
     ece_max: float = 0.1
     latency_ratio_max: float = 2.0
+    latency_slack_ms: float = 50.0  # of an answer: so much longer than before is never too slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +253,8 @@ def _calibration_checks(found: Evidence, rules: Rules) -> list[Check]:
 
 def _latency_check(found: Evidence, rules: Rules) -> Check:
     new, old = found.latency_ms, found.before_latency_ms
-    ratio = None if new is None or old is None or not old > 0 else new / old
-    before = "the current adapter's" if found.has_current else "the bare base's"
-    return maximum("latency", ratio, rules.latency_ratio_max, f"milliseconds of an answer over {before}")
+    text = f"milliseconds of an answer, {'the current adapter' if found.has_current else 'the bare base'} takes {old}"
+    if old is None or not 0 < old < math.inf:
+        return Check("latency", False, None, None, f"{text}: not measured")
+    # Of an answer of a few milliseconds the ratio is mostly the noise of the machine.
+    return maximum("latency", new, max(old * rules.latency_ratio_max, old + rules.latency_slack_ms), text)

@@ -30,8 +30,8 @@ from trainer.scaling import fit_scaling
 
 Answered = tuple[float, bool]  # an answer's mean log-probability a token, and whether it was right
 
-LATENCY_EXAMPLES_MAX = 8
-LATENCY_ROUNDS = 3  # of each example the fastest counts: a busy machine makes the others slow
+LATENCY_EXAMPLES_MAX = 4  # a large model takes minutes for them all
+LATENCY_ROUNDS = 3  # of each example the fastest token counts: other work on the machine makes the others slow
 LATENCY_TOKENS = 32  # of the answer whose time is reckoned
 
 
@@ -84,12 +84,17 @@ def cross_validate_answers(pairs: Sequence[Answered]) -> CalibrationReport:
 
 def latencies(engine: Generator, sides: dict[str, Path | None], texts: Sequence[Text]) -> dict[str, float | None]:
     """Milliseconds that an answer of LATENCY_TOKENS takes with each adapter (None: the bare base): the time to the first
-    token and that from token to token, medians over the examples. Sides take turns, so that they meet the same machine.
+    token and that from token to token, of each example the fastest, medians over the examples. Sides take turns, so that
+    they meet the same machine.
 
     None where nothing was answered. Raises EngineError.
     """
     first: dict[str, dict[int, float]] = {name: {} for name in sides}
     step: dict[str, dict[int, float]] = {name: {} for name in sides}
+    for adapter in sides.values():  # the first answer of a process and of an adapter takes longer
+        engine.attach(adapter)
+        for each in texts[:1]:
+            _times(engine, each)
     for _ in range(LATENCY_ROUNDS):
         for number, each in enumerate(texts[:LATENCY_EXAMPLES_MAX]):
             for name, adapter in sides.items():
@@ -97,7 +102,7 @@ def latencies(engine: Generator, sides: dict[str, Path | None], texts: Sequence[
                 begins, steps = _times(engine, each)
                 first[name][number] = min(begins, first[name].get(number, math.inf))
                 if steps:
-                    step[name][number] = min(statistics.median(steps), step[name].get(number, math.inf))
+                    step[name][number] = min(*steps, step[name].get(number, math.inf))
     engine.attach(None)
     found: dict[str, float | None] = {}
     for name in sides:
