@@ -56,7 +56,10 @@ Prepare = Callable[[Batching, Scratch, Together], Prepared]
 
 def device() -> PartialState:
     """The processes of this training and what they run on: GPUs where there are some, else the CPU."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=patience())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience())
+    if state.device.type == "cpu":  # accelerate numbers the CPUs of several processes, and torch.load knows no "cpu:1"
+        state.device = torch.device("cpu")
+    return state
 
 
 def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
@@ -83,6 +86,7 @@ def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
         scratch = Scratch(work.scratch, names[0], writes=state.is_main_process)
     together = Together(state.num_processes)
     batching = shared(batching.batch, batching.processes, scratch.at_once_max)
+    prepared: Prepared | None = None
     with torch.random.fork_rng():
         torch.manual_seed(work.seed)  # the fresh adapter's weights
         while True:
@@ -94,7 +98,8 @@ def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
                 if not _out_of_memory(error):
                     raise
                 agreed = isinstance(error, OutOfMemoryTogether)
-            # Outside of `except`: the traceback would keep the tensors alive.
+            # Outside of `except`: the traceback would keep the tensors alive, and so would the trainer the model.
+            prepared = None
             batching = _answer(batching, scratch, state, agreed=agreed)
             torch.manual_seed(work.seed)
     trainer = prepared.trainer
@@ -194,6 +199,10 @@ class Checkpoints:
     together: Together
     lr_scheduler: Any
     accelerator: Any
+
+    def __init__(self, scratch: Scratch, together: Together, **given: Any) -> None:
+        self.scratch, self.together = scratch, together  # first: some trainers compute while they are made
+        super().__init__(**given)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """As before; of several processes each takes its share alone, then they agree, then they add up."""

@@ -67,6 +67,8 @@ def _prepare(
         raise ValueError(f"none of {len(work.held_out)} held-out examples fits the context of {base.context} tokens")
     arguments = TrainingArguments(**loop.arguments(work, settings, batching, scratch), label_names=["labels"])
     trainer = _Trainer(
+        scratch,
+        together,
         model=language.adapted(base, settings),
         args=loop.one_device(arguments),
         data_collator=_collate,
@@ -74,7 +76,6 @@ def _prepare(
         eval_dataset=_Rows(held_out) if held_out else None,
         callbacks=loop.callbacks(work, settings),
     )
-    trainer.scratch, trainer.together = scratch, together
     facts = {"examples": len(rows), "left_out": left_out, "held_out": len(held_out), "held_left_out": held_left_out}
     return loop.Prepared(trainer, base.facts | facts)
 
