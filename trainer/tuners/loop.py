@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,10 +57,11 @@ Prepare = Callable[[Batching, Scratch, Together], Prepared]
 
 def device() -> PartialState:
     """The processes of this training and what they run on: GPUs where there are some, else the CPU."""
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience())
-    if state.device.type == "cpu":  # accelerate numbers the CPUs of several processes, and torch.load knows no "cpu:1"
-        state.device = torch.device("cpu")
-    return state
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        # Else accelerate numbers the CPUs of several processes, and torch.load knows no "cpu:1".
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    return PartialState(cpu=not gpu, timeout=patience())
 
 
 def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
