@@ -236,7 +236,7 @@ class Checkpoints:
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            log.warning("out of memory in process %d: %s", self.args.process_index, str(error).splitlines()[0])  # type: ignore[attr-defined]
+            log.warning("out of memory in process %d: %s", self.args.process_index, error)  # type: ignore[attr-defined]
             short = True
         if self.together.agree(short):
             raise OutOfMemoryTogether("out of memory in one of the processes")
