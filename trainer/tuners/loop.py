@@ -255,7 +255,7 @@ class Checkpoints:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():  # type: ignore[attr-defined]
             step = self.state.global_step  # type: ignore[attr-defined]
             self.scratch.complete(self.scratch.checkpoints / f"checkpoint-{step}")

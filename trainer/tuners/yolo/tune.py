@@ -145,8 +145,8 @@ def _tune(
 
     LOGGER.setLevel(logging.ERROR)
     SETTINGS.update(dict.fromkeys(_INTEGRATIONS, False))
-    from trainer.tuners.yolo.loop import Run
     from trainer.tuners.together import Together
+    from trainer.tuners.yolo.loop import Run
     from trainer.tuners.yolo.state import States, fingerprint
 
     with _joined(place, settings) as (device, share):
