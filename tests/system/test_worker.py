@@ -170,9 +170,11 @@ def training(run: Path) -> psutil.Process | None:
     """The process that trains in `run`, below the one that watches it, once it is at work."""
     if not (run / PROGRESS).is_file():
         return None
-    found = [each for each in psutil.process_iter(["cmdline", "status"]) if "trainer.watched" in each.info["cmdline"]]
-    mine = [each for each in found if str(run) in each.info["cmdline"]]
-    return next((each for each in mine if each.info["status"] != psutil.STATUS_ZOMBIE), None)
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = process.info["cmdline"] or []  # none of one that is ending
+        if {"trainer.watched", str(run)} <= set(line) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
 def gone(process: psutil.Process) -> bool:
