@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,10 +17,15 @@ from sqlalchemy import insert, select
 
 from edged.wire.manifest import TrainingManifest
 from tests.support.device import until
-from trainer.child import LOCK, METADATA
+from tests.support.disk import fill, small_disk
+from tests.support.models import make_release
+from trainer.child import EXIT_UNWRITTEN, LOCK, METADATA, PROGRESS
 from trainer.config import TrainerConfig, load_config
 from trainer.database import Database, events, jobs, leases
-from trainer.locks import held
+from trainer.host import Host
+from trainer.jobs import Jobs
+from trainer.locks import held, is_held
+from trainer.releases import Registry
 
 LEASE_S = 2.0
 
@@ -149,3 +155,100 @@ def test_a_worker_says_what_the_host_has_and_an_orderly_end_gives_the_job_back(h
     once.communicate(timeout=120)
     assert once.returncode == 0
     assert hall.lease("j1").ended == 1
+
+
+def at_work(hall: Hall) -> None:
+    """Let a training get as far as its holdout, whose list of labels is a pipe: it waits there for whoever writes."""
+    make_release(hall.folder / "digits-1.0", "digits@1.0")
+    Registry(hall.config.releases).register(hall.folder / "digits-1.0")
+    (hall.folder / "missing.pt").write_bytes(b"weights")
+    (hall.folder / "h").mkdir()
+    os.mkfifo(hall.folder / "h" / "labels.jsonl")
+
+
+def training(run: Path) -> psutil.Process | None:
+    """The process that trains in `run`, below the one that watches it, once it is at work."""
+    if not (run / PROGRESS).is_file():
+        return None
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = process.info["cmdline"] or []  # none of one that is ending
+        if {"trainer.watched", str(run)} <= set(line) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.timeout(180)
+def test_a_killed_worker_takes_the_training_itself_with_it(hall: Hall) -> None:
+    at_work(hall)
+    run, worker = hall.add("j1"), hall.worker("a")
+    process = until("it trains", lambda: training(run), 60)
+    assert process.ppid() in hall.children(run), "a process watches it"
+    worker.send_signal(signal.SIGKILL)
+    until("the training and who watched it are gone", lambda: gone(process) and not hall.children(run))
+    assert not (run / METADATA).exists()
+    until("the folder is free for the next one", lambda: not is_held(run / LOCK))
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_that_stood_still_ends_its_training_before_another_begins(hall: Hall) -> None:
+    at_work(hall)
+    run, late = hall.add("j1"), hall.worker("late")
+    process = until("it trains", lambda: training(run), 60)
+    late.send_signal(signal.SIGSTOP)
+    hall.worker("other")
+    until("the other has found the folder locked", lambda: "still being run by another" in hall.log("other"), 60)
+    assert not gone(process) and training(run) == process
+    late.send_signal(signal.SIGCONT)
+    until("it has ended its training", lambda: "its lease ran out and another worker has it" in hall.log("late"), 60)
+    until("its training has ended", lambda: gone(process))
+    second = until("one of the two trains", lambda: training(run), 60)
+    assert second.pid != process.pid
+
+
+@pytest.mark.timeout(180)
+def test_a_full_disk_in_the_runs_folder_fails_the_job_with_that_reason(hall: Hall) -> None:
+    at_work(hall)
+    hall.config.runs.parent.mkdir(parents=True, exist_ok=True)
+    with small_disk(hall.config.runs, "1m"):
+        run = hall.add("j1")
+        hall.worker("a")
+        until("it trains", lambda: training(run), 60)
+        fill(hall.config.runs)
+        (hall.folder / "h" / "labels.jsonl").write_text("no labels\n")  # what it waited for: now it must say so
+        lease = until("it has ended", lambda: (found := hall.lease("j1")) and found.ended is not None and found, 60)
+        assert lease.ended == EXIT_UNWRITTEN
+        assert not (run / METADATA).exists()
+        host = Host(hall.config, hall.path, hall.database, Registry(hall.config.releases))
+        Jobs(host).tick()
+        with hall.database.read() as connection:
+            job = connection.execute(select(jobs)).one()
+        assert job.status == "failed"
+        assert f"{run} cannot be written; is its disk full?" in job.detail
+        for process in hall.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.timeout(180)
+def test_a_job_that_a_full_disk_keeps_from_beginning_waits_for_room(hall: Hall) -> None:
+    hall.config.runs.parent.mkdir(parents=True, exist_ok=True)
+    with small_disk(hall.config.runs, "1m"):
+        filler = fill(hall.config.runs)
+        run = hall.add("j1")
+        hall.worker("a", "--once")
+        until("it says why", lambda: "cannot be started" in hall.log("a") and "No space left" in hall.log("a"), 60)
+        assert not (run / METADATA).exists()
+        with hall.database.read() as connection:
+            assert connection.execute(select(jobs.c.status, jobs.c.starts)).one() in (("training", 0), ("training", 1))
+        filler.unlink()
+        hall.worker("b", "--once")
+        ended = until("with room it goes on", lambda: (f := hall.lease("j1")) and f.ended is not None and f, 60)
+        assert ended.ended == 1
+        assert (run / METADATA).is_file()
+        for process in hall.processes:
+            process.kill()
+            process.wait()

@@ -110,7 +110,7 @@ def order(folder: Path, job: str) -> Host:
 def test_a_job_whose_candidate_kills_its_judge_is_refused_and_not_trained_again(folder: Path) -> None:
     """A graph whose arithmetic the processor cannot do, on one image of the holdout alone."""
     host = order(folder, "killer")
-    out, err = (worker := start(folder, "worker", "--once", poison=255)).communicate(timeout=250)
+    _out, err = (worker := start(folder, "worker", "--once", poison=255)).communicate(timeout=250)
     assert worker.returncode == 0, err
     run = host.config.runs / "killer"
     reason = "the candidate killed the process that judged it: SIGFPE (evaluate: the candidate)"

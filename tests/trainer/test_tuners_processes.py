@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -232,3 +233,86 @@ def test_settings_that_cannot_be_used_end_with_their_reason(
     assert main(work(base, tmp_path / "out", lora=LoraSettings(target_modules=("q_proj",)))) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "q_proj" in printed.err.splitlines()[-1]
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ONE_STARVES = """
+import os, re, resource, sys
+from pathlib import Path
+from trainer.tuners import loop
+from trainer.tuners.run import main
+step = loop.Checkpoints.training_step
+def starved(self, *given):
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:  # now that everything but a step is there
+        now = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+        resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[2]) << 20), resource.RLIM_INFINITY))
+    return step(self, *given)
+if os.environ["RANK"] == "1":
+    loop.Checkpoints.training_step = starved
+sys.exit(main(Path(sys.argv[1])))
+"""
+
+
+def launched(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Two processes, to their end."""
+    return subprocess.run(
+        [*LAUNCH, *arguments], env=environment() | environ, cwd=ROOT, capture_output=True, text=True, timeout=250,
+        check=False,
+    )  # fmt: skip
+
+
+def test_when_one_of_two_runs_out_of_memory_both_take_fewer_examples_at_once(tmp_path: Path) -> None:
+    """Only the second one has too little; the first one must hear of it, in the middle of a step."""
+    jobs = starving(tmp_path, 32)
+    script = tmp_path / "one_starves.py"
+    script.write_text(ONE_STARVES)
+    done = launched(str(script), str(jobs[0]), "150", MALLOC_ARENA_MAX="1")  # what it gives back is free again
+    starved, whole = tuned(done), alone(jobs[1])
+    assert "out of memory in process 1" in done.stderr and "out of memory in process 0" not in done.stderr
+    batch = starved["facts"]["batch"]
+    assert batch["at_once"] < 16 and batch["at_once"] * batch["passes"] * 2 == batch["step"] == 32
+    assert f"{batch['at_once']} examples at once" in starved["facts"]["smaller_batch"]
+    assert starved["facts"]["steps"] == whole.facts["steps"] == 2
+    same_but_for_rounding(tmp_path, starved, whole)
+
+
+STALL_S = 15  # longer than two processes of a busy machine are apart
+
+
+def interrupted(job: Path, step: int, number: signal.Signals) -> tuple[int, str]:
+    """Start two processes, send the second one a signal after `step`, and wait for the launcher's end: its status, and what
+    was said on standard error."""
+    environ = environment() | {"TRAINER_COLLECTIVE_S_MAX": str(STALL_S)}
+    launcher = subprocess.Popen(
+        [*LAUNCH, "-m", "trainer.tuners.run", str(job)],
+        env=environ, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert launcher.stderr is not None
+    said, second = [], None
+    for line in launcher.stderr:
+        said.append(line)
+        if second is None and line.startswith('{"epoch"') and json.loads(line)["step"] >= step:
+            (second,) = [each for each in psutil.Process(launcher.pid).children() if each.environ()["RANK"] == "1"]
+            second.send_signal(number)
+        if second is not None and "did not answer" in line and number == signal.SIGSTOP:
+            second.kill()  # the launcher waits half a minute for it
+    return launcher.wait(60), "".join(said)
+
+
+def test_two_processes_of_which_one_is_lost_end_and_continue_with_the_same_adapter(base: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 8, "checkpoint_steps": 2, "held_out": EXAMPLES[:4], "patience": 8}
+    job = work(base, tmp_path / "out", **settings)
+    status, said = interrupted(job, 5, signal.SIGSTOP)
+    assert status != 0
+    assert f"did not answer for {STALL_S} s" in said and "Start all of them again" in said
+    status, said = interrupted(job, 11, signal.SIGKILL)
+    assert status != 0
+    assert "continuing at step" in said and "Signal 9 (SIGKILL) received" in said
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out-scratch" / "checkpoints" / "checkpoint-99").mkdir()  # one that a kill met in the middle
+    continued = tuned(launched("-m", "trainer.tuners.run", str(job)))
+    whole = tuned(launched("-m", "trainer.tuners.run", str(work(base, tmp_path / "whole", **settings))))
+    assert 10 <= continued["facts"]["continued_at_step"] < 24 == continued["facts"]["steps"]
+    assert furthest(tmp_path / "out", tmp_path / "whole") == 0.0
+    assert continued["history"] == whole["history"]
+    assert not (tmp_path / "out-scratch").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,7 +57,11 @@ Prepare = Callable[[Batching, Scratch, Together], Prepared]
 
 def device() -> PartialState:
     """The processes of this training and what they run on: GPUs where there are some, else the CPU."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=patience())
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        # Else accelerate numbers the CPUs of several processes, and torch.load knows no "cpu:1".
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    return PartialState(cpu=not gpu, timeout=patience())
 
 
 def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
@@ -83,6 +88,7 @@ def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
         scratch = Scratch(work.scratch, names[0], writes=state.is_main_process)
     together = Together(state.num_processes)
     batching = shared(batching.batch, batching.processes, scratch.at_once_max)
+    prepared: Prepared | None = None
     with torch.random.fork_rng():
         torch.manual_seed(work.seed)  # the fresh adapter's weights
         while True:
@@ -94,7 +100,8 @@ def run(work: Work, settings: LanguageSettings, prepare: Prepare) -> Tuned:
                 if not _out_of_memory(error):
                     raise
                 agreed = isinstance(error, OutOfMemoryTogether)
-            # Outside of `except`: the traceback would keep the tensors alive.
+            # Outside of `except`: the traceback would keep the tensors alive, and so would the trainer the model.
+            prepared = None
             batching = _answer(batching, scratch, state, agreed=agreed)
             torch.manual_seed(work.seed)
     trainer = prepared.trainer
@@ -195,6 +202,10 @@ class Checkpoints:
     lr_scheduler: Any
     accelerator: Any
 
+    def __init__(self, scratch: Scratch, together: Together, **given: Any) -> None:
+        self.scratch, self.together = scratch, together  # first: some trainers compute while they are made
+        super().__init__(**given)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """As before; of several processes each takes its share alone, then they agree, then they add up."""
         if self.together.processes == 1:
@@ -225,7 +236,7 @@ class Checkpoints:
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            log.warning("out of memory in process %d: %s", self.args.process_index, str(error).splitlines()[0])  # type: ignore[attr-defined]
+            log.warning("out of memory in process %d: %s", self.args.process_index, error)  # type: ignore[attr-defined]
             short = True
         if self.together.agree(short):
             raise OutOfMemoryTogether("out of memory in one of the processes")
@@ -244,7 +255,7 @@ class Checkpoints:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
+        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():  # type: ignore[attr-defined]
             step = self.state.global_step  # type: ignore[attr-defined]
             self.scratch.complete(self.scratch.checkpoints / f"checkpoint-{step}")

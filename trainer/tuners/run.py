@@ -22,7 +22,6 @@ from typing import Any
 from trainer.files import write_json
 from trainer.tuners.base import Tuned, Tuner, Work, tuner
 
-
 log = logging.getLogger(__name__)
 
 EXIT_LOST = 75  # EX_TEMPFAIL

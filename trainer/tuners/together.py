@@ -84,7 +84,7 @@ class Together:
         learning = [each for each in parameters if each.requires_grad]
         self.room(learning)
         assert self._sum is not None
-        parts = self._sum.split([each.numel() for each in learning])
+        parts = torch.split(self._sum, [each.numel() for each in learning])
         for part, each in zip(parts, learning, strict=True):
             part.copy_(each.grad.flatten()) if each.grad is not None else part.zero_()
         distributed.all_reduce(self._sum)

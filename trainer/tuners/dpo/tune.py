@@ -83,6 +83,8 @@ def _prepare(
     else:
         wrapped = {"model": model, "ref_model": _reference(work.base, settings)}
     trainer = _Trainer(
+        scratch,
+        together,
         **wrapped,
         args=loop.one_device(arguments),
         processing_class=base.words,
@@ -90,7 +92,6 @@ def _prepare(
         eval_dataset=_stored(held_out, scratch.folder / "held-out") if held_out else None,
         callbacks=loop.callbacks(work, settings),
     )
-    trainer.scratch, trainer.together = scratch, together
     return loop.Prepared(trainer, base.facts | facts | {"beta": settings.beta})
 
 

@@ -60,6 +60,8 @@ def _prepare(
     rows, held_out, facts = language.as_tokens(base, work, encode, "examples")
     arguments = TrainingArguments(**loop.arguments(work, settings, batching, scratch), label_names=["labels"])
     trainer = _Trainer(
+        scratch,
+        together,
         model=language.adapted(base, settings),
         args=loop.one_device(arguments),
         data_collator=_collate,
@@ -67,7 +69,6 @@ def _prepare(
         eval_dataset=_Rows(held_out) if held_out else None,
         callbacks=loop.callbacks(work, settings),
     )
-    trainer.scratch, trainer.together = scratch, together
     return loop.Prepared(trainer, base.facts | facts)
 
 

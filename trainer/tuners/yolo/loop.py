@@ -26,6 +26,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from trainer.tuners.base import Report
 from trainer.tuners.settings import SettingsError
+from trainer.tuners.together import OutOfMemoryTogether, Together
 from trainer.tuners.yolo import methods
 from trainer.tuners.yolo.data import class_folder
 from trainer.tuners.yolo.process import Place
@@ -44,6 +45,7 @@ class Run:
     place: Place
     states: States
     report: Report
+    together: Together
 
 
 _Untyped: Any = object  # ultralytics has no types: what its trainers bring is known when they are mixed in
@@ -61,11 +63,13 @@ class _Loop(_Untyped):
         self._fresh: set[str] = set()
         self._still: list[nn.Module] = []
         self._micro, self._waiting, self._seen = 1, 0, 0
+        self.in_step = False  # between two words with the other processes: what fails here may be said there
         self.resumed_at = 0
         super().__init__(overrides=overrides)
         self.world_size = run.place.count if run.place.launched else 0
         self.args.val = self._validates
         self.add_callback("on_train_epoch_start", _Loop._begin_epoch)
+        self.add_callback("on_train_batch_start", _Loop._begin_batch)
         self.add_callback("on_fit_epoch_end", _Loop._tell)
 
     @property
@@ -118,6 +122,8 @@ class _Loop(_Untyped):
                 find_unused_parameters=True,
                 broadcast_buffers=False,
             )
+            # Nothing inside a step waits for another process: `optimizer_step` adds up.
+            self.model.require_backward_grad_sync = False
 
     def _build_train_pipeline(self) -> None:
         super()._build_train_pipeline()
@@ -149,9 +155,16 @@ class _Loop(_Untyped):
         self._oom_retries = 3  # none left: `tune` answers, from the last state and in every epoch
         seed_epoch(self.train_loader, self.run.seed, self.epoch, self.run.place.rank)
 
+    def _begin_batch(self) -> None:
+        self.in_step = True
+
     def optimizer_step(self) -> None:
         """Step when enough batches wait and at the epoch's end; a classifier's loss is a mean, not a sum of images."""
         self._waiting, self._seen = self._waiting + 1, self._seen + 1
+        self.run.together.room(self.model.parameters())
+        self.in_step = False
+        if self.run.together.agree(False):
+            raise OutOfMemoryTogether("out of memory in one of the processes")
         if self._waiting < self._micro and self._seen < len(self.train_loader):
             return
         if self.run.settings.task == "classify" and self._waiting > 1:
@@ -159,6 +172,7 @@ class _Loop(_Untyped):
                 if parameter.grad is not None:
                     parameter.grad /= self._waiting
         self._waiting = 0
+        self.run.together.average(self.model.parameters())
         super().optimizer_step()
 
     def validate(self) -> tuple[dict[str, float], float | None]:

@@ -145,6 +145,7 @@ def _tune(
 
     LOGGER.setLevel(logging.ERROR)
     SETTINGS.update(dict.fromkeys(_INTEGRATIONS, False))
+    from trainer.tuners.together import Together
     from trainer.tuners.yolo.loop import Run
     from trainer.tuners.yolo.state import States, fingerprint
 
@@ -152,7 +153,7 @@ def _tune(
         files = share(written)
         start = sha256_of(base) if base.is_file() else str(base)
         states = States(scratch, fingerprint(settings, seed, start, files.sha256))
-        run = Run(settings, files.data, seed, threads(settings), place, states, report)
+        run = Run(settings, files.data, seed, threads(settings), place, states, report, Together(place.count))
         loop, asked = _with_memory(run, str(base), scratch, device)
         tuned = _finish(loop, out, files, asked)
         if place.rank == 0:
@@ -169,6 +170,8 @@ def _joined(place: Place, settings: YoloSettings) -> Iterator[tuple[str, Callabl
     import torch
     from torch import distributed
 
+    from trainer.tuners.together import patience
+
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,7 +186,7 @@ def _joined(place: Place, settings: YoloSettings) -> Iterator[tuple[str, Callabl
     if joins:
         if device != "cpu":
             torch.cuda.set_device(int(device))
-        distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+        distributed.init_process_group("gloo" if device == "cpu" else "nccl", timeout=patience())
 
     def share(make: Callable[[], Files]) -> Files:
         everywhere: list[Any] = [None] * place.count
@@ -203,6 +206,7 @@ def _with_memory(run: Any, start: str, scratch: Path, device: str) -> tuple[Any,
     """The loop, trained to its end with as large a batch as fits, and how many images a batch were asked for."""
     import torch
 
+    from trainer.tuners.together import OutOfMemoryTogether
     from trainer.tuners.yolo.loop import LOOPS, shared_state
 
     batch = asked = run.settings.batch
@@ -219,9 +223,13 @@ def _with_memory(run: Any, start: str, scratch: Path, device: str) -> tuple[Any,
                 loop.train()
             return loop, asked
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            together = isinstance(error, OutOfMemoryTogether)
+            if not together and not is_out_of_memory(error):
                 raise
-            if batch == 1 or run.place.count > 1:
+            if not together and run.place.count > 1 and loop is not None and loop.in_step:
+                log.warning("out of memory in process %d: %s", run.place.rank, error)
+                together = run.together.agree(True)  # the others hear of it at the end of this step
+            if batch < 2 * run.place.count or (run.place.count > 1 and not together):
                 raise MemoryError(
                     f"out of memory with {batch} images of {run.settings.imgsz} pixels at once in {run.place.count} "
                     f"processes: {error}; use a smaller imgsz, batch or network"
@@ -230,8 +238,9 @@ def _with_memory(run: Any, start: str, scratch: Path, device: str) -> tuple[Any,
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory with %d images at once: %d now, and a step still sees %d", batch, batch // 2, asked)
-        batch //= 2
+        smaller = batch // 2 // run.place.count * run.place.count
+        log.warning("out of memory with %d images at once: %d now, and a step still sees %d", batch, smaller, asked)
+        batch = smaller
 
 
 def is_out_of_memory(error: BaseException) -> bool:
