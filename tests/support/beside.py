@@ -1,4 +1,4 @@
-"""Runs the tests in two processes side by side: `python -m tests.support.beside -m "not long"`; what is given goes to pytest.
+"""Runs the tests in two processes side by side: `python -m tests.support.beside -m "not long"`; the rest goes to pytest.
 
 Those of tests/system mostly wait for real processes, all others compute: the latter run beside them with less of a say about
 the processor. Those marked `alone` come last, when nothing else runs. What the first process says is shown as it comes, the

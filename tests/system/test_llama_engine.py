@@ -87,6 +87,7 @@ def test_log_probabilities_are_the_models(phi: dict[str, Path], engine: LlamaGen
     raw = llama_cpp.Llama(str(phi["model_gguf"]), n_ctx=CONTEXT, logits_all=True, verbose=False)
     _, _, tokens = ask(engine, prompt, tokens_max=6)
     ids = raw.tokenize(prompt.encode())
+    assert tokens
     for token in tokens:
         raw.reset()
         raw.eval(ids)

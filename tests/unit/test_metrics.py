@@ -49,7 +49,9 @@ def test_every_item_is_in_exactly_one_place(items: list[tuple[str, float]]) -> N
     window = Window(0)
     for action, p in items:
         window.answer("line", "toy@1.0", action, action, p, 1.0)
-    for row in window.close(1):
+    made = window.close(1)
+    assert len(made) == bool(items)
+    for row in made:
         assert row["items"] == len(items) == row["accepted"] + row["audited"] + row["escalated"]
         assert row["items"] == sum(row["confidence_histogram"]) == sum(row["reasons"].values())
         assert Metrics(id="m1", ts=0, boot="b", seq=1, **row).items == len(items)
