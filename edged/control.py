@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from edged.acts import Seeded, UpdateEvent
@@ -17,7 +16,6 @@ from edged.beats import Beats
 from edged.clock import Clock
 from edged.config import Settings
 from edged.connection import announcements, reannouncements
-from edged.core.policy import Policy
 from edged.core.tiers import Presence
 from edged.handover import Handover
 from edged.holds import Order
@@ -26,6 +24,7 @@ from edged.metrics import Window
 from edged.orders import Orders
 from edged.outgoing import Outgoing
 from edged.pipeline import Pipeline
+from edged.policies import Policies
 from edged.questions import Questions
 from edged.responders import Responders, presences
 from edged.routes import Routes
@@ -71,9 +70,9 @@ class Control:
         self.health: Callable[[], dict[str, Any]] = dict  # set by the composition root: how the device is
         self.at_tick: dict[str, Callable[[], None]] = {}  # what else is done several times a second, by its name
         self.wall = clock.now  # the time by which what waits is given up
-        self._desired_policy: dict[str, dict[str, Any]] = {}
         self._settings, self._store, self._link, self._outgoing = settings, store, link, outgoing
         self._clock, self._window, self._pipelines = clock, window, pipelines
+        self._policies = Policies(pipelines, store, self.say)
         self.updater: Updater  # set by the composition root: each knows the other
         self.orders: Orders  # set by the composition root
         self.trainer = Trainer()
@@ -169,7 +168,7 @@ class Control:
         self._routes.configure(settings.pipelines)
         self._sending.configure(settings.delivery)
         self._responding.configure(settings.responders)
-        self._apply_policies()
+        self._policies.apply()
         if self._link.connected:
             self._sending.announce(reannouncements(before, settings, self._outgoing, self.live()))
         self.report()
@@ -350,24 +349,8 @@ class Control:
         if kind == "group" and self._own_desired:
             return  # the device's own wins
         self.updater.desire(desired)
-        self._desired_policy = desired.policy
-        self._apply_policies()
+        self._policies.desire(desired.policy)
         self._report_due = True
-
-    def _apply_policies(self) -> None:
-        """What the fleet desires, laid over what is configured."""
-        for name in self._desired_policy.keys() - self._pipelines.keys():
-            self._refuse_policy(name, f"no such pipeline; known: {', '.join(sorted(self._pipelines)) or 'none'}")
-        for name, pipeline in self._pipelines.items():  # one that is not named has its configured policy again
-            try:
-                policy: Policy = replace(pipeline.config.policy, **self._desired_policy.get(name, {}))
-                pipeline.policy = replace(policy, escalate=policy.escalate and bool(pipeline.config.escalate_to))
-            except (TypeError, ValueError) as error:
-                self._refuse_policy(name, str(error))
-
-    def _refuse_policy(self, pipeline: str, reason: str) -> None:
-        self._store.count("desired_invalid")
-        self.say("bad_policy", f"desired policy of {pipeline!r}: {reason}")
 
     def _on_verdict(self, message: Inbound, _fields: dict[str, str], verdict: messages.Verdict) -> None:
         if self._responding.on_verdict(verdict):

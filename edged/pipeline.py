@@ -24,11 +24,11 @@ from edged.config import WHOLE
 from edged.config import Pipeline as PipelineConfig
 from edged.core.policy import Policy, judge, lot
 from edged.core.tracks import Lost, Track, follow
-from edged.engines.base import Detections, EngineError, Prepared, Unanswered, Unsuitable
-from edged.engines.host import EngineEnded
+from edged.engines.base import Detections, EngineError, Prepared
 from edged.in_hand import PREPARER, WORKER
 from edged.outgoing import boxes
 from edged.prompts import Prompts
+from edged.refusals import Refusals
 from edged.services import Services
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Item, Unsure, Waiting
@@ -78,6 +78,9 @@ class Pipeline:
         )  # fmt: skip
         self._said_too_large = False
         self._in_hand = services.in_hand.of(name, slot, self._must_stop)
+        self._refusals = Refusals(
+            name, lambda: self.config.results == "durable", slot, services, self._prompts, self._in_hand, self._enqueue
+        )
         self._threads = [
             threading.Thread(target=self._run, args=(body,), name=f"{what}-{name}", daemon=True)
             for what, body in (("preparer", self._prepare_all), ("worker", self._work_all))
@@ -170,7 +173,7 @@ class Pipeline:
 
     def _prepare(self, item: Item) -> None:
         if reason := self._in_hand.turned_away(item):
-            self._reject(item, "quarantined", reason)
+            self._refusals.reject(item, "quarantined", reason)
             return
         if self._in_hand.last(item) and self.waiting() and self.offer(item):
             return  # it is behind the others now
@@ -182,7 +185,7 @@ class Pipeline:
                 whole = images.decode(item.image) if item.frame is None else item.frame
                 image, corner = regions.cut(whole, self.config.roi)
         except images.BadImage as error:
-            self._reject(item, "bad_image", str(error))
+            self._refusals.reject(item, "bad_image", str(error))
             return
         while not self.slot.wait(MODEL_WAIT_S):  # for the first model, which may be days away
             if self._must_stop():
@@ -228,7 +231,7 @@ class Pipeline:
                 act()
                 return
             except EngineError as error:
-                act = partial(self._refuse, item, error)
+                act = partial(self._refusals.engine_failed, item, error)
             except StoreError as error:
                 self._s.store.count("store_errors")
                 log.error("pipeline %s: %s waits: %s", self.name, item.name, error)
@@ -245,28 +248,7 @@ class Pipeline:
                 if given_up:
                     item.settle(reason)
                     return
-                given_up, act = True, partial(self._reject, item, "fault", reason)
-
-    def _refuse(self, item: Item, error: EngineError) -> None:
-        """The engine did not answer; probation hears of it unless the item is to blame."""
-        unsuitable = isinstance(error, Unsuitable)
-        to_blame = isinstance(error, EngineEnded) and self._in_hand.ended(item)
-        if not unsuitable and not to_blame and not isinstance(error, Unanswered):
-            self._s.engine_error(self.slot.name, ended=isinstance(error, EngineEnded))
-        if item.asked is not None and unsuitable:  # asked again, it would be as unsuitable
-            live = self.slot.live
-            release = live.ref.release if live else ""
-            self._enqueue(self._s.outgoing.verdict(item.asked, "unresolved", [], 0.0, release, str(error)))
-            self._s.store.count("escalations_unsuitable")
-            item.settle("")
-            return
-        if item.asked is not None:
-            # Nothing is wrong with the sample: no verdict. Its owner keeps the question and asks again.
-            self._s.store.count("escalations_unanswered")
-            log.warning("pipeline %s: %s is not answered: %s", self.name, item.name, error)
-            item.settle("")
-            return
-        self._reject(item, "unsuitable" if unsuitable else "engine_error", str(error))
+                given_up, act = True, partial(self._refusals.reject, item, "fault", reason)
 
     def _handle_prompt(self, item: Item) -> None:
         with self._in_hand.held(item, WORKER):
@@ -381,28 +363,6 @@ class Pipeline:
             return
         own = s.outgoing.opinion(asked, "labelled", label, p, manifest.release)
         s.unsure(Unsure(asked, own, decision.reason, answer.item.settle))
-
-    def _reject(self, item: Item, counter: str, reason: str) -> None:
-        """An item that cannot be answered: counted, said, answered with the error where somebody waits, and set aside."""
-        s = self._s
-        live = self.slot.live
-        release = live.ref.release if live else ""
-        s.store.count(f"items_{counter}")
-        s.window.error(self.name, release)
-        about = {"pipeline": self.name, "slot": self.slot.name, "release": release, "item": item.name}
-        log.warning("pipeline %s: %s: %s", self.name, item.name, reason, extra=about)
-        if item.asked is not None:
-            self._enqueue(s.outgoing.verdict(item.asked, "rejected", [], 0.0, release, reason))
-        elif item.request is not None:
-            if item.prompt is not None:
-                self._prompts.refused(item, release, reason)
-            prompt = (item.prompt and item.prompt.prompt) or None
-            self._enqueue(s.outgoing.reply(item.request, error=reason, generation_prompt=prompt, release=release))
-        elif self.config.results == "durable":
-            refusal = s.outgoing.result(self.name, item, release=release or "none", confidence=0.0,
-                                        decision="accept", error=reason)  # fmt: skip
-            self._enqueue(refusal)
-        item.settle(reason)
 
     def _enqueue(self, message: OutboxMessage) -> None:
         """Into the outbox; when that is full, wait: the item in hand is not settled before, so nothing is lost."""

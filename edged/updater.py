@@ -21,12 +21,15 @@ from edged.core.update import RESTARTS_MAX, SETTLED_S, UNDER_WAY, Effect, Event,
 from edged.holds import Answer
 from edged.machine import Memory
 from edged.named import Named
+from edged.records import Records
 from edged.releases import Releases
 from edged.slot import Slot
-from edged.store import KnownBad, Store, StoreError
+from edged.store import Store, StoreError
 from edged.tallies import Tallies
+from edged.update_report import known_bad, reports
+from edged.wanted import Wanted
 from edged.wire.manifest import ReleaseRef
-from edged.wire.messages import BAD_MAX, BadReport, Desired, ModelReport
+from edged.wire.messages import BadReport, Desired, ModelReport
 
 log = logging.getLogger(__name__)
 
@@ -46,25 +49,23 @@ class Updater:
         self._slots, self._configs, self._releases, self._store = slots, configs, releases, store
         self._clock, self._report, self._say, self._retry_s = clock, report, say, retry_s
         self._progress = carrier.progress
-        self._records: dict[str, Record] = {}
-        self._kept: dict[str, Record] = {}  # the same as they were saved last
-        self._desired: Desired | None = None
+        self._records = Records(store, clock)
         self.tallies = tallies or Tallies()
         self.answered: Callable[[str, Answer], None] = lambda _order, _answer: None  # set by who passes orders on
         self._serves_since: dict[str, float] = {}  # target -> when its release began to serve in this run (monotonic)
-        self._entered: dict[str, float] = {}  # target -> when it came into its state: of a clock that never jumps
         self._begin: Callable[[], None] | None = None  # what a start does, until it is done
         self._begin_at = 0.0  # when that is tried again (monotonic)
         self._seeding: set[str] = set()  # slots whose seed is being installed
         self._told = Told()  # of each target: why its release failed
         self._named = Named(configs, say)
+        self._wanted = Wanted(self._named)
         self._acts = Acts(
             slots, configs, releases, store, carrier, post, report, say,
             lambda target: self._records.get(target) or Record(target=target),
             self.engine_error, beats or Beats(clock), memory,
         )  # fmt: skip
-        self._by_hand = holds.ByHand(self._records, slots, releases, store, report, self._desired_for, self._apply,
-                                     self._save, self._reconcile)  # fmt: skip
+        self._by_hand = holds.ByHand(self._records, slots, releases, store, report, self._wanted.of_fleet, self._apply,
+                                     self._records.save, self._reconcile)  # fmt: skip
 
     # The control loop's calls.
 
@@ -94,13 +95,11 @@ class Updater:
     def _take_up(self, excused: Callable[[State], bool]) -> None:
         saved = self._store.updates()
         for name in self._slots:
-            for target in (name, name + ADAPTER):
-                record = Record.model_validate(saved[target]) if target in saved else Record(target=target)
-                self._records[target], self._kept[target] = record, record.model_copy()
-                self._entered[target] = self._clock.monotonic()  # the time without power was no probation
+            for record in self._records.read(name, saved):
+                self._records.put(record)
         self._store.set_value(ENDED, False)
         for record in self._records.values():
-            self._count_start(record, excused(record.state))
+            self._records.count_start(record, excused(record.state))
         looped = [record for record in self._records.values() if record.restarts > RESTARTS_MAX]
         for record in looped:
             if record.state is State.COMMITTED:  # before it is loaded once more
@@ -109,7 +108,7 @@ class Updater:
             record = self._records[name]
             if record.active is None and config.seed is not None:
                 record.active = self._acts.installed(name, config.seed)
-                self._save(record)
+                self._records.save(record)
             if not (record in looped and record.state is State.REVERTING):  # else it is on its way already
                 self._acts.load(record)
         for record in self._records.values():
@@ -121,16 +120,6 @@ class Updater:
                     self._apply(record, Event.RESTARTED, "")
         self._retry_refused()
         self._reconcile()  # what a person pinned
-
-    def _count_start(self, record: Record, excused: bool) -> None:
-        """A start may count against the release that was on trial; one that serves for good is on no trial."""
-        if excused:
-            return
-        if record.state in UNDER_WAY:
-            record.restarts += 1  # saved with the step that follows
-        elif record.state is State.COMMITTED and not record.settled and (record.previous or record.is_adapter):
-            record.restarts += 1
-            self._save(record)
 
     def _retry_refused(self) -> None:
         """What was refused for want of memory may fit now."""
@@ -155,15 +144,12 @@ class Updater:
 
     def add(self, name: str) -> None:
         """A slot has come: what it had when it was here before, or its seed."""
-        saved = self._store.updates()
-        for target in (name, name + ADAPTER):
-            record = Record.model_validate(saved[target]) if target in saved else Record(target=target)
-            if record.active is not None and not self._releases.folder(record.active).is_dir():
-                record = Record(target=target)  # removed while the slot was not here
+        for saved in self._records.read(name, self._store.updates()):
+            gone = saved.active is not None and not self._releases.folder(saved.active).is_dir()
+            record = Record(target=saved.target) if gone else saved  # removed while the slot was not here
             if record.state in UNDER_WAY:  # the fleet says again what it desires
                 record.state, record.candidate = State.IDLE, None
-            self._records[target], self._kept[target] = record, record.model_copy()
-            self._entered[target] = self._clock.monotonic()
+            self._records.put(record)
         self._bring(name)
         self._reconcile()
 
@@ -178,8 +164,7 @@ class Updater:
 
     def remove(self, name: str) -> None:
         """A slot is gone; what is known of its updates stays on the disk."""
-        for target in (name, name + ADAPTER):
-            self._records.pop(target, None)
+        self._records.forget(name)
 
     def _bring(self, name: str) -> None:
         record, seed = self._records[name], self._configs[name].seed
@@ -194,12 +179,12 @@ class Updater:
         record = self._records.get(event.slot)
         if record is not None and record.active is None and event.ref is not None:
             record.active = event.ref
-            self._save(record)
+            self._records.save(record)
             self._acts.load(record)
 
     def desire(self, desired: Desired) -> None:
         """Take note of the desired state and start what it asks for."""
-        self._desired = desired
+        self._wanted.desired = desired
         for name in set(desired.models) - set(self._slots):
             log.warning("desired state names the model %r, but this device has no such slot", name)
             self._store.count("desired_unknown_model")
@@ -240,7 +225,7 @@ class Updater:
         if not self._begun():
             return
         for record in self._records.values():
-            spent_s = self._clock.monotonic() - self._entered[record.target]
+            spent_s = self._records.lasted_s(record)
             if record.state is State.SWITCHED:
                 self._watch(record, spent_s)
             elif record.state is State.COMMITTED and not record.settled:
@@ -270,7 +255,7 @@ class Updater:
             self._clock.monotonic() - self._serves_since.setdefault(record.target, self._clock.monotonic()) >= SETTLED_S
         ):
             record.settled, record.restarts = True, 0
-            self._save(record)
+            self._records.save(record)
 
     def engine_error(self, slot: str, *, ended: bool = False) -> None:
         """A worker's engine failed on an item, or its process `ended`; enough of them end a probation."""
@@ -287,34 +272,11 @@ class Updater:
 
     def reports(self) -> dict[str, ModelReport]:
         """What every slot runs and how its updates stand."""
-        out = {}
-        for name, slot in list(self._slots.items()):
-            record, adapter = self._records.get(name), self._records.get(name + ADAPTER)
-            if record is None or adapter is None:  # it is just coming
-                continue
-            shown = adapter if adapter.state in UNDER_WAY or (adapter.since > record.since) else record
-            live = slot.live
-            out[name] = ModelReport(
-                active=live.ref.release if live else None,
-                previous=record.previous.release if record.previous else None,
-                staged=shown.candidate.release if shown.candidate and shown.state in UNDER_WAY else None,
-                adapter=live.adapter.release if live and live.adapter else None,
-                update=shown.state.value,
-                reason=shown.reason,
-                swap_ms=shown.swap_ms,
-                since=shown.since,
-                **holds.shown(record, adapter),
-                progress=self._progress(shown.candidate) if shown.candidate else None,
-            )
-        return out
+        return reports(self._slots, self._records, self._progress)
 
     def known_bad(self) -> list[BadReport]:
         """The newest of what is not installed here again; none while the store cannot say, which is told elsewhere."""
-        try:
-            known = self._store.known_bad(BAD_MAX)
-        except StoreError:
-            return []
-        return [BadReport(release=bad.release, sha256=bad.sha256, reason=bad.reason, at=bad.at) for bad in known]
+        return known_bad(self._store)
 
     # Decisions.
 
@@ -322,42 +284,30 @@ class Updater:
         """Compare desired with what is; start and withdraw."""
         for name in self._slots:
             record = self._records[name]
-            wanted = self._wanted(record)
+            wanted = self._wanted.of(record)
             if wanted is not None:
                 self._want(record, wanted)
             if wanted is not None and (record.active != wanted or record.state in UNDER_WAY):
                 continue  # an adapter waits for its base
             adapter = self._records[name + ADAPTER]
-            adapted, idle = self._wanted(adapter), adapter.state not in UNDER_WAY
+            adapted, idle = self._wanted.of(adapter), adapter.state not in UNDER_WAY
             named = self._named.adapter(name)
             if named is not None and adapter.named != named:
                 adapter.named = named
-                self._save(adapter)
+                self._records.save(adapter)
             if adapted is not None:
                 self._want(adapter, adapted)
-            elif wanted is not None and self._desired is not None and adapter.active is not None and idle:
+            elif wanted is not None and self._wanted.desired is not None and adapter.active is not None and idle:
                 self._detach(adapter)
             elif adapter.named is not None:
                 self._forget_named(adapter, idle)
-
-    def _desired_for(self, record: Record) -> ReleaseRef | None:
-        """What the fleet says, and of an adapter, where that says nothing, the configuration."""
-        desired = self._desired
-        if not record.is_adapter:
-            return desired.models.get(record.slot) if desired is not None else None
-        told = desired.adapters.get(record.slot) if desired is not None else None
-        return told or self._named.adapter(record.slot)
-
-    def _wanted(self, record: Record) -> ReleaseRef | None:
-        """The release that a target shall run: a person's word goes before the fleet's."""
-        return record.pinned or self._desired_for(record)
 
     def _want(self, record: Record, wanted: ReleaseRef) -> None:
         if record.held is not None and record.pinned is None:
             if record.held == wanted:
                 return  # a person took it off
             record.held = None
-            self._save(record)
+            self._records.save(record)
         if record.active == wanted:
             if record.candidate not in (None, wanted):
                 self._apply(record, Event.WITHDRAWN, "")
@@ -381,7 +331,7 @@ class Updater:
             return False
         if state is not before:
             record.restarts, record.since = 0, self._clock.now()
-            self._entered[record.target] = self._clock.monotonic()
+            self._records.enter(record)
         if state is State.COMMITTED:
             record.previous, record.active = record.active, record.candidate
             record.before = None
@@ -394,7 +344,7 @@ class Updater:
         awaited = record.awaited
         if state is State.REVERTED:
             record.awaited = ""
-        self._save(record, bad=Effect.REMEMBER_BAD in effects)
+        self._records.save(record, bad=Effect.REMEMBER_BAD in effects)
         log.info(
             "update %s: %s -> %s %s%s", record.target, before.value, state.value,
             record.candidate.release if record.candidate else "", f": {reason}" if reason else "",
@@ -418,29 +368,11 @@ class Updater:
         if effect is Effect.WATCH and record.candidate is not None:
             self.tallies.begin(record.slot, record.candidate.release)
         elif effect in {Effect.COMMIT, Effect.DISCARD}:
-            keep = [ref for r in self._records.values() for ref in (r.active, r.previous) if ref is not None]
-            keep += [
-                r.candidate for r in self._records.values() if r.candidate and (r.state in UNDER_WAY or r.retry_at)
-            ]
-            gone = self._releases.keep_only(keep)
+            gone = self._releases.keep_only(self._records.used())
             if gone:
                 log.info("removed releases: %s", ", ".join(gone))
         elif effect is Effect.REPORT:
             self._report()
-
-    def _save(self, record: Record, *, bad: bool = False) -> None:
-        """Keep the record, and with it, in one transaction, that its candidate is `bad`."""
-        known = None
-        if bad and record.candidate is not None:
-            known = KnownBad(record.candidate.release, record.candidate.sha256, record.reason, self._clock.now())
-        try:
-            self._store.save_update(record.target, record.model_dump(mode="json"), known)
-        except StoreError:  # what is not kept has not happened
-            kept = self._kept.get(record.target, Record(target=record.target))
-            for name in Record.model_fields:
-                setattr(record, name, getattr(kept, name))
-            raise
-        self._kept[record.target] = record.model_copy()
 
     def _forget_named(self, adapter: Record, idle: bool) -> None:
         """The configuration names no adapter any more: the one that it named is taken off, or not gone on with."""
@@ -450,11 +382,11 @@ class Updater:
             self._detach(adapter)
         if adapter.named not in (adapter.active, adapter.candidate) or adapter.state is State.IDLE:
             adapter.named = None
-            self._save(adapter)
+            self._records.save(adapter)
 
     def _detach(self, adapter: Record) -> None:
         """Desired state names no adapter: take it off and forget it."""
         adapter.previous, adapter.active, adapter.candidate = adapter.active, None, None
         adapter.state, adapter.since = State.IDLE, self._clock.now()
-        self._save(adapter)
+        self._records.save(adapter)
         self._acts.detach(adapter)

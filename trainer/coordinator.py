@@ -25,6 +25,7 @@ from edged.wire import messages, topics
 from edged.wire.messages import InvalidPayload
 from trainer import fleet
 from trainer.blocks import Blocks
+from trainer.catalogues import ask_for_catalogues
 from trainer.collect import Collect, claims
 from trainer.config import TrainerConfig
 from trainer.corrections import Corrections
@@ -134,7 +135,7 @@ class Coordinator:
                     for name, act in (
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
                         ("signing", self.signing.tick), ("pulls", self.collect.tick), ("corrections", self.corrections.tick),
-                        ("catalogue", self._ask_for_catalogues), ("prune", self._prune),
+                        ("catalogue", lambda: ask_for_catalogues(self.host)), ("prune", self._prune),
                     ):  # fmt: skip
                         self._guarded(name, act)
                 self._guarded("send", self._send)
@@ -351,24 +352,6 @@ class Coordinator:
         return messages.encode(messages.HostState(**self.host.envelope(), **said))
 
     # What is done now and then.
-
-    def _ask_for_catalogues(self) -> None:
-        """Ask devices for all their samples now and then: entries may be lost in a broker that was killed."""
-        now = self.host.now()
-        with self.host.database.read() as connection:
-            before = now - self.host.config.catalogue_refresh_s
-            names = connection.execute(
-                select(devices.c.device).where(devices.c.online.is_(True), devices.c.listed_at < before)
-            ).scalars()
-            due = list(names)
-        for device in due:
-            with self.host.database.write() as connection:
-                connection.execute(update(devices).where(devices.c.device == device).values(listed_at=now))
-                asked = connection.execute(
-                    select(commands.c.body).where(commands.c.device == device, commands.c.state.notin_(fleet.ENDED))
-                ).scalars()
-                if not any(body.get("action") == "list" for body in asked):
-                    self.host.command_samples(connection, device, "list")
 
     def _prune(self) -> None:
         if time.monotonic() - self._pruned >= PRUNE_S:

@@ -179,6 +179,17 @@ def _drawn(scene: Scene, found: Detections) -> Image:
     return np.asarray(cv2.copyMakeBorder(picture, 3, 3, 3, 3, cv2.BORDER_CONSTANT, value=(60, 60, 60)), np.uint8)
 
 
+STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
+img { max-width: 100%; margin: .5rem 0; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.ok::marker { content: "\\2713  "; color: #2a2; }
+.fail::marker { content: "\\2717  "; color: #c22; } .fail { color: #c22; }
+small { color: #666; }
+"""
+
+
 def _page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
     def image(name: str, alt: str) -> str:
         if name not in figures:
@@ -224,15 +235,7 @@ def _page(report: dict[str, Any], figures: dict[str, bytes]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>edged: one turn of the loop</title>
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-td, th {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }}
-img {{ max-width: 100%; margin: .5rem 0; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-.ok::marker {{ content: "\\2713  "; color: #2a2; }}
-.fail::marker {{ content: "\\2717  "; color: #c22; }} .fail {{ color: #c22; }}
-small {{ color: #666; }}
-</style></head><body>
+{STYLE}</style></head><body>
 <h1>One turn of the loop: shift {esc(report["shift"])}, seed {esc(report["seed"])}{esc(_ablated(report))}</h1>
 <p>Three devices look at a stream that shifts. They become unsure, ask a larger model, and the trainer makes release
 {esc(report["release_after"] or "(none)")} out of {report["labels_used"]} labels. Before and after are frames of the same
