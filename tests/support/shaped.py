@@ -32,6 +32,7 @@ CLASSES = LABELS[:3]
 NETWORKS = {"segment": "yolo11n-seg", "classify": "yolo11n-cls"}
 LEARNED = {"segment": (120, 20, 0.01), "classify": (90, 8, 0.004)}  # pictures, epochs, learning rate
 FOG = 0.3  # of the contrast is left
+PICTURES = {"segment": 36, "classify": 48}  # new ones, and as many to replay
 PERSON = {"kind": "person", "who": "ann"}
 
 CONFIG = """
@@ -100,7 +101,7 @@ def shaped_trainer(folder: Path, kind: str, **keys: object) -> Path:
     """A configuration with the registered `shapes@1.0` and its labelled folders; `keys`: further ones of the model."""
     calibration = [*pictured(54, 23, fog=True), *pictured(54, 24, fog=False)]
     sets = {"calibration": calibration, "holdout": pictured(66, 21, fog=True), "clean": pictured(66, 22, fog=False),
-            "replay": pictured(48, 1, fog=False), "new": pictured(48, 25, fog=True)}  # fmt: skip
+            "replay": pictured(PICTURES[kind], 1, fog=False), "new": pictured(PICTURES[kind], 25, fog=True)}  # fmt: skip
     before: list[LabelledImage] = []
     for name, items in sets.items():
         # One shape before the same ground: some are nearly the same by chance, and would be refused or left out.

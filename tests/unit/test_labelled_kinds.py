@@ -228,6 +228,16 @@ def test_what_stops_a_training_is_of_the_training_side_alone(tmp_path: Path) -> 
     assert not (stops | old) & (judges | hashes(sets.selected.training) | hashes(sets.replay))
 
 
+def test_what_was_trained_on_before_and_comes_again_trains_once(tmp_path: Path) -> None:
+    """Devices send pictures of the replay's folder again."""
+    task, settings = job(tmp_path, [image(value) for value in range(30, 60)])
+    settings = settings.model_copy(update={"patience": 3, "validation_share": 0.4, "calibration_share": 0.1})
+    sets = read_sets(task, settings)
+    parts = [sets.selected.training, sets.validation, sets.replay, sets.validation_replay]
+    assert sets.selected.training and sets.validation
+    assert sum(map(len, parts)) == len(set().union(*map(hashes, parts)))
+
+
 def test_shuffled_labels_take_their_outlines_along() -> None:
     items = [labelled(value, shaped("a", SQUARE)) for value in range(3)] + [labelled(9, shaped("b", SMALL))]
     mixed = shuffle_labels(items, 1)

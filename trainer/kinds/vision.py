@@ -325,9 +325,10 @@ def read_sets(job: TrainJob, settings: Model) -> Sets:
     )
     count = round(settings.replay_ratio * len(selected.training))
     apart = [*judges, *folder, *selected.calibration]
-    replay = choose_replay(past, count, settings.seed, frozenset(item.sha256 for item in apart), apart)
-    sets = Sets(selected, [], replay, [], [*folder, *selected.calibration], target, base, hashes)
-    return _stopped_by_a_share(sets, settings) if settings.patience else sets
+    excluded = frozenset(item.sha256 for item in [*apart, *selected.training])
+    replay = choose_replay(past, count, settings.seed, excluded, apart)
+    found = Sets(selected, [], replay, [], [*folder, *selected.calibration], target, base, hashes)
+    return _stopped_by_a_share(found, settings) if settings.patience else found
 
 
 def _stopped_by_a_share(sets: Sets, settings: Model) -> Sets:
@@ -344,6 +345,9 @@ def _stopped_by_a_share(sets: Sets, settings: Model) -> Sets:
     again = near_duplicates(sets.replay, validation)
     fresh = [item for item, known in zip(sets.replay, again, strict=True) if not known]
     replay, old = hold_back(fresh, share, rules)
+    trains = near_duplicates(old, new)
+    replay += [item for item, known in zip(old, trains, strict=True) if known]
+    old = [item for item, known in zip(old, trains, strict=True) if not known]
     selected = replace(sets.selected, training=new)
     return replace(sets, selected=selected, validation=validation, replay=replay, validation_replay=old)
 
