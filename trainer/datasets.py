@@ -328,16 +328,15 @@ def hold_back(
     items: Sequence[LabelledImage], share: float, rules: SplitRules
 ) -> tuple[list[LabelledImage], list[LabelledImage]]:
     """What trains of `items`, and what only says when to stop: `share` of them, by device and time (by hash where those
-    are not known), the same for the same items in any order. What is nearly an image that trains, or was taken less than
-    `guard_s` from one, trains too, so there may be less to stop by than asked for, or nothing."""
-    taken = [taken_at(item.provenance) for item in items]
-    units = [unit(rules, item.sha256, *place) for item, place in zip(items, taken, strict=True)]
-    chosen = np.array(held_back(units, share), np.int64)
-    rest = np.delete(np.arange(len(items)), chosen)
-    sketches, times = sketches_of(items), Times(taken[row] for row in rest)
-    fresh = near(sketches[chosen], sketches[rest]) < 0
-    apart = [not times.beside(device, at, rules.guard_s) for device, at in (taken[row] for row in chosen)]
-    kept = set(chosen[fresh & np.array(apart, bool)].tolist())
+    are not known), the same for the same items in any order. What is nearly an image that trains, trains too: there may
+    be less to stop by than asked for, or nothing."""
+    units = [unit(rules, item.sha256, *taken_at(item.provenance)) for item in items]
+    held = np.array(held_back(units, share), np.int64)
+    moved, sketches = np.delete(np.arange(len(items)), held), sketches_of(items)
+    while len(held) and len(moved):  # what is nearly one that has just moved follows it
+        again = near(sketches[held], sketches[moved]) >= 0
+        moved, held = held[again], held[~again]
+    kept = set(held.tolist())
     return (
         [item for row, item in enumerate(items) if row not in kept],
         [item for row, item in enumerate(items) if row in kept],

@@ -86,8 +86,8 @@ def held_back(units: Sequence[str], share: float) -> list[int]:
     order = sorted(rows, key=lambda name: sha256(f"held back\0{name}".encode()).digest())
     chosen: set[str] = set()
     count = 0
-    for name in order[:-1]:
-        if count >= share * len(units):
+    for name in order:
+        if count >= share * len(units) or len(chosen) + 1 == len(rows):
             break
         if 2 * rows[name] <= len(units):
             chosen.add(name)

@@ -58,11 +58,13 @@ TUNING = ("method", "lora", "epochs", "patience", "imgsz", "batch", "lr", "repla
 
 @dataclass(slots=True)
 class Sets:
-    """All images of a job, apart from each other. `validation` is of the training side: it says when to stop."""
+    """All images of a job, apart from each other. `validation` and `validation_replay` are of the training side, new and
+    old ones: they say when to stop."""
 
     selected: Selected
     validation: list[LabelledImage]
     replay: list[LabelledImage]
+    validation_replay: list[LabelledImage]
     calibration: list[LabelledImage]
     target: list[LabelledImage]
     base: list[LabelledImage]
@@ -123,6 +125,7 @@ class Vision:
             "calibration": len(selected.calibration),
             "left_out": selected.left_out,
             "replay": len(self.sets.replay),
+            "validation_replay": len(self.sets.validation_replay),
             "near_duplicates": selected.near_duplicates,
             "provenance": provenance([*selected.training, *self.sets.validation, *selected.calibration]),
         }
@@ -137,7 +140,8 @@ class Vision:
         if not self.sets.selected.training:
             left_out = self.sets.selected.left_out
             raise DatasetError(f"none of {len(self.job.manifest.samples)} samples is usable: {left_out}")
-        items, validation = [*self.sets.selected.training, *self.sets.replay], self.sets.validation
+        sets = self.sets
+        items, validation = [*sets.selected.training, *sets.replay], [*sets.validation, *sets.validation_replay]
         self.trained_on = [*items, *validation]
         remember(self.job.config, self.job.model, self.trained_on)
         self.run.facts["ablate"] = self.settings.ablate
@@ -330,19 +334,33 @@ def read_sets(job: TrainJob, settings: Model) -> Sets:
         thin=settings.near_duplicates == "thin",
         kind=settings.kind,
     )
-    training, validation = selected.training, list[LabelledImage]()
-    if settings.patience:
-        training, validation = hold_back(training, settings.validation_share, settings.split_rules())
-        selected = replace(selected, training=training)
-        if not validation:
-            log.warning(
-                "patience = %d: all of %d epochs are trained, because none of %d images can be held back: they are nearly "
-                "the same, or of one minute; give more", settings.patience, settings.epochs, len(training),
-            )  # fmt: skip
     count = round(settings.replay_ratio * len(selected.training))
-    apart = [*judges, *folder, *selected.calibration, *validation]
-    replay = choose_replay(past, count, settings.seed, frozenset(item.sha256 for item in apart), apart)
-    return Sets(selected, validation, replay, [*folder, *selected.calibration], target, base, hashes)
+    apart = [*judges, *folder, *selected.calibration]
+    excluded = frozenset(item.sha256 for item in [*apart, *selected.training])
+    replay = choose_replay(past, count, settings.seed, excluded, apart)
+    found = Sets(selected, [], replay, [], [*folder, *selected.calibration], target, base, hashes)
+    return _stopped_by_a_share(found, settings) if settings.patience else found
+
+
+def _stopped_by_a_share(sets: Sets, settings: Model) -> Sets:
+    """The same sets, but that a share of what would train says when to stop: of the old images too, because by new ones
+    alone the epoch that forgot most would look best."""
+    rules, share = settings.split_rules(), settings.validation_share
+    new, validation = hold_back(sets.selected.training, share, rules)
+    if not validation:
+        log.warning(
+            "patience = %d: all of %d epochs are trained, because none of %d new images can be held back: they are nearly "
+            "the same, or were taken together; give more", settings.patience, settings.epochs, len(new),
+        )  # fmt: skip
+        return sets
+    again = near_duplicates(sets.replay, validation)
+    fresh = [item for item, known in zip(sets.replay, again, strict=True) if not known]
+    replay, old = hold_back(fresh, share, rules)
+    trains = near_duplicates(old, new)
+    replay += [item for item, known in zip(old, trains, strict=True) if known]
+    old = [item for item, known in zip(old, trains, strict=True) if not known]
+    selected = replace(sets.selected, training=new)
+    return replace(sets, selected=selected, validation=validation, replay=replay, validation_replay=old)
 
 
 def examples(items: list[LabelledImage], settings: Model, replayed: frozenset[str] = frozenset()) -> list[Example]:
