@@ -290,7 +290,7 @@ registrations = Table(  # which server was told of which release
 )
 
 for _table in metadata.tables.values():  # by name: the same file at every first start, wherever objects lie in memory
-    _table.indexes = OrderedSet(sorted(_table.indexes, key=lambda index: str(index.name)))  # type: ignore[assignment]
+    _table.indexes = OrderedSet(sorted(_table.indexes, key=lambda index: str(index.name)))
 
 
 class DatabaseError(RuntimeError):
