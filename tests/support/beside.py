@@ -7,11 +7,13 @@ second's when both have ended. The exit status is that of the first that failed.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +37,7 @@ class Part:
             cwd=ROOT,
             stdout=out,
             stderr=out and subprocess.STDOUT,
+            start_new_session=True,  # a group of its own: it can be ended with all that it has started
         )
 
     def wait(self) -> int:
@@ -43,15 +46,19 @@ class Part:
         self.took_s = time.monotonic() - self._began
         return 0 if status == NONE_FOUND else status
 
-    def stop(self) -> None:
-        """As Ctrl-C does, for one that did not get it: what it has started is ended by its fixtures."""
+    def signal(self, number: int) -> None:
+        """Tell it and everything that it has started."""
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-            try:
-                self._process.wait(STOP_S_MAX)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def stop(self) -> None:
+        """Wait for the end that it was told of; its fixtures need a while."""
+        try:
+            self._process.wait(STOP_S_MAX)
+        except subprocess.TimeoutExpired:
+            self.signal(signal.SIGKILL)
+            self._process.wait()
 
 
 def _terminated(*_: Any) -> None:
@@ -59,7 +66,9 @@ def _terminated(*_: Any) -> None:
 
 
 def main(given: list[str]) -> int:
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     parts: list[Part] = []
     with tempfile.TemporaryFile() as said:
         try:
@@ -76,6 +85,8 @@ def main(given: list[str]) -> int:
             parts.append(Part("alone", given, "alone", ["tests"], nice=False, out=None))
             statuses.append(parts[-1].wait())
         except KeyboardInterrupt:
+            for part in parts:
+                part.signal(signal.SIGINT)
             for part in parts:
                 part.stop()
             said.seek(0)
