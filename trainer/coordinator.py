@@ -66,7 +66,7 @@ class Coordinator:
     def __init__(self, config: TrainerConfig, config_path: Path) -> None:
         """Open the database and the registry; raises what they raise, and BadCredentials for TLS files."""
         config.data_dir.mkdir(parents=True, exist_ok=True)
-        database = Database(config.database)
+        database = Database(config.database_at)
         self.host = Host(config, config_path.resolve(), database, Registry(config.releases))
         self.jobs = Jobs(self.host, Worker(self.host, config.name) if config.worker.embedded else None)
         self.rollouts = Rollouts(self.host)

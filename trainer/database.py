@@ -1,38 +1,15 @@
-"""The trainer's database: what must outlive the process, in SQLite with a write-ahead log.
+"""The trainer's tables: what must outlive the process. How they are read and written: `trainer.sql`.
 
 `trainer serve` writes, and workers their leases; command lines add rows to `requests` and read the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, Table
 
-from sqlalchemy import (
-    JSON,
-    Boolean,
-    Column,
-    Connection,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    create_engine,
-    event,
-    insert,
-    update,
-)
+from trainer.sql import Database, DatabaseError, Served, String, metadata, parts, put
 
-SCHEMA_VERSION = 2  # 2: leases, workers, opinions, pool, pulls, registrations: new tables only, made by `create_all`
-BUSY_MS_MAX = 10_000
-_IDS_A_QUERY = 500  # SQLite limits the variables of a statement
-
-metadata = MetaData()
+__all__ = ["Database", "DatabaseError", "Served", "parts", "put"]
 
 devices = Table(
     "devices",
@@ -70,7 +47,7 @@ samples = Table(
     Column("release", String, nullable=False),
     Column("state", String, nullable=False),
     Column("sha256", String, nullable=False),
-    Column("bytes", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
     Column("label", JSON, nullable=False, default=list),
     Column("label_confidence", Float, nullable=False, default=0.0),
     Column("provenance", JSON),
@@ -240,7 +217,7 @@ pool = Table(  # what was said about pixels and texts that are kept here; see tr
     metadata,
     Column("id", String, primary_key=True),  # of what it says: the same said again is the same row
     Column("sha256", String, nullable=False),
-    Column("bytes", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
     Column("device", String, nullable=False),
     Column("model", String, nullable=False),
     Column("task", String, nullable=False),
@@ -289,67 +266,44 @@ registrations = Table(  # which server was told of which release
 )
 
 
-class DatabaseError(RuntimeError):
-    """The database file cannot be used; the message names it and the fix."""
+detections = Table(  # of drift (trainer.core.triggers); what found it and why is its evidence
+    "detections",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("model", String, nullable=False),
+    Column("release", String, nullable=False),
+    Column("rule", String, nullable=False),
+    Column("found_at", Float, nullable=False),
+    Column("evidence", JSON, nullable=False, default=dict),
+    Index("detections_by_model", "model", "found_at"),
+)
 
+labels = Table(  # of devices; see trainer/inventory.py
+    "labels",
+    metadata,
+    Column("device", String, primary_key=True),
+    Column("born", JSON, nullable=False, default=dict),  # what its birth says
+    Column("given", JSON, nullable=False, default=dict),  # what an operator says: goes before; null: not there
+)
 
-class Database:
-    """Opens the SQLite file at `path`, making it when needed; threads may share one object. Raises DatabaseError."""
+schedules = Table(  # see trainer/ready.py
+    "schedules",
+    metadata,
+    Column("model", String, primary_key=True),
+    Column("rule", String, nullable=False),  # cron and time zone: with another one everything begins anew
+    Column("looked", Float, nullable=False),  # the time of the schedule that was dealt with last
+)
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.engine: Engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_MS_MAX / 1000})
-        event.listen(self.engine, "connect", _configure)
-        event.listen(self.engine, "begin", _begin)
-        with self.read() as connection:
-            found = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-        if found > SCHEMA_VERSION:
-            raise DatabaseError(
-                f"{path} has schema {found}, this program knows {SCHEMA_VERSION}: use the newer trainer"
-            )
-        if found < SCHEMA_VERSION:
-            with self.write() as connection:
-                metadata.create_all(connection)  # also what a newer schema adds to an older file
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A transaction that may write: all of it or nothing."""
-        with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
-            yield connection
-
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of everything and writes nothing."""
-        with self.engine.connect() as connection, connection.begin():
-            yield connection
-
-    def close(self) -> None:
-        """Close every connection."""
-        self.engine.dispose()
-
-
-def parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The values in portions that a statement takes."""
-    for start in range(0, len(values), _IDS_A_QUERY):
-        yield values[start : start + _IDS_A_QUERY]
-
-
-def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Set `values` in the row with this key, or add it; only inside `Database.write`, where nobody else writes."""
-    where = [table.c[name] == value for name, value in key.items()]
-    if connection.execute(update(table).where(*where).values(**values)).rowcount == 0:
-        connection.execute(insert(table).values(**key, **values))
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    # The driver's own transaction control begins too late: `_begin` decides instead.
-    connection.isolation_level = None
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {BUSY_MS_MAX}"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: Connection) -> None:
-    # A transaction that reads first and writes later fails when another wrote in between; IMMEDIATE waits instead.
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+notices = Table(  # events on their way to people; see trainer/notices.py
+    "notices",
+    metadata,
+    Column("id", String, primary_key=True),  # of the event
+    Column("title", String, nullable=False),
+    Column("text", String, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("tries", Integer, nullable=False, default=0),
+    Column("due", Float, nullable=False, default=0.0),
+    Column("state", String, nullable=False),  # waiting | sent | given_up
+    Column("error", String, nullable=False, default=""),
+    Index("notices_by_state", "state", "due"),
+)

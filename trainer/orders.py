@@ -70,7 +70,7 @@ class Orders:
 
     def _carry_out(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         if kind == "train":
-            return self._jobs.train_now(body["model"])
+            return self._jobs.train_now(body["model"], "agent" if body.get("by") == "agent" else "operator")
         if kind == "rollout_start":
             return self._start(body["release"])
         if kind == "rollout_abort":
