@@ -15,6 +15,7 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State
 from trainer.core.rollout import Outcome, Window
 from trainer.database import commands, desired, devices, events, opinions, parts, pulls, put, samples, seen, windows
+from trainer.inventory import take_labels
 
 SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
@@ -64,6 +65,7 @@ def take_state(connection: Connection, device: str, state: State, now: float) ->
         "seen_at": now,
     }
     put(connection, devices, {"device": device}, values)
+    take_labels(connection, device, state.labels)
     return row is None or row.boot != state.boot
 
 

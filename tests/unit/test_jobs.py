@@ -266,8 +266,11 @@ def test_orders_are_answered_or_say_what_is_wrong(world: World, tmp_path: Path) 
         "rev": 1,
     }
     assert world.told() == {"d1": "digits@1.1"}
-    started = order(world, "rollout_start", release="digits@1.1")
-    assert "promote or abort it first" in order(world, "rollout_start", release="digits@1.1")["error"]
+    started = order(world, "rollout_start", release="digits@1.1", unjudged="made by hand")
+    assert (
+        "promote or abort it first"
+        in order(world, "rollout_start", release="digits@1.1", unjudged="made by hand")["error"]
+    )
     assert order(world, "rollout_abort", rollout=started["rollout"])["phase"] == "aborted"
     assert "means nothing there" in order(world, "rollout_promote", rollout=started["rollout"])["error"]
     assert "does not exist" in order(world, "rollout_abort", rollout="nothing")["error"]
@@ -297,7 +300,7 @@ def test_a_fleet_of_one_is_compared_with_its_own_past(world: World, tmp_path: Pa
         connection.execute(insert(windows).values(**window))
     world.release(tmp_path / "second", "digits@1.1", b"second")
     world.host.registry.register(tmp_path / "second")
-    order(world, "rollout_start", release="digits@1.1")
+    order(world, "rollout_start", release="digits@1.1", unjudged="made by hand")
     world.rollouts.tick()
     world.report("d1", "digits@1.1", "committed")
     world.rollouts.tick()
