@@ -1,0 +1,94 @@
+"""`trainer mcp` as a process, driven by the protocol's own client, beside a real `trainer serve` that decides (L3, L15)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from mcp import ClientSession, StdioServerParameters
+from mcp.client.stdio import stdio_client
+from sqlalchemy import select
+
+from tests.system.broker import free_port
+from trainer.database import Database, events, requests
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Path]:
+    """A trainer that serves; its broker is away, which decisions do not need."""
+    path = tmp_path / "trainer.toml"
+    path.write_text(
+        f'name = "host"\ndata_dir = "data"\n[broker]\nport = {free_port()}\n[http]\nport = 0\n'
+        '[models.digits]\ncheckpoint = "missing.pt"\nlabels = ["1"]\nholdout = "h"\nholdout_clean = "c"\ncalibration = "k"\n'
+    )
+    with (tmp_path / "serve.log").open("wb") as log:
+        command = [sys.executable, "-m", "trainer", "serve", "--config", str(path)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+    try:
+        yield path
+        assert process.poll() is None, (tmp_path / "serve.log").read_text()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+async def drive(config: Path, *calls: tuple[str, dict[str, Any]]) -> tuple[list[Any], list[tuple[bool, str]]]:
+    """(the tools as the client sees them, is_error and text of each call)."""
+    server = StdioServerParameters(
+        command=sys.executable, args=["-m", "trainer", "mcp", "--config", str(config)], env=dict(os.environ), cwd=ROOT
+    )
+    async with stdio_client(server) as (incoming, outgoing), ClientSession(incoming, outgoing) as session:
+        await session.initialize()
+        listed = (await session.list_tools()).tools
+        answers = []
+        for name, arguments in calls:
+            result = await session.call_tool(name, arguments)
+            (content,) = result.content
+            answers.append((bool(result.isError), content.text))
+        return listed, answers
+
+
+def test_l3_an_agent_uses_the_tools_over_mcp_and_l15_gets_no_further_than_others(config: Path) -> None:
+    listed, answers = anyio.run(
+        drive,
+        config,
+        ("query_metrics", {"model": "digits"}),
+        ("collect_samples", {"model": "digits"}),
+        ("notify", {"text": "look at line 3", "level": "warning"}),
+        ("request_training", {"model": "digits"}),
+        ("deploy_model", {"release": "digits@1.0"}),
+        ("request_training", {"model": "digits", "force": True}),
+        ("delete_samples", {}),
+    )
+    assert [tool.name for tool in listed] == [
+        "collect_samples", "request_training", "deploy_model", "query_metrics", "notify",
+    ]  # fmt: skip
+    assert listed[1].inputSchema["required"] == ["model"]
+    assert "minimum interval" in listed[1].description
+    failed, texts = [error for error, _ in answers], [text for _, text in answers]
+    assert failed == [False, False, False, True, True, True, True]
+    assert json.loads(texts[0])["jobs"] == []
+    assert json.loads(texts[1])["samples_new"] == 0
+    assert json.loads(texts[2]) == {"notified": True}
+    assert texts[3] == "digits is not trained: no labelled sample"
+    assert "digits@1.0" in texts[4]
+    assert "force" in texts[5]
+    assert "delete_samples" in texts[6]
+    database = Database(config.parent / "data" / "trainer.sqlite")
+    with database.read() as connection:
+        said = connection.execute(select(events).where(events.c.kind == "notice")).one()
+        orders = connection.execute(select(requests.c.kind, requests.c.body).order_by(requests.c.created)).all()
+    database.close()
+    assert (said.text, said.detail["level"]) == ("look at line 3", "warning")
+    assert [row.kind for row in orders] == ["notify", "train", "rollout_start"]
+    assert all(row.body["by"] == "agent" for row in orders)
