@@ -75,6 +75,7 @@ def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verb
         stream=sys.stderr,
     )
     from edged.link import BadCredentials
+    from trainer.config import ConfigError
     from trainer.coordinator import Coordinator
     from trainer.database import DatabaseError
 
@@ -83,7 +84,7 @@ def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verb
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: coordinator.stop())
         coordinator.run()
-    except (BadCredentials, DatabaseError, OSError) as error:
+    except (BadCredentials, ConfigError, DatabaseError, OSError) as error:
         fail(str(error))
 
 

@@ -294,16 +294,17 @@ schedules = Table(  # see trainer/ready.py
     Column("looked", Float, nullable=False),  # the time of the schedule that was dealt with last
 )
 
-notices = Table(  # events on their way to people; see trainer/notices.py
+notices = Table(  # events on their way to people, a row for each address; see trainer/notices.py
     "notices",
     metadata,
-    Column("id", String, primary_key=True),  # of the event
+    Column("id", String, primary_key=True),  # of the event, and of the address
+    Column("target", String, nullable=False),  # which address: a hash of it, for it is secret
     Column("title", String, nullable=False),
     Column("text", String, nullable=False),
+    Column("level", String, nullable=False),
     Column("created", Float, nullable=False),
     Column("tries", Integer, nullable=False, default=0),
-    Column("due", Float, nullable=False, default=0.0),
-    Column("state", String, nullable=False),  # waiting | sent | given_up
-    Column("error", String, nullable=False, default=""),
-    Index("notices_by_state", "state", "due"),
+    Column("due", Float, nullable=False, default=0.0),  # of the next try; of what is sent, when that was
+    Column("state", String, nullable=False),  # waiting | sent | summed (another one stood for it) | given_up
+    Index("notices_by_state", "target", "state", "due"),
 )

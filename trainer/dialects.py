@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 BUSY_MS_MAX = 10_000
@@ -92,7 +92,7 @@ def holds(held: Lock) -> bool:
         return True
     try:
         held.exec_driver_sql("SELECT 1")
-    except DBAPIError:
+    except SQLAlchemyError:
         held.close()
         return False
     return True
