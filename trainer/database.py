@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, Table
 
-from trainer.sql import Database, DatabaseError, Served, String, metadata, parts, put
+from trainer.sql import SCHEMA_VERSION, Database, DatabaseError, Served, String, metadata, parts, put
 
-__all__ = ["Database", "DatabaseError", "Served", "parts", "put"]
+__all__ = ["SCHEMA_VERSION", "Database", "DatabaseError", "Served", "parts", "put"]
 
 devices = Table(
     "devices",

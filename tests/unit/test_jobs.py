@@ -26,6 +26,8 @@ from trainer.rollouts import Rollouts, start_rollout
 from trainer.signing import repository_of, sign
 from trainer.status import job_status
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 CONFIG = """
 name = "host"
 data_dir = "data"

@@ -24,6 +24,8 @@ from trainer.files import write_whole
 from trainer.releases import MANIFEST, build_manifest, canonical_bytes
 from trainer.tools import TOOLS, ToolRefused, Tools
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 FIVE = ["collect_samples", "request_training", "deploy_model", "query_metrics", "notify"]
 
 
