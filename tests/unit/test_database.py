@@ -84,8 +84,8 @@ def test_a_reader_inside_a_writer_sees_what_that_wrote(tmp_path: Path) -> None:
 def break_within(database: Database, name: str, nested: bool = False) -> None:
     with database.write() as connection:
         if nested:
-            with database.write() as connection:
-                put(connection, workers, {"name": name}, {"facts": {}, "seen": 1.0})
+            with database.write() as inner:
+                put(inner, workers, {"name": name}, {"facts": {}, "seen": 1.0})
         else:
             put(connection, workers, {"name": name}, {"facts": {}, "seen": 1.0})
         raise ZeroDivisionError
