@@ -263,7 +263,13 @@ class Coordinator:
                     self._count("duplicates")
                     return
                 handler(connection, fields["dev"], fields, decoded)
-        except (ValueError, TypeError, KeyError, ValidationError, DataError):  # PostgreSQL takes no NUL, NaN or huge number
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            ValidationError,
+            DataError,
+        ):  # PostgreSQL takes no NUL, NaN or huge number
             self._count("faults")
             log.exception("message on %s", message.topic)
 

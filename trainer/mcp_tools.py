@@ -44,7 +44,7 @@ def server(tools: Tools) -> Server[Any, Any]:
             for each in TOOLS.values()
         ]
 
-    @made.call_tool()
+    @made.call_tool()  # type: ignore[untyped-decorator]
     async def called(name: str, arguments: dict[str, Any]) -> list[TextContent]:
         # What is raised becomes a result with isError and the message; the database is waited for in a thread.
         answer = await anyio.to_thread.run_sync(tools.call, name, arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -178,7 +179,7 @@ def _addresses(settings: Notify) -> list[tuple[str, str, Send]]:
         "info": apprise.NotifyType.INFO, "success": apprise.NotifyType.SUCCESS,
         "warning": apprise.NotifyType.WARNING, "failure": apprise.NotifyType.FAILURE,
     }  # fmt: skip
-    found = []
+    found: list[tuple[str, str, Send]] = []
     for number, secret in enumerate(settings.urls):
         url = secret.get_secret_value()
         shown = f"notify.urls[{number}] ({url.partition(':')[0][:20]})"
@@ -189,8 +190,9 @@ def _addresses(settings: Notify) -> list[tuple[str, str, Send]]:
                 "jsons://host/path (its documentation lists them)"
             )
 
-        def send(message: Message, plugin: Any = plugin) -> bool:
-            return bool(plugin.notify(body=message.text, title=message.title, notify_type=types[message.level]))
-
-        found.append((url, shown, send))
+        found.append((url, shown, partial(_send, plugin, types)))
     return found
+
+
+def _send(plugin: Any, types: dict[str, Any], message: Message) -> bool:
+    return bool(plugin.notify(body=message.text, title=message.title, notify_type=types[message.level]))

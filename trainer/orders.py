@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 
 from trainer.collect import Collect
 from trainer.config import ConfigError
@@ -93,6 +93,8 @@ class Orders:
                 return self._carry_out(row.kind, row.body)
         except (ConfigError, ReleaseError, KeyError, ValueError) as error:
             return {"error": str(error)}
+        except DataError as error:
+            return {"error": f"{row.kind}: the database does not take these words: {error.orig}"}
         except (DBAPIError, Served):
             raise  # the database's trouble, not the order's: it is carried out later
         except Exception as error:  # one broken order must not keep all later ones waiting

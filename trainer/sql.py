@@ -111,7 +111,9 @@ class Database:
             row = connection.execute(select(coordinators.c.epoch)).first()
             epoch = 1 if row is None else int(row.epoch) + 1
             put(connection, coordinators, {"id": 0}, {"epoch": epoch, "name": name})
-            self._epoch = epoch  # before anybody else may write, so that none of our own threads is taken for a stranger
+            self._epoch = (
+                epoch  # before anybody else may write, so that none of our own threads is taken for a stranger
+            )
 
     def keep(self) -> None:
         """Take the lock of `serve` again after the database was restarted; raises Served when another has it."""

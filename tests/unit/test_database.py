@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert, select, text, update
 
+from edged.link import Inbound
+from edged.wire import messages, topics
 from tests.support.postgres import Postgres
 from trainer import dialects
-from trainer.database import Database, DatabaseError, Served, jobs, put, workers
+from trainer.config import TrainerConfig
+from trainer.coordinator import Coordinator
+from trainer.database import Database, DatabaseError, Served, events, jobs, put, workers
 
 BOTH = pytest.mark.usefixtures("each_database")
 ROUNDS, PROCESSES = 40, 3
+ENVELOPE = {"id": "m1", "ts": 1.0, "boot": "b", "seq": 1}
 
 
 def count_up(where: Path | str) -> None:
@@ -224,3 +229,28 @@ def test_a_big_number_and_text_that_postgresql_does_not_take_are_errors_of_the_m
         row = {"id": "j", "model": "m", "source": "s", "target": "t", "reason": "", "status": "x", "manifest": {}}
         connection.execute(insert(jobs).values(**row, created=0.0, claim_until=0.0))
     database.close()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (topics.EVENT, messages.Event(**ENVELOPE, kind="k", text="a\0b")),
+        (topics.EVENT, messages.Event(**{**ENVELOPE, "id": "a\0b"}, kind="k", text="t")),
+        (topics.METRICS, messages.Metrics(**ENVELOPE, start=0, end=1, pipeline="p", release="m@1.0", items=1 << 62)),
+    ],
+)
+def test_a_message_that_the_database_does_not_take_ends_nothing(
+    tmp_path: Path, each_database: str, route: topics.Route, body: messages.Message
+) -> None:
+    config = TrainerConfig(name="host", data_dir=tmp_path / "data")
+    coordinator = Coordinator(config, tmp_path / "trainer.toml")
+    for sent in (body, messages.Event(**{**ENVELOPE, "id": "later"}, kind="k", text="later")):
+        to = topics.EVENT if sent is not body else route
+        payload = messages.encode(sent)
+        coordinator.link.inbox.put(Inbound(to(site="default", dev="d1").topic, payload, False, (1, 0, 0)))
+    coordinator._take_in()
+    assert coordinator.counters.get("faults", 0) == (1 if each_database == "postgresql" else 0)
+    with coordinator.host.database.read() as connection:
+        assert "later" in connection.execute(select(events.c.text)).scalars().all()
+    coordinator.host.database.close()

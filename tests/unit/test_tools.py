@@ -273,6 +273,17 @@ def test_an_order_that_breaks_keeps_nobody_waiting_and_leaves_nothing(
         assert len(connection.execute(select(samples)).all()) == 6
 
 
+def test_words_that_a_database_does_not_take_keep_nobody_waiting(
+    tools: tuple[World, Tools], each_database: str
+) -> None:
+    _, its = tools
+    if each_database == "postgresql":
+        assert "does not take these words" in refused(lambda: its.notify(text="a\0b"))
+    else:
+        assert its.notify(text="a\0b") == {"notified": True}
+    assert its.notify(text="still here") == {"notified": True}
+
+
 def test_the_command_line_says_the_schemas_and_needs_nothing_to_do_so() -> None:
     done = CliRunner().invoke(app, ["tool", "schemas"])
     assert [each["name"] for each in json.loads(done.stdout)] == FIVE

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 WORD = r"[A-Za-z0-9_.~-]{1,64}"
 TEXT_MAX = 4096
@@ -125,12 +124,13 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
 
-    def _next(self) -> tuple[Literal["sign", "word", "end"], str, int]:
+    def _next(self) -> tuple[str, str, int]:
+        """(`sign`, `word` or `end`, its text, where it ends) of what comes next."""
         found = _TOKEN.match(self._text, self._at)
         if found is None:
             raise self.wrong("letters, digits, '_', '.', '-', '~' (at most 64 together), or one of = != ! ( ) ,")
         kind = found.lastgroup
-        assert kind in ("sign", "word", "end")
+        assert kind is not None
         return kind, found[kind], found.end()
 
     def take(self, what: str) -> bool:
