@@ -236,7 +236,6 @@ def test_a_big_number_and_text_that_postgresql_does_not_take_are_errors_of_the_m
     ("route", "body"),
     [
         (topics.EVENT, messages.Event(**ENVELOPE, kind="k", text="a\0b")),
-        (topics.EVENT, messages.Event(**{**ENVELOPE, "id": "a\0b"}, kind="k", text="t")),
         (topics.METRICS, messages.Metrics(**ENVELOPE, start=0, end=1, pipeline="p", release="m@1.0", items=1 << 62)),
     ],
 )
