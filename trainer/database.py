@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, Table
 
-from trainer.sql import SCHEMA_VERSION, Database, DatabaseError, Served, String, metadata, parts, put
+from trainer.schema import String, metadata
+from trainer.sql import SCHEMA_VERSION, Database, DatabaseError, Served, parts, put
+from trainer.tables_live import detections as detections
 
-__all__ = ["SCHEMA_VERSION", "Database", "DatabaseError", "Served", "parts", "put"]
+__all__ = ["SCHEMA_VERSION", "Database", "DatabaseError", "Served", "detections", "metadata", "parts", "put"]
 
 devices = Table(
     "devices",
@@ -265,18 +267,6 @@ registrations = Table(  # which server was told of which release
     Index("registrations_by_state", "target", "state"),
 )
 
-
-detections = Table(  # of drift (trainer.core.triggers); what found it and why is its evidence
-    "detections",
-    metadata,
-    Column("id", String, primary_key=True),
-    Column("model", String, nullable=False),
-    Column("release", String, nullable=False),
-    Column("rule", String, nullable=False),
-    Column("found_at", Float, nullable=False),
-    Column("evidence", JSON, nullable=False, default=dict),
-    Index("detections_by_model", "model", "found_at"),
-)
 
 labels = Table(  # of devices; see trainer/inventory.py
     "labels",

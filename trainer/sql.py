@@ -12,19 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table, insert, select, update
-from sqlalchemy import String as AnyString
+from sqlalchemy import Column, Connection, Engine, Integer, Table, insert, select, update
 from sqlalchemy.exc import OperationalError
 
 from trainer import dialects
+from trainer.schema import String, metadata
 
 # 2: leases, workers, opinions, pool, pulls, registrations. 3: detections, labels, schedules, notices, coordinators.
 SCHEMA_VERSION = 3  # so far each brought new tables only, which `create_all` makes
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
-
-metadata = MetaData()
-# Names sort by their bytes everywhere, not by the language that a PostgreSQL was set up for.
-String = AnyString().with_variant(AnyString(collation="C"), "postgresql")
 
 coordinators = Table(  # who works on this database: one row, whose epoch only grows; see Database.serve
     "coordinators",

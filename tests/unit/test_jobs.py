@@ -456,7 +456,8 @@ def test_drift_of_the_running_release_trains_once(world: World) -> None:
     def find(release: str) -> None:
         with world.host.database.write() as connection:
             row = {"id": new_id(), "model": "digits", "release": release, "rule": "escalation_rate", "evidence": {}}
-            connection.execute(insert(detections).values(**row, found_at=world.host.now()))
+            row |= {"scope": "", "text": "more escalations", "found_at": world.host.now()}
+            connection.execute(insert(detections).values(**row))
 
     find("digits@0.9")
     world.jobs.tick()
