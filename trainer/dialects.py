@@ -20,6 +20,10 @@ CONNECT_S_MAX = 10
 WRITE_LOCK, SERVE_LOCK = 0x65646701, 0x65646702  # "edg" and a number: advisory locks are the whole database's
 
 
+class BadUrl(ValueError):
+    """The address of a database is none."""
+
+
 class Lock(Protocol):
     """A lock that is held until it is closed or its process ends."""
 
@@ -27,7 +31,7 @@ class Lock(Protocol):
 
 
 def engine(where: Path | str) -> Engine:
-    """An engine for a SQLite file, whose folder is made, or for an URL; raises ValueError for one that is none."""
+    """An engine for a SQLite file, whose folder is made, or for an URL; raises BadUrl for one that is none."""
     if isinstance(where, Path):
         where.parent.mkdir(parents=True, exist_ok=True)
         made = create_engine(f"sqlite:///{where}", connect_args={"timeout": BUSY_MS_MAX / 1000})
@@ -36,8 +40,10 @@ def engine(where: Path | str) -> Engine:
         return made
     try:
         url = make_url(where)
-    except ArgumentError:
-        raise ValueError("database.url is no URL: use postgresql://user:password@host/name") from None
+    except (ArgumentError, ValueError):  # their texts may hold parts of a password
+        raise BadUrl(
+            "database.url is no URL: use postgresql://user:password@host/name, and %40 for an @ within the password"
+        ) from None
     made = create_engine(
         url,
         pool_pre_ping=True,  # a server that was restarted has forgotten our connections

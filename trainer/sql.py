@@ -44,7 +44,10 @@ class Database:
     object. Raises DatabaseError."""
 
     def __init__(self, where: Path | str) -> None:
-        self.engine: Engine = dialects.engine(where)
+        try:
+            self.engine: Engine = dialects.engine(where)
+        except dialects.BadUrl as error:
+            raise DatabaseError(str(error)) from None
         self._mine = threading.local()  # the transaction that this thread is in
         self._epoch: int | None = None
         try:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,12 @@ def test_l3_an_agent_uses_the_tools_over_mcp_and_l15_gets_no_further_than_others
     assert (said.text, said.detail["level"]) == ("look at line 3", "warning")
     assert [row.kind for row in orders] == ["notify", "train", "rollout_start"]
     assert all(row.body["by"] == "agent" for row in orders)
+
+
+def test_a_second_trainer_on_the_same_database_says_so_and_ends(config: Path) -> None:
+    while "serving releases" not in (config.parent / "serve.log").read_text():
+        time.sleep(0.05)
+    command = [sys.executable, "-m", "trainer", "serve", "--config", str(config)]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert second.returncode == 1
+    assert "another `trainer serve` works on this database (host): stop it first" in second.stderr

@@ -218,6 +218,12 @@ def test_a_database_that_is_not_there_is_named_without_its_password(url: str, sa
     assert "s3cret" not in str(caught.value)
 
 
+def test_an_address_that_is_none_is_not_repeated() -> None:
+    with pytest.raises(DatabaseError, match="is no URL: use postgresql://") as caught:
+        Database("postgresql+psycopg://ann:s3/cret@db:s3cret/fleet")
+    assert "s3" not in str(caught.value)
+
+
 def test_a_big_number_and_text_that_postgresql_does_not_take_are_errors_of_the_message(postgres: Postgres) -> None:
     database = Database(postgres.url("texts").replace("postgresql:", "postgresql+psycopg:"))
     with pytest.raises(Exception, match="NUL"), database.write() as connection:
