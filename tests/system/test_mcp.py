@@ -19,21 +19,30 @@ from mcp.client.stdio import stdio_client
 from sqlalchemy import select
 
 from tests.system.broker import free_port
+from tests.unit.test_notices import SECRET, Hook
 from trainer.database import Database, events, requests
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Iterator[Path]:
+def hook() -> Iterator[Hook]:
+    found = Hook()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def config(tmp_path: Path, hook: Hook) -> Iterator[Path]:
     """A trainer that serves; its broker is away, which decisions do not need."""
     path = tmp_path / "trainer.toml"
     path.write_text(
         f'name = "host"\ndata_dir = "data"\n[broker]\nport = {free_port()}\n[http]\nport = 0\n'
+        f'[notify]\nurls = ["{hook.url}"]\n'
         '[models.digits]\ncheckpoint = "missing.pt"\nlabels = ["1"]\nholdout = "h"\nholdout_clean = "c"\ncalibration = "k"\n'
     )
     with (tmp_path / "serve.log").open("wb") as log:
-        command = [sys.executable, "-m", "trainer", "serve", "--config", str(path)]
+        command = [sys.executable, "-m", "trainer", "serve", "--verbose", "--config", str(path)]
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
     try:
         yield path
@@ -59,7 +68,7 @@ async def drive(config: Path, *calls: tuple[str, dict[str, Any]]) -> tuple[list[
         return listed, answers
 
 
-def test_l3_an_agent_uses_the_tools_over_mcp_and_l15_gets_no_further_than_others(config: Path) -> None:
+def test_l3_an_agent_uses_the_tools_over_mcp_and_l15_gets_no_further_than_others(config: Path, hook: Hook) -> None:
     listed, answers = anyio.run(
         drive,
         config,
@@ -93,6 +102,12 @@ def test_l3_an_agent_uses_the_tools_over_mcp_and_l15_gets_no_further_than_others
     assert (said.text, said.detail["level"]) == ("look at line 3", "warning")
     assert [row.kind for row in orders] == ["notify", "train", "rollout_start"]
     assert all(row.body["by"] == "agent" for row in orders)
+    until = time.monotonic() + 20
+    while not hook.said and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [body["message"] for body in hook.said] == ["look at line 3"]
+    assert hook.said[0]["type"] == "warning"
+    assert SECRET not in (config.parent / "serve.log").read_text()  # not even in a log of everything
 
 
 def test_a_second_trainer_on_the_same_database_says_so_and_ends(config: Path) -> None:

@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from croniter import CroniterError, croniter
-
 CRON = "0 2 * * sun"  # Sundays at two in the night
 _FIELDS = 5
 
@@ -111,6 +109,8 @@ def last_due(cron: str, zone: datetime.tzinfo | None, now: float) -> float:
     `zone` None: this machine's local time. The clock on the wall counts: a time that a change to summer time leaves out
     is due as the clock jumps over it, and one that comes twice in autumn is due once.
     """
+    from croniter import CroniterError, croniter  # here: a dry run does without it
+
     check_schedule(cron)
     wall = datetime.datetime.fromtimestamp(math.floor(now), zone).replace(tzinfo=None, fold=0)
     minute = wall.replace(second=0, microsecond=0) + datetime.timedelta(minutes=1)
@@ -123,6 +123,8 @@ def last_due(cron: str, zone: datetime.tzinfo | None, now: float) -> float:
 
 def check_schedule(cron: str) -> None:
     """Raises BadSchedule for what is no cron expression of five fields."""
+    from croniter import croniter
+
     if len(cron.split()) != _FIELDS or not croniter.is_valid(cron):
         raise BadSchedule(
             f"schedule {cron!r} is no cron expression: use minute, hour, day of month, month, day of week, "
