@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
@@ -23,9 +23,11 @@ from trainer.child import METADATA
 from trainer.config import ConfigError, load_config
 from trainer.config_fleet import Notify
 from trainer.core.notices import Waiting, level, pause_s, plan, wanted
-from trainer.database import notices
+from trainer.database import events, notices
 from trainer.files import write_json
 from trainer.notices import Notices
+
+pytestmark = pytest.mark.usefixtures("each_database")
 
 SECRET = "t0ken-in-the-path"
 
@@ -205,6 +207,7 @@ def test_people_get_no_more_messages_an_hour_than_they_want_and_still_hear_of_ev
     assert hook.said[4]["message"] == "late"
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 80), st.integers(0, 70), st.integers(1, 60))
 def test_a_plan_tells_of_everything_once_or_of_nothing(count: int, sent: int, per_hour: int) -> None:
     waiting = [Waiting(str(number), "t", "text") for number in range(count)]
@@ -227,6 +230,10 @@ def test_secrets_are_shown_nowhere(tmp_path: Path, hook: Hook, caplog: pytest.Lo
     assert "notify.urls[0] (json): not told after 2 tries" in caplog.text
     for text in (caplog.text, repr(desk.notify), desk.notify.model_dump_json(), repr(desk.world.host.config)):
         assert SECRET not in text
+    with desk.world.host.database.read() as connection:
+        rows = [*connection.execute(select(notices)), *connection.execute(select(events))]
+    assert len(rows) == 2
+    assert SECRET not in str(rows)
     desk.world.host.database.close()
     assert all(SECRET.encode() not in path.read_bytes() for path in (tmp_path / "data").glob("trainer.sqlite*"))
 
