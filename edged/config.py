@@ -35,6 +35,8 @@ from edged.core.retention import EVICTABLE
 from edged.wire.messages import BEAT_S_MAX
 
 Days = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LABELS_MAX = 32
+LABELS_OWN = ("device", "site", "profile", "tier", "group")  # what a device is called by anyway
 MIB = 1 << 20
 
 
@@ -52,11 +54,19 @@ class Device(Section):
     id: Name
     site: Name = "default"
     group: Name | None = None
+    labels: Annotated[dict[Name, Name], Field(max_length=LABELS_MAX)] = {}  # for choosing among devices (docs/fleet.md)
     # A profile's name, the path of its file, "auto" (`edged profile detect`), or "generic": the defaults of this file alone.
     profile: Annotated[str, Field(min_length=1, max_length=4096)] = "generic"
     tier: Name = "device"
     state_dir: Path = Path("/var/lib/edged")
     overrides: Path | None = None  # a file that names adapters for slots (edged.overrides); it need not be there
+
+    @model_validator(mode="after")
+    def _own_labels(self) -> Device:
+        taken = sorted(set(self.labels) & set(LABELS_OWN))
+        if taken:
+            raise ValueError(f"labels.{taken[0]} is what the device's own settings say: call the label something else")
+        return self
 
 
 class Broker(Section):

@@ -75,6 +75,7 @@ def announcements(
     body = messages.State(
         **outgoing.stamp(), state=state, device=outgoing.device, profile=settings.device.profile,  # type: ignore[arg-type]
         tier=settings.device.tier, models=models, capabilities=sorted(settings.pipelines),
+        labels={**settings.device.labels, **({"group": settings.device.group} if settings.device.group else {})},
     )  # fmt: skip
     out = [(topics.STATE(site=outgoing.site, dev=outgoing.device), messages.encode(body))]
     return out + presences(settings, outgoing, state, models)

@@ -44,7 +44,7 @@ system_packages() {
     "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted >/dev/null
 }
 
-# What the tests need besides: a booted Debian, and a real RTSP server (GStreamer's, run by Debian's own Python). Missing
+# What the tests need besides: a booted Debian, a real RTSP server (GStreamer's, run by Debian's own Python), PostgreSQL. Missing
 # packages are no error here: the tests that need them say what this machine lacks.
 test_packages() {
     local missing=()
@@ -53,6 +53,7 @@ test_packages() {
     /usr/bin/python3 -c 'import gi; gi.require_version("GstRtspServer", "1.0"); from gi.repository import Gst, GstRtspServer
 Gst.init(None); assert all(map(Gst.ElementFactory.find, ("openh264enc", "h264parse", "rtph264pay")))' 2>/dev/null ||
         missing+=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad)
+    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
     install_if_root "${missing[@]}"
 }
 

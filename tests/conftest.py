@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.databases import each_database, postgres
 from tests.support.models import make_release
+
+__all__ = ["each_database", "postgres"]
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,12 +12,14 @@ import typer
 from trainer import (
     cli_enroll,
     cli_export,
+    cli_fleet,
     cli_hands,
     cli_pull,
     cli_ready,
     cli_report,
     cli_review,
     cli_samples,
+    cli_tools,
     cli_train,
     cli_worker,
 )
@@ -50,6 +52,8 @@ app.add_typer(cli_samples.samples_app, name="samples")
 app.add_typer(holdout_app, name="holdout")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
+cli_fleet.register(app, fleet_app)
+cli_tools.register(app)
 cli_review.register(cli_samples.samples_app)
 cli_pull.register(cli_samples.samples_app)
 cli_report.register(cli_samples.samples_app)
@@ -71,6 +75,7 @@ def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verb
         stream=sys.stderr,
     )
     from edged.link import BadCredentials
+    from trainer.config import ConfigError
     from trainer.coordinator import Coordinator
     from trainer.database import DatabaseError
 
@@ -79,19 +84,22 @@ def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verb
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: coordinator.stop())
         coordinator.run()
-    except (BadCredentials, DatabaseError, OSError) as error:
+    except (BadCredentials, ConfigError, DatabaseError, OSError) as error:
         fail(str(error))
 
 
 @rollout_app.command("start")
 def rollout_start(
     release: Annotated[str, typer.Argument(help="name@version, registered")],
+    unjudged: Annotated[
+        str, typer.Option(help="Why a release that no gate has judged shall go out all the same.")
+    ] = "",
     config: Config = CONFIG,
     as_json: Json = False,
     wait: Wait = ANSWER_S,
 ) -> None:
     """Bring a release to its fleet: 10 % of the devices, a watch against the others, then everybody."""
-    _order(load(config), "rollout_start", {"release": release}, wait, as_json)
+    _order(load(config), "rollout_start", {"release": release, "unjudged": unjudged}, wait, as_json)
 
 
 @rollout_app.command("abort")
@@ -142,33 +150,6 @@ def rollout_status(config: Config = CONFIG, as_json: Json = False) -> None:
     show([{key: row[key] for key in keys} for row in rolled], as_json=False)
     job_keys = ("job_id", "target_model", "status", "detail")
     show([{key: row[key] for key in job_keys} for row in trained], as_json=False)
-
-
-@fleet_app.command("status")
-def fleet_status(config: Config = CONFIG, as_json: Json = False) -> None:
-    """Every device that was ever seen, and what it runs."""
-    from trainer.status import fleet_status as rows_of
-
-    with open_database(load(config)).read() as connection:
-        rows = rows_of(connection)
-    if as_json:
-        show(rows, as_json)
-        return
-    flat = [
-        {
-            "device": row["device"],
-            "online": "revoked" if row["revoked"] else row["online"],
-            "tier": row["tier"],
-            "slot": slot,
-            "active": report.get("active"),
-            "adapter": report.get("adapter"),
-            "update": report.get("update"),
-            "pinned": report.get("pinned"),
-        }
-        for row in rows
-        for slot, report in (row["models"] or {"": {}}).items()
-    ]
-    show(flat, as_json=False)
 
 
 @fleet_app.command("set")

@@ -43,7 +43,7 @@ def worker(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        host = Host(settings, config.resolve(), Database(settings.database), Registry(settings.releases))
+        host = Host(settings, config.resolve(), Database(settings.database_at), Registry(settings.releases))
         serve(Worker(host, chosen), stopping, once=once)
     except (DatabaseError, OSError) as error:
         fail(str(error))

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from edged.wire.manifest import Thresholds
 from edged.wire.messages import MIRRORS_MAX
+from trainer.config_fleet import Cron, DatabaseAt, Notify, Triggers
 from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, make_rules
 from trainer.config_registration import TARGETS_MAX, Registration
 from trainer.config_text import TextModel
@@ -162,6 +163,8 @@ class Model(Section):
     target_risk: Share = 0.05  # accepted answers that may be wrong; devices' policies aim at it
     threshold: Annotated[int, Field(ge=0)] = 100  # train when there are MORE new labelled samples
     minimum_interval_s: Annotated[float, Field(ge=0)] = 3600.0
+    samples_min: Annotated[int, Field(ge=1)] = 10  # new samples that a schedule, a drift or an agent's wish needs
+    cron: Cron | None = None  # the model's own schedule, "" for none; without it [triggers] says
     label_confidence_min: Share = 0.5
     samples_max: Annotated[int, Field(ge=1)] = 5000  # of one job
     claim_s_max: Seconds = 3600.0  # how long devices may take to hand samples over
@@ -208,7 +211,7 @@ class Model(Section):
 
     def trigger_rules(self) -> TriggerRules:
         """What `core.triggers` needs."""
-        return TriggerRules(self.threshold, self.minimum_interval_s)
+        return TriggerRules(self.threshold, self.minimum_interval_s, self.samples_min)
 
     def gate_rules(self) -> GateRules:
         """What `core.gate` needs: its own defaults where the configuration says nothing."""
@@ -282,6 +285,9 @@ class TrainerConfig(BaseSettings):
     models: dict[Name, AnyModel] = {}
     rollout: Rollout = Rollout()
     worker: Worker = Worker()
+    triggers: Triggers = Triggers()
+    notify: Notify = Notify()
+    database: DatabaseAt = DatabaseAt()
     enrolment: Enrolment = Enrolment()
     registration: Annotated[list[Registration], Field(max_length=TARGETS_MAX)] = []  # servers that are told of releases
     command_resend_s: Seconds = 30.0
@@ -296,9 +302,9 @@ class TrainerConfig(BaseSettings):
         return value
 
     @property
-    def database(self) -> Path:
-        """The SQLite file with everything that must outlive the process."""
-        return self.data_dir / "trainer.sqlite"
+    def database_at(self) -> Path | str:
+        """Where everything is that must outlive the process: a SQLite file, or an URL with its password."""
+        return self.database.where(self.data_dir)
 
     @property
     def releases(self) -> Path:
@@ -412,7 +418,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{key} is missing: add it"
     value = item.get("input")
-    shown = "" if isinstance(value, dict | BaseModel) else f" = {str(value)[:80]!r}"
+    secret = item["loc"][:2] in (("database", "url"), ("notify", "urls"))
+    shown = "" if secret or isinstance(value, dict | BaseModel) else f" = {str(value)[:80]!r}"
     fix = _FIXES.get(item["type"])
     return f"{key}{shown}: {item['msg'].removeprefix('Value error, ')}" + (f"; fix: {fix}" if fix else "")
 

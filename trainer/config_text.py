@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from trainer.config_fleet import Cron
 from trainer.config_parts import LoraTable, Seconds, Section, Share, make_rules
 from trainer.core.gate_text import Rules
 from trainer.core.placement import Needs
@@ -57,6 +58,8 @@ class TextModel(Section):
     needs: dict[
         Literal["gpu_mib", "memory_mib", "disk_mib"], Annotated[int, Field(ge=0)]
     ] = {}  # of the host that trains
+    samples_min: Annotated[int, Field(ge=1)] = 10  # new samples that a schedule, a drift or an agent's wish needs
+    cron: Cron | None = None  # the model's own schedule, "" for none; without it [triggers] says
     tier: str = ""  # only devices of this tier are the model's fleet; empty: all that run it
     gate: dict[str, float] = {}
     profiles: list[str] = []  # firmware profiles that base and adapter together must fit (docs/gate.md)
@@ -88,7 +91,7 @@ class TextModel(Section):
 
     def trigger_rules(self) -> TriggerRules:
         """What `core.triggers` needs."""
-        return TriggerRules(self.threshold, self.minimum_interval_s)
+        return TriggerRules(self.threshold, self.minimum_interval_s, self.samples_min)
 
     def gate_rules(self) -> Rules:
         """What `core.gate_text` needs: its own defaults where the configuration says nothing."""

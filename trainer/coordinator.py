@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy import Connection, select, update
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 
 from edged.link import Connected, Disconnected, Inbound, Link, LinkOptions, Published, TooLarge
 from edged.wire import messages, topics
@@ -29,9 +29,10 @@ from trainer.catalogues import ask_for_catalogues
 from trainer.collect import Collect, claims
 from trainer.config import TrainerConfig
 from trainer.corrections import Corrections
-from trainer.database import Database, commands, desired, devices, events, jobs, samples
+from trainer.database import Database, Served, commands, desired, devices, events, jobs, samples
 from trainer.host import Host
 from trainer.jobs import Jobs
+from trainer.notices import Notices, note
 from trainer.orders import Orders
 from trainer.registration import Registrations
 from trainer.releases import Registry
@@ -67,13 +68,15 @@ class Coordinator:
     def __init__(self, config: TrainerConfig, config_path: Path) -> None:
         """Open the database and the registry; raises what they raise, and BadCredentials for TLS files."""
         config.data_dir.mkdir(parents=True, exist_ok=True)
-        database = Database(config.database)
+        database = Database(config.database_at)
+        database.serve(config.name)
         self.host = Host(config, config_path.resolve(), database, Registry(config.releases))
         self.jobs = Jobs(self.host, Worker(self.host, config.name) if config.worker.embedded else None)
         self.rollouts = Rollouts(self.host)
         self.collect = Collect(self.host)
         self.orders = Orders(self.host, self.jobs, self.rollouts, self.collect)
         self.signing = Signing(self.host)
+        self.notices = Notices(config.notify, database, self.host.now)
         self.registrations = Registrations(self.host, lambda: self.url)
         self.counters: dict[str, int] = {}
         self.server = Server(
@@ -84,7 +87,7 @@ class Coordinator:
             self.host.registry,
             config.samples,
             claimed=self._is_claimed,
-            status=lambda: status(self.host, {**self.counters, **self.blocks.counters}, self.link.connected),
+            status=lambda: status(self.host, self._all_counters(), self.link.connected),
             arrived=lambda _digest: None if self._stopping.is_set() else self._wake.set(),
             metadata=self._metadata,
         )  # fmt: skip
@@ -126,6 +129,7 @@ class Coordinator:
         self.link.start()
         self.blocks.start()
         self.registrations.start()
+        self.notices.start()
         try:
             while not self._stopping.is_set():
                 self._take_in()
@@ -133,6 +137,7 @@ class Coordinator:
                     self._wake.clear()
                     self._ticked = time.monotonic()
                     for name, act in (
+                        ("lock", self.host.database.keep),
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
                         ("signing", self.signing.tick), ("pulls", self.collect.tick), ("corrections", self.corrections.tick),
                         ("catalogue", lambda: ask_for_catalogues(self.host)), ("prune", self._prune),
@@ -150,6 +155,7 @@ class Coordinator:
     def _end(self) -> None:
         self.jobs.stop()
         self.registrations.stop()
+        self.notices.stop()
         self.blocks.stop()
         if self.link.publish(self._address, self._presence("offline"), "goodbye"):
             deadline = time.monotonic() + GOODBYE_S
@@ -167,9 +173,14 @@ class Coordinator:
     def _guarded(self, what: str, act: Callable[[], None]) -> None:
         try:
             act()
+        except Served:
+            raise  # the database is another trainer's now: this one may not go on
         except Exception:  # one broken job must not end the service of all others; it is counted and logged
             self._count("faults")
             log.exception("%s", what)
+
+    def _all_counters(self) -> dict[str, int]:
+        return {**self.counters, **self.blocks.counters, **self.notices.counters}
 
     def _count(self, name: str) -> None:
         self.counters[name] = self.counters.get(name, 0) + 1
@@ -245,15 +256,21 @@ class Coordinator:
         handler = self._handlers.get(route)
         if handler is None:
             return
-        # Retained states come again at every connection, and must count again when a newer one was never seen.
-        repeated = not fleet.is_new(connection, decoded)
-        if repeated and not message.retain:
-            self._count("duplicates")
-            return
         try:
             with connection.begin_nested():
+                # Retained states come again at every connection, and must count again when a newer one was never seen.
+                repeated = not fleet.is_new(connection, decoded)
+                if repeated and not message.retain:
+                    self._count("duplicates")
+                    return
                 handler(connection, fields["dev"], fields, decoded)
-        except (ValueError, TypeError, KeyError, ValidationError):
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            ValidationError,
+            DataError,
+        ):  # PostgreSQL takes no NUL, NaN or huge number
             self._count("faults")
             log.exception("message on %s", message.topic)
 
@@ -278,6 +295,7 @@ class Coordinator:
         if device != self.host.config.name:  # our own come back to us
             log.warning("%s: %s: %s", device, event.kind, event.text)
             fleet.take_event(connection, device, event)
+            note(connection, self.host.config.notify, {**event.model_dump(), "source": device})
 
     # What goes out.
 

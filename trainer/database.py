@@ -1,40 +1,18 @@
-"""The trainer's database: what must outlive the process, in SQLite with a write-ahead log.
+"""The trainer's tables: what must outlive the process. How they are read and written: `trainer.sql`.
 
 `trainer serve` writes, and workers their leases; command lines add rows to `requests` and read the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-from sqlalchemy import (
-    JSON,
-    Boolean,
-    Column,
-    Connection,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    create_engine,
-    event,
-    insert,
-    update,
-)
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, Table
 from sqlalchemy.util import OrderedSet
 
-# 2: leases, workers, opinions, pool, pulls, registrations; 3: predictions. New tables only, made by `create_all`.
-SCHEMA_VERSION = 3
-BUSY_MS_MAX = 10_000
-_IDS_A_QUERY = 500  # SQLite limits the variables of a statement
+from trainer.schema import String, metadata
+from trainer.sql import SCHEMA_VERSION, Database, DatabaseError, Served, parts, put
+from trainer.tables_live import detections as detections
 
-metadata = MetaData()
+__all__ = ["SCHEMA_VERSION", "Database", "DatabaseError", "Served", "detections", "metadata", "parts", "put"]
 
 devices = Table(
     "devices",
@@ -72,7 +50,7 @@ samples = Table(
     Column("release", String, nullable=False),
     Column("state", String, nullable=False),
     Column("sha256", String, nullable=False),
-    Column("bytes", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
     Column("label", JSON, nullable=False, default=list),
     Column("label_confidence", Float, nullable=False, default=0.0),
     Column("provenance", JSON),
@@ -249,7 +227,7 @@ pool = Table(  # what was said about pixels and texts that are kept here; see tr
     metadata,
     Column("id", String, primary_key=True),  # of what it says: the same said again is the same row
     Column("sha256", String, nullable=False),
-    Column("bytes", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
     Column("device", String, nullable=False),
     Column("model", String, nullable=False),
     Column("task", String, nullable=False),
@@ -297,71 +275,36 @@ registrations = Table(  # which server was told of which release
     Index("registrations_by_state", "target", "state"),
 )
 
+labels = Table(  # of devices; see trainer/inventory.py
+    "labels",
+    metadata,
+    Column("device", String, primary_key=True),
+    Column("born", JSON, nullable=False, default=dict),  # what its birth says
+    Column("given", JSON, nullable=False, default=dict),  # what an operator says: goes before; null: not there
+)
+
+schedules = Table(  # see trainer/ready.py
+    "schedules",
+    metadata,
+    Column("model", String, primary_key=True),
+    Column("rule", String, nullable=False),  # cron and time zone: with another one everything begins anew
+    Column("looked", Float, nullable=False),  # the time of the schedule that was dealt with last
+)
+
+notices = Table(  # events on their way to people, a row for each address; see trainer/notices.py
+    "notices",
+    metadata,
+    Column("id", String, primary_key=True),  # of the event, and of the address
+    Column("target", String, nullable=False),  # which address: a hash of it, for it is secret
+    Column("title", String, nullable=False),
+    Column("text", String, nullable=False),
+    Column("level", String, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("tries", Integer, nullable=False, default=0),
+    Column("due", Float, nullable=False, default=0.0),  # of the next try; of what is sent, when that was
+    Column("state", String, nullable=False),  # waiting | sent | summed (another one stood for it) | given_up
+    Index("notices_by_state", "target", "state", "due"),
+)
+
 for _table in metadata.tables.values():  # by name: the same file at every first start, wherever objects lie in memory
     _table.indexes = OrderedSet(sorted(_table.indexes, key=lambda index: str(index.name)))
-
-
-class DatabaseError(RuntimeError):
-    """The database file cannot be used; the message names it and the fix."""
-
-
-class Database:
-    """Opens the SQLite file at `path`, making it when needed; threads may share one object. Raises DatabaseError."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.engine: Engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_MS_MAX / 1000})
-        event.listen(self.engine, "connect", _configure)
-        event.listen(self.engine, "begin", _begin)
-        with self.read() as connection:
-            found = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-        if found > SCHEMA_VERSION:
-            raise DatabaseError(
-                f"{path} has schema {found}, this program knows {SCHEMA_VERSION}: use the newer trainer"
-            )
-        if found < SCHEMA_VERSION:
-            with self.write() as connection:
-                metadata.create_all(connection)  # also what a newer schema adds to an older file
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A transaction that may write: all of it or nothing."""
-        with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
-            yield connection
-
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of everything and writes nothing."""
-        with self.engine.connect() as connection, connection.begin():
-            yield connection
-
-    def close(self) -> None:
-        """Close every connection."""
-        self.engine.dispose()
-
-
-def parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The values in portions that a statement takes."""
-    for start in range(0, len(values), _IDS_A_QUERY):
-        yield values[start : start + _IDS_A_QUERY]
-
-
-def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Set `values` in the row with this key, or add it; only inside `Database.write`, where nobody else writes."""
-    where = [table.c[name] == value for name, value in key.items()]
-    if connection.execute(update(table).where(*where).values(**values)).rowcount == 0:
-        connection.execute(insert(table).values(**key, **values))
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    # The driver's own transaction control begins too late: `_begin` decides instead.
-    connection.isolation_level = None
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", f"busy_timeout = {BUSY_MS_MAX}"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: Connection) -> None:
-    # A transaction that reads first and writes later fails when another wrote in between; IMMEDIATE waits instead.
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

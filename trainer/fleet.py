@@ -28,6 +28,7 @@ from trainer.database import (
     seen,
     windows,
 )
+from trainer.inventory import take_labels
 
 SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
@@ -77,6 +78,7 @@ def take_state(connection: Connection, device: str, state: State, now: float) ->
         "seen_at": now,
     }
     put(connection, devices, {"device": device}, values)
+    take_labels(connection, device, state.labels)
     return row is None or row.boot != state.boot
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import Connection, insert
 from edged.wire.ids import uuid7
 from trainer.config import TrainerConfig
 from trainer.database import Database, commands, events
+from trainer.notices import note
 from trainer.releases import Registry
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Host:
             "detail": detail,
         }
         connection.execute(insert(events).values(**row, published=False))
+        note(connection, self.config.notify, row)
 
     def command_slot(self, connection: Connection, device: str, kind: str, body: dict[str, Any]) -> str:
         """Have a device carry out a person's order (`fleet.ORDERS`); it is told again until it says that it did or will not.

@@ -23,12 +23,12 @@ from trainer.child import EXIT_UNWRITTEN, Outcome, read_outcome
 from trainer.claims import by_device, end_claims, forget_pixels, give_back, refused
 from trainer.config_text import own_names
 from trainer.core.rollout import Phase, Rollout
-from trainer.core.triggers import Fire, Wait
+from trainer.core.triggers import Fire, Wait, Wish
 from trainer.database import jobs, parts, rollouts, samples
 from trainer.fleet import answers_of, current_release, members, opinions_of, trainable
 from trainer.host import Host, new_id
 from trainer.keys import TrustError
-from trainer.ready import OPEN, decision
+from trainer.ready import OPEN, decision, note_schedule, to_note
 from trainer.releases import ReleaseError
 from trainer.rollouts import start_rollout
 from trainer.signing import register
@@ -66,29 +66,34 @@ class Jobs:
         if self._worker is not None:
             self._worker.stop()
 
-    def train_now(self, model: str) -> dict[str, Any]:
-        """Train at an operator's wish; the answer to show (L16), or an `error`."""
-        decided = self._decide(model, operator=True)
+    def train_now(self, model: str, wish: Wish = "operator") -> dict[str, Any]:
+        """Train at somebody's wish; the answer to show (L16), or an `error`. Only an operator's goes before the threshold
+        and the minimum interval."""
+        decided = self._decide(model, wish)
         if isinstance(decided, Wait):
             return {"error": f"{model} is not trained: {decided.reason}"}
         return self._open_job(model, decided.reason)
 
     def _trigger(self, model: str) -> None:
-        decided = self._decide(model, operator=False)
-        if isinstance(decided, Fire):
-            answer = self._open_job(model, decided.reason)
-            reason = answer.get("error", "")
-        else:
-            reason = ""
+        host, reason = self._host, ""
+        decided = self._decide(model)
+        with host.database.read() as connection:
+            note = to_note(connection, host.config, model, decided, host.now())
+        if note or isinstance(decided, Fire):
+            with host.database.write() as connection:
+                answer = self._open_job(model, decided.reason) if isinstance(decided, Fire) else {}
+                reason = answer.get("error", "")
+                if note and not reason:
+                    note_schedule(connection, host.config, model, host.now())
         if reason and reason != self._waits.get(model):
             log.warning("model %s is due for training, but: %s", model, reason)
         self._waits[model] = reason
 
-    def _decide(self, model: str, *, operator: bool) -> Fire | Wait:
+    def _decide(self, model: str, wish: Wish = "") -> Fire | Wait:
         settings = self._host.config.any_model(model)
         with self._host.database.read() as connection:
             rules = settings.trigger_rules()
-            return decision(connection, model, settings, rules, operator=operator, now=self._host.now())
+            return decision(connection, self._host.config, model, rules, now=self._host.now(), wish=wish)
 
     def _open_job(self, model: str, reason: str) -> dict[str, Any]:
         """Write the manifest, claim its samples, and return the answer to a trigger (L16), or an `error`."""
@@ -174,7 +179,8 @@ class Jobs:
         """Go on without samples that their devices do not hand over, or fail when too few are left."""
         host = self._host
         kept = [each for each in manifest.samples if each.id not in lost]
-        needed = 0 if row["reason"] == "operator" else host.config.any_model(row["model"]).threshold
+        rules = host.config.any_model(row["model"]).trigger_rules()
+        needed = {"operator": 0, "sample_threshold": rules.threshold}.get(row["reason"], rules.called - 1)
         with host.database.write() as connection:
             text = f"{row['id']}: {len(lost)} of {len(manifest.samples)} samples did not come"
             if len(kept) <= needed:

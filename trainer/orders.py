@@ -1,23 +1,34 @@
-"""An operator's orders: a command line places one as a row, the running `trainer serve` carries it out and answers."""
+"""Orders of operators and agents: a command line or a tool places one as a row, the running `trainer serve` carries it out.
+
+It is carried out and answered in one transaction: a kill in between leaves neither, and no order is carried out twice.
+
+Law of this file: whoever asks gets no further than `trainer.core.triggers` and `trainer.core.guards` let him (L15).
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
+from sqlalchemy.exc import DataError, DBAPIError
 
 from trainer.collect import Collect
 from trainer.config import ConfigError
+from trainer.core.guards import may_deploy
 from trainer.core.rollout import Event
-from trainer.database import Database, devices, requests
+from trainer.database import Database, Served, devices, requests
 from trainer.fleet import ORDERS, desire
 from trainer.host import Host, new_id
+from trainer.inventory import give_labels
 from trainer.jobs import Jobs
 from trainer.registration import retry
 from trainer.releases import ReleaseError
 from trainer.rollouts import Rollouts, runs_now, start_rollout
 from trainer.signing import installable
+
+log = logging.getLogger(__name__)
 
 KEEP_S = 86400.0
 POLL_S = 0.1
@@ -44,6 +55,16 @@ def await_answer(database: Database, order: str, seconds: float) -> dict[str, An
         time.sleep(POLL_S)
 
 
+def withdraw(database: Database, order: str) -> bool:
+    """Take back an order that was not carried out; False: it was, and has its answer."""
+    with database.write() as connection:
+        answer = connection.execute(select(requests.c.answer).where(requests.c.id == order)).scalar_one_or_none()
+        if answer is not None:
+            return False
+        connection.execute(delete(requests).where(requests.c.id == order))
+        return True
+
+
 class Orders:
     """Carries out what was placed, oldest first; `tick` is called by the coordinator's thread."""
 
@@ -58,21 +79,33 @@ class Orders:
             waiting = connection.execute(select(requests).order_by(requests.c.created)).all()
         for row in waiting:
             if row.answer is None:
-                try:
-                    answer = self._carry_out(row.kind, row.body)
-                except (ConfigError, ReleaseError, KeyError, ValueError) as error:
-                    answer = {"error": str(error)}
                 with database.write() as connection:
+                    answer = self._answer(row)
                     connection.execute(update(requests).where(requests.c.id == row.id).values(answer=answer))
             elif row.created < self._host.now() - KEEP_S:
                 with database.write() as connection:
                     connection.execute(delete(requests).where(requests.c.id == row.id))
 
+    def _answer(self, row: Any) -> dict[str, Any]:
+        """What came of an order; one that failed has changed nothing."""
+        try:
+            with self._host.database.write():
+                return self._carry_out(row.kind, row.body)
+        except (ConfigError, ReleaseError, KeyError, ValueError) as error:
+            return {"error": str(error)}
+        except DataError as error:
+            return {"error": f"{row.kind}: the database does not take these words: {error.orig}"}
+        except (DBAPIError, Served):
+            raise  # the database's trouble, not the order's: it is carried out later
+        except Exception as error:  # one broken order must not keep all later ones waiting
+            log.exception("order %s", row.kind)
+            return {"error": f"{row.kind} failed: {type(error).__name__}: {error}"}
+
     def _carry_out(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         if kind == "train":
-            return self._jobs.train_now(body["model"])
+            return self._jobs.train_now(body["model"], "agent" if body.get("by") == "agent" else "operator")
         if kind == "rollout_start":
-            return self._start(body["release"])
+            return self._start(body["release"], body.get("unjudged", ""), body.get("by", "operator"))
         if kind == "rollout_abort":
             return self._rollouts.order(body["rollout"], Event.ABORT, "aborted by an operator")
         if kind == "rollout_promote":
@@ -83,19 +116,38 @@ class Orders:
             return self._collect.start(body["samples"], body["seconds"])
         if kind == "registration_retry":
             return retry(self._host, body["release"], body["target"])
+        if kind == "label":
+            return self._label(body["device"], body["labels"])
+        if kind == "notify":
+            return self._notify(body["title"], body["text"], body["level"])
         if kind in ORDERS:
             return self._command(kind, body["device"], {k: v for k, v in body.items() if k != "device"})
         return {"error": f"order {kind!r} is unknown: the command line and `trainer serve` are of different versions"}
 
-    def _start(self, release: str) -> dict[str, Any]:
+    def _start(self, release: str, unjudged: str, by: str) -> dict[str, Any]:
         stored = self._host.registry.get(release)
         installable(self._host.config, stored)
+        refused = may_deploy(release, stored.manifest.evaluation.get("gate"), unjudged, by)
+        if refused:
+            return {"error": refused}
         with self._host.database.write() as connection:
             started = start_rollout(self._host, connection, stored.ref)
-        if isinstance(started, str):
-            return {"error": started}
+            if isinstance(started, str):
+                return {"error": started}
+            if unjudged:
+                self._host.announce(connection, "rollout_unjudged", f"{release}: {unjudged}", rollout=started.id)
         fields = {"release": release, "canary": list(started.canary), "devices": list(started.devices)}
         return {"rollout": started.id, **fields}
+
+    def _label(self, device: str, changes: dict[str, str | None]) -> dict[str, Any]:
+        with self._host.database.write() as connection:
+            after = give_labels(connection, device, changes)
+        return {"error": after} if isinstance(after, str) else {"device": device, "labels": after}
+
+    def _notify(self, title: str, text: str, level: str) -> dict[str, Any]:
+        with self._host.database.write() as connection:
+            self._host.announce(connection, "notice", text, title=title, level=level)
+        return {"notified": True}
 
     def _command(self, kind: str, device: str, body: dict[str, Any]) -> dict[str, Any]:
         """Pass a person's order on to a device; a release is named to it with its hash."""
@@ -125,6 +177,12 @@ class Orders:
         adapters = {slot: host.registry.get(name) if name else None for slot, name in wanted_adapters.items()}
         for stored in (*models.values(), *filter(None, adapters.values())):
             installable(host.config, stored)
+        for stored in (*models.values(), *filter(None, adapters.values())):
+            verdict = stored.manifest.evaluation.get("gate")
+            # One device, by an operator's hand: unjudged is his to answer for, refused is not.
+            refused = may_deploy(stored.ref.release, verdict, "told to one device", "operator")
+            if refused:
+                return {"error": refused}
         for slot, stored in models.items():
             if stored.manifest.kind == "lora":
                 return {"error": f"{slot}: {stored.ref.release} is an adapter; use --adapter"}

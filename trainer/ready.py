@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
-from trainer.config import Model, TrainerConfig
-from trainer.config_text import TextModel, own_names
+from trainer.config import TrainerConfig
+from trainer.config_text import own_names
 from trainer.core.rollout import Phase
-from trainer.core.triggers import Fire, TriggerRules, Wait, decide
-from trainer.database import Database, jobs, rollouts
-from trainer.fleet import training_counts
+from trainer.core.triggers import Facts, Fire, TriggerRules, Wait, Wish, decide, due, last_due
+from trainer.database import Database, detections, jobs, put, rollouts, schedules
+from trainer.fleet import current_release, members, training_counts
 from trainer.jobfile import JobError, TrainJob, needed
 from trainer.locks import Held, held, is_held
 from trainer.trained import had
@@ -50,21 +50,22 @@ def ready(
     least = needed(settings, samples_min)
     if dataset is not None:
         return _of_dataset(config, dataset, least)
-    database = Database(config.database)
+    database = Database(config.database_at)
     try:
         with database.read() as connection:
             new, usable = training_counts(connection, model, settings.label_confidence_min, own_names(model, settings))
-            rules = TriggerRules(least - 1, settings.minimum_interval_s)
-            decided = decision(connection, model, settings, rules, operator=False, now=now)
+            rules = TriggerRules(least - 1, settings.minimum_interval_s, settings.samples_min)
+            decided = decision(connection, config, model, rules, now=now)
     finally:
         database.close()
     return Ready(model, isinstance(decided, Fire), decided.reason, new, usable, least)
 
 
 def decision(
-    connection: Connection, model: str, settings: Model | TextModel, rules: TriggerRules, *, operator: bool, now: float
+    connection: Connection, config: TrainerConfig, model: str, rules: TriggerRules, *, now: float, wish: Wish = ""
 ) -> Fire | Wait:
-    """Whether to train a model on the fleet's samples now."""
+    """Whether to train a model on the fleet's samples now; changes nothing."""
+    settings = config.any_model(model)
     new, usable = training_counts(connection, model, settings.label_confidence_min, own_names(model, settings))
     rows = connection.execute(select(jobs.c.created, jobs.c.status).where(jobs.c.model == model)).all()
     # A rollout by hand counts too: while two releases are about, there is no one to improve.
@@ -72,15 +73,57 @@ def decision(
     rolling = connection.execute(
         select(rollouts.c.id).where(rollouts.c.model == model, rollouts.c.phase.notin_(ended))
     ).first()
-    return decide(
-        new,
-        usable,
-        rules,
+    facts = Facts(
+        samples_new=new,
+        samples_usable=usable,
         last_started=max((row.created for row in rows), default=None),
         job_open=rolling is not None or any(row.status in OPEN for row in rows),
-        operator=operator,
-        now=now,
+        due=_due(connection, config, model, now),
+        drift=_drifted(connection, model, settings.tier) if config.triggers.drift else None,
     )
+    return decide(facts, rules, now, wish)
+
+
+def to_note(connection: Connection, config: TrainerConfig, model: str, decided: Fire | Wait, now: float) -> bool:
+    """Whether `note_schedule` is called for: the schedule is new here, or its time that is due was dealt with, because a
+    training begins or there is nothing to train on."""
+    rule = _rule(config, model)
+    row = connection.execute(select(schedules).where(schedules.c.model == model)).first()
+    if not rule:
+        return False
+    if row is None or row.rule != rule or row.looked > now:  # new, changed, or the clock was set back
+        return True
+    return _due(connection, config, model, now) is not None and not (isinstance(decided, Wait) and decided.passes)
+
+
+def note_schedule(connection: Connection, config: TrainerConfig, model: str, now: float) -> None:
+    """Every time of the model's schedule until now was dealt with."""
+    put(connection, schedules, {"model": model}, {"rule": _rule(config, model), "looked": now})
+
+
+def _rule(config: TrainerConfig, model: str) -> str:
+    own = config.any_model(model).cron
+    cron = config.triggers.cron if own is None else own
+    return f"{cron} {config.triggers.time_zone}".strip() if cron else ""
+
+
+def _due(connection: Connection, config: TrainerConfig, model: str, now: float) -> float | None:
+    rule = _rule(config, model)
+    if not rule:
+        return None
+    row = connection.execute(select(schedules).where(schedules.c.model == model)).first()
+    looked = row.looked if row is not None and row.rule == rule else None
+    own = config.any_model(model).cron
+    last = last_due(config.triggers.cron if own is None else own, config.triggers.zone(), now)
+    return due(last, looked, now)
+
+
+def _drifted(connection: Connection, model: str, tier: str) -> float | None:
+    """When drift of the release that the fleet runs was found last."""
+    release = current_release(members(connection, model, tier))
+    found = select(func.max(detections.c.found_at)).where(detections.c.model == model, detections.c.release == release)
+    newest: float | None = connection.execute(found).scalar()
+    return newest
 
 
 def _of_dataset(config: TrainerConfig, job: TrainJob, least: int) -> Ready:

@@ -86,5 +86,11 @@ def job_status(connection: Connection, config: TrainerConfig, row: Any) -> dict[
     }
 
 
+def promised(status: dict[str, Any]) -> dict[str, Any]:
+    """Of a job's status exactly the fields of L17, for programs that were made for them."""
+    deployment = {key: status["deployment"][key] for key in ("status", "progress", "canary_result")}
+    return {**{key: status[key] for key in ("job_id", "status", "metrics")}, "deployment": deployment}
+
+
 def _latest(connection: Connection, table: Any) -> list[Any]:
     return list(connection.execute(select(table).order_by(table.c.created.desc()).limit(LATEST)))

@@ -36,9 +36,9 @@ def open_database(settings: TrainerConfig) -> Database:
     from trainer.database import Database, DatabaseError
 
     try:
-        return Database(settings.database)
+        return Database(settings.database_at)
     except (DatabaseError, OSError) as error:
-        fail(f"database {settings.database}: {error}")
+        fail(f"database: {error}")
 
 
 def fail(text: str) -> NoReturn:

@@ -223,7 +223,7 @@ class Demo:
                                                                             job["status"] != "training" else "")  # fmt: skip
 
     def _latest_job(self, config: TrainerConfig) -> dict[str, Any] | None:
-        with Database(config.database).read() as connection:
+        with Database(config.database_at).read() as connection:
             row = connection.execute(select(jobs).order_by(jobs.c.created.desc())).first()
             return job_status(connection, config, row) if row is not None else None
 
@@ -231,7 +231,7 @@ class Demo:
         deadline, shown = time.monotonic() + ROLLOUT_S_MAX, ""
         while True:
             line.check()
-            with Database(config.database).read() as connection:
+            with Database(config.database_at).read() as connection:
                 row = connection.execute(select(rollouts).order_by(rollouts.c.created.desc())).first()
                 rolled = progress(connection, row) if row is not None else None
             if rolled is not None:

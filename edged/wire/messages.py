@@ -73,6 +73,7 @@ class State(Message):
     tier: str = ""
     models: dict[str, str] = {}
     capabilities: list[str] = []
+    labels: dict[str, str] = {}  # what people call this device by, for choosing among many
 
 
 class ModelReport(Part):

@@ -313,7 +313,7 @@ def test_a_release_goes_to_the_canary_and_then_to_all_through_a_power_cut(tmp_pa
     with running(tmp_path, "d1", "d2", "d3", rollout=ROLLOUT) as (_, trainer, devices):
         trainer.register("digits@1.1", b"second")
         until("three devices are known", lambda: len(trainer.call("fleet", "status")) == 3)
-        started = trainer.call("rollout", "start", "digits@1.1")
+        started = trainer.call("rollout", "start", "digits@1.1", "--unjudged", "made by hand")
         assert len(started["canary"]) == 1
         canary = next(device for device in devices if device.name == started["canary"][0])
         others = [device for device in devices if device is not canary]
@@ -342,7 +342,7 @@ def test_a_canary_that_fails_brings_the_previous_release_back(tmp_path: Path) ->
     with running(tmp_path, "d1", "d2", rollout=ROLLOUT) as (broker, trainer, devices):
         trainer.register("digits@1.1", b"second")
         until("two devices are known", lambda: len(trainer.call("fleet", "status")) == 2)
-        started = trainer.call("rollout", "start", "digits@1.1")
+        started = trainer.call("rollout", "start", "digits@1.1", "--unjudged", "made by hand")
         canary = next(device for device in devices if device.name == started["canary"][0])
         until("the canary is told", lambda: canary.desired == {"digits": "digits@1.1"})
         canary.update, canary.reason = "failed", "golden input 3: expected class 7"

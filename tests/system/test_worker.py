@@ -40,7 +40,7 @@ class Hall:
             'labels = ["1"]\nholdout = "h"\nholdout_clean = "hc"\ncalibration = "c"\n'
         )
         self.config: TrainerConfig = load_config(self.path)
-        self.database = Database(self.config.database)
+        self.database = Database(self.config.database_at)
         self.processes: list[subprocess.Popen[str]] = []
 
     def add(self, job: str) -> Path:

@@ -89,7 +89,7 @@ def start(folder: Path, *arguments: str, poison: int | None = None) -> subproces
 def order(folder: Path, job: str) -> Host:
     """A job of the fleet whose pixels have come; the trainer that it is one of."""
     config = load_config(folder / "trainer.toml")
-    host = Host(config, folder / "trainer.toml", Database(config.database), Registry(config.releases))
+    host = Host(config, folder / "trainer.toml", Database(config.database_at), Registry(config.releases))
     config.samples.mkdir(parents=True, exist_ok=True)
     rows = []
     for item in map(image, (6, 7, 8)):

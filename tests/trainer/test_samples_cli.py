@@ -52,7 +52,7 @@ class Shell:
     @property
     def pool(self) -> Pool:
         config = load_config(self.config)
-        return Pool(Database(config.database), config.pool)
+        return Pool(Database(config.database_at), config.pool)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         (folder / "trainer.toml").write_text('name = "host"\ndata_dir = "data"\n')
         config = load_config(folder / "trainer.toml")
-        self.host = Host(config, folder / "trainer.toml", Database(config.database), Registry(config.releases))
+        self.host = Host(config, folder / "trainer.toml", Database(config.database_at), Registry(config.releases))
         self.pool = Pool(self.host.database, config.pool)
         self.collect = Collect(self.host)
 

@@ -35,7 +35,7 @@ class World:
             'name = "host"\nsite = "plant"\ndata_dir = "data"\ncommand_resend_s = 30\n'
         )
         config = load_config(folder / "trainer.toml")
-        self.host = Host(config, folder / "trainer.toml", Database(config.database), Registry(config.releases))
+        self.host = Host(config, folder / "trainer.toml", Database(config.database_at), Registry(config.releases))
         self.now, self.said, self.takes = 1000.0, list[tuple[str, Verdict]](), True
         monkeypatch.setattr(Host, "now", lambda _: self.now)
         self.pool = Pool(self.host.database, config.pool)

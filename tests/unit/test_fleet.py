@@ -23,6 +23,8 @@ from trainer import fleet
 from trainer.core.rollout import Outcome, Window
 from trainer.database import Database, commands, devices, put, samples
 
+pytestmark = pytest.mark.usefixtures("each_database")
+
 _numbers = itertools.count()
 REF = {"release": "digits@1.1", "sha256": "0" * 64}
 

@@ -12,7 +12,7 @@ BUILD = Path(__file__).parents[2] / "build"
 DEVICE, TRAINER = BUILD / "venv-device" / "bin" / "python", BUILD / "venv-trainer" / "bin" / "python"
 HEAVY = {
     "torch", "onnxruntime", "cv2", "llama_cpp", "sqlite_utils", "paho", "ultralytics", "transformers", "numpy", "pandas",
-    "httpx", "watchdog", "onnx", "peft", "sklearn", "matplotlib", "uvicorn", "sqlalchemy",
+    "httpx", "watchdog", "onnx", "peft", "sklearn", "matplotlib", "uvicorn", "sqlalchemy", "mcp", "apprise", "psycopg",
 }  # fmt: skip  # not pydantic: typer itself loads it where it is installed
 
 
@@ -38,7 +38,7 @@ def test_help_of_the_device_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not HEAVY & modules
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["mcp", "--help"], ["fleet", "--help"]])
 def test_help_of_the_trainer_imports_nothing_heavy(arguments: list[str]) -> None:
     modules = loaded_by(TRAINER, f"from trainer.cli import app; app({arguments!r})")
     assert "trainer" in modules

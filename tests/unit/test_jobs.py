@@ -16,7 +16,7 @@ from trainer import fleet
 from trainer.child import METADATA
 from trainer.config import load_config
 from trainer.core.rollout import Event
-from trainer.database import Database, commands, desired, jobs, rollouts, samples, windows
+from trainer.database import Database, commands, desired, detections, jobs, rollouts, samples, windows
 from trainer.files import write_json, write_whole
 from trainer.host import Host, new_id
 from trainer.jobs import Jobs
@@ -25,6 +25,8 @@ from trainer.releases import MANIFEST, Registry, build_manifest, canonical_bytes
 from trainer.rollouts import Rollouts, start_rollout
 from trainer.signing import repository_of, sign
 from trainer.status import job_status
+
+pytestmark = pytest.mark.usefixtures("each_database")
 
 CONFIG = """
 name = "host"
@@ -50,7 +52,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         (folder / "trainer.toml").write_text(CONFIG)
         config = load_config(folder / "trainer.toml")
-        self.host = Host(config, folder / "trainer.toml", Database(config.database), Registry(config.releases))
+        self.host = Host(config, folder / "trainer.toml", Database(config.database_at), Registry(config.releases))
         self.jobs, self.rollouts = Jobs(self.host), Rollouts(self.host)
         self.orders = Orders(self.host, self.jobs, self.rollouts)
         self.release(folder / "first", "digits@1.0", b"first")
@@ -266,8 +268,11 @@ def test_orders_are_answered_or_say_what_is_wrong(world: World, tmp_path: Path) 
         "rev": 1,
     }
     assert world.told() == {"d1": "digits@1.1"}
-    started = order(world, "rollout_start", release="digits@1.1")
-    assert "promote or abort it first" in order(world, "rollout_start", release="digits@1.1")["error"]
+    started = order(world, "rollout_start", release="digits@1.1", unjudged="made by hand")
+    assert (
+        "promote or abort it first"
+        in order(world, "rollout_start", release="digits@1.1", unjudged="made by hand")["error"]
+    )
     assert order(world, "rollout_abort", rollout=started["rollout"])["phase"] == "aborted"
     assert "means nothing there" in order(world, "rollout_promote", rollout=started["rollout"])["error"]
     assert "does not exist" in order(world, "rollout_abort", rollout="nothing")["error"]
@@ -297,7 +302,7 @@ def test_a_fleet_of_one_is_compared_with_its_own_past(world: World, tmp_path: Pa
         connection.execute(insert(windows).values(**window))
     world.release(tmp_path / "second", "digits@1.1", b"second")
     world.host.registry.register(tmp_path / "second")
-    order(world, "rollout_start", release="digits@1.1")
+    order(world, "rollout_start", release="digits@1.1", unjudged="made by hand")
     world.rollouts.tick()
     world.report("d1", "digits@1.1", "committed")
     world.rollouts.tick()
@@ -383,3 +388,86 @@ def test_what_replaces_a_revoked_release_does_not_wait_for_a_way_back(world: Wor
     repository.revoke("digits@1.0", "it burns")
     finished(world, "passed")
     assert world.job()["status"] == "deploying"
+
+
+def schedule(world: World, cron: str) -> None:
+    own = world.host.config.model("digits").model_copy(update={"cron": cron, "threshold": 100, "samples_min": 6})
+    world.host.config = world.host.config.model_copy(update={"models": {"digits": own}})
+
+
+def has_job(world: World) -> bool:
+    with world.host.database.read() as connection:
+        return connection.execute(select(jobs)).first() is not None
+
+
+def test_a_schedule_trains_once_also_when_its_time_passed_while_the_trainer_was_down(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule(world, "0 2 * * sun")
+    week, now = 7 * 86400.0, world.host.now()
+    monkeypatch.setattr(Host, "now", lambda _self: now)
+    world.jobs.tick()
+    assert not has_job(world)  # a new schedule begins with its next time
+    now += 5 * week
+    world.jobs = Jobs(world.host)  # another process
+    world.jobs.tick()
+    assert world.job()["reason"] == "schedule"
+    world.upload(*ALL)
+    with world.host.database.write() as connection:
+        connection.execute(update(jobs).values(status="failed"))
+        connection.execute(update(samples).values(job=None))
+    for _ in range(3):
+        now += 60
+        world.jobs.tick()
+    assert [row["status"] for row in [world.job()]] == ["failed"]
+
+
+def test_a_schedule_waits_for_a_job_that_is_open_but_not_for_samples(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule(world, "0 2 * * sun")
+    week, now = 7 * 86400.0, world.host.now()
+    monkeypatch.setattr(Host, "now", lambda _self: now)
+    world.jobs.tick()
+    with world.host.database.write() as connection:
+        connection.execute(update(samples).values(tried=1))
+    now += week
+    world.jobs.tick()  # nothing new: this Sunday is over
+    with world.host.database.write() as connection:
+        connection.execute(update(samples).values(tried=0))
+    world.jobs.tick()
+    assert not has_job(world)
+    with world.host.database.write() as connection:
+        row = {"id": "r", "model": "digits", "release": "digits@1.0", "sha256": "0", "state": {}, "previous": {}}
+        connection.execute(insert(rollouts).values(**row, phase="held", created=now, updated=now))
+    now += week
+    world.jobs.tick()
+    assert not has_job(world)  # a rollout is open: this Sunday waits
+    with world.host.database.write() as connection:
+        connection.execute(update(rollouts).values(phase="done"))
+    now += 3600
+    world.jobs.tick()
+    assert world.job()["reason"] == "schedule"
+
+
+def test_drift_of_the_running_release_trains_once(world: World) -> None:
+    schedule(world, "")
+
+    def find(release: str) -> None:
+        with world.host.database.write() as connection:
+            row = {"id": new_id(), "model": "digits", "release": release, "rule": "escalation_rate", "evidence": {}}
+            row |= {"scope": "", "text": "more escalations", "found_at": world.host.now()}
+            connection.execute(insert(detections).values(**row))
+
+    find("digits@0.9")
+    world.jobs.tick()
+    assert not has_job(world)
+    find("digits@1.0")
+    world.jobs.tick()
+    assert world.job()["reason"] == "drift"
+    with world.host.database.write() as connection:
+        connection.execute(update(jobs).values(status="failed"))
+        connection.execute(update(samples).values(job=None))
+    before = world.job()["id"]
+    world.jobs.tick()
+    assert world.job()["id"] == before

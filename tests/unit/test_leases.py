@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select
 
-from trainer import leases
+from trainer import dialects, leases
 from trainer.core.placement import MIB, Gpu, HostFacts, Needs, misfit
 from trainer.database import Database, jobs, workers
 from trainer.hostfacts import gpus, host_facts, parse_gpus
+
+pytestmark = pytest.mark.usefixtures("each_database")
 
 GIB = 1024 * MIB
 LEASE_S = 60.0
@@ -162,7 +164,7 @@ def test_a_database_of_an_earlier_version_gets_the_tables(tmp_path: Path) -> Non
     with first.write() as connection:
         connection.exec_driver_sql("DROP TABLE leases")
         connection.exec_driver_sql("DROP TABLE workers")
-        connection.exec_driver_sql("PRAGMA user_version = 1")
+        dialects.set_schema_version(connection, 1)
     first.close()
     add(again := Database(path), "j")
     assert take(again, A, 0.0) is not None

@@ -164,7 +164,7 @@ class World:
     def restart(self) -> None:
         """As a new process would begin."""
         config = load_config(self.path)
-        self.host = Host(config, self.path, Database(config.database), Registry(config.releases))
+        self.host = Host(config, self.path, Database(config.database_at), Registry(config.releases))
         self.telling = Registrations(self.host, lambda: "https://trainer.example:8443", lambda: 0.0)
         (self.target,) = config.registration
 
@@ -249,7 +249,7 @@ def test_own_words_headers_and_an_adapters_base(tmp_path: Path, told: Told) -> N
     assert (body["id"], body["on"], body["kind"], first["body"]["on"]) == ("tone", "phi@1.0", "lora 2.1", "")
     assert Path(body["at"]).read_bytes() == b"GGUFtone@2.1"
     assert body["files"]["adapter"]["sha256"] == sha256_of(Path(body["at"]))
-    assert b"s3cret-key" not in world.host.config.database.read_bytes()
+    assert b"s3cret-key" not in world.host.config.database_at.read_bytes()
 
 
 def test_what_passes_is_tried_again_and_its_last_error_is_to_be_seen(world: World, told: Told) -> None:

@@ -34,7 +34,7 @@ def host(tmp_path: Path) -> Host:
     path.write_text('data_dir = "data"\n[trust]\nfolder = "owner/trust"\n')
     config = load_config(path)
     config.data_dir.mkdir()
-    return Host(config, path, Database(config.database), Registry(config.releases))
+    return Host(config, path, Database(config.database_at), Registry(config.releases))
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def test_paths_start_at_the_file_and_the_environment_wins(tmp_path: Path, monkey
     monkeypatch.setenv("TRAINER_MODELS__DIGITS__EPOCHS", "3")
     monkeypatch.setenv("TRAINER_BROKER__PORT", "1999")
     config = load_config(write(tmp_path, GOOD))
-    assert config.database == tmp_path / "data" / "trainer.sqlite"
+    assert config.database_at == tmp_path / "data" / "trainer.sqlite"
     assert config.model("digits").checkpoint == tmp_path / "base.pt"
     assert (config.model("digits").epochs, config.broker.port, config.name) == (3, 1999, "host")
 

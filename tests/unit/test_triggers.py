@@ -1,44 +1,134 @@
+"""When to train, row by row: L4 (triggers), L5 (train after drift), L15 (never constantly)."""
+
 from __future__ import annotations
 
+import datetime
+from zoneinfo import ZoneInfo
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trainer.core.triggers import Fire, TriggerRules, Wait, decide
+from trainer.core.triggers import CRON, BadSchedule, Facts, Fire, TriggerRules, Wait, Wish, decide, due, last_due
 
-RULES = TriggerRules(threshold=100, minimum_interval_s=600)
+RULES = TriggerRules(threshold=100, minimum_interval_s=600, samples_min=10)
+NOW = 10_000.0
+OPEN = Wait("a job of this model is open", passes=True)
+SOON = Wait("the last job started too recently: 100 s of the minimum interval are left", passes=True)
+MORE = "more than 100 are needed"
 
 
 @pytest.mark.parametrize(
-    ("new", "usable", "last", "job_open", "operator", "expected"),
+    ("facts", "wish", "expected"),
     [
-        (101, 101, None, False, False, Fire("sample_threshold")),
-        (100, 100, None, False, False, Wait("100 new labelled samples, more than 100 are needed")),
-        (
-            0,
-            500,
-            None,
-            False,
-            False,
-            Wait("0 new labelled samples, more than 100 are needed"),
-        ),  # given back: no trigger
-        (
-            101,
-            101,
-            9_500.0,
-            False,
-            False,
-            Wait("the last job started too recently: 100 s of the minimum interval are left"),
-        ),
-        (101, 101, 9_400.0, False, False, Fire("sample_threshold")),  # exactly the interval
-        (101, 101, 99_999.0, False, False, Fire("sample_threshold")),  # the clock was set back
-        (101, 101, None, True, False, Wait("a job of this model is open")),
-        (5, 5, 9_999.0, False, True, Fire("operator")),
-        (0, 7, None, False, True, Fire("operator")),
-        (0, 0, None, False, True, Wait("no labelled sample")),
-        (5, 5, None, True, True, Wait("a job of this model is open")),
+        (Facts(101, 101), "", Fire("sample_threshold")),
+        (Facts(100, 100), "", Wait(f"100 new labelled samples, {MORE}")),
+        (Facts(0, 500), "", Wait(f"0 new labelled samples, {MORE}")),  # given back: no trigger
+        (Facts(101, 101, 9_500.0), "", SOON),
+        (Facts(101, 101, 9_400.0), "", Fire("sample_threshold")),  # exactly the interval
+        (Facts(101, 101, 99_999.0), "", Fire("sample_threshold")),  # the clock was set back
+        (Facts(101, 101, job_open=True), "", OPEN),
+        (Facts(5, 5, 9_999.0), "operator", Fire("operator")),
+        (Facts(0, 7), "operator", Fire("operator")),
+        (Facts(0, 0), "operator", Wait("no labelled sample")),
+        (Facts(5, 5, job_open=True), "operator", OPEN),
+        (Facts(10, 10, due=9_000.0), "", Fire("schedule")),
+        (Facts(9, 500, due=9_000.0), "", Wait("9 new labelled samples, schedule needs 10")),  # only new ones count
+        (Facts(10, 10, 9_500.0, due=9_000.0), "", SOON),
+        (Facts(10, 10, due=9_000.0, job_open=True), "", OPEN),
+        (Facts(0, 0, due=9_000.0), "", Wait("no labelled sample")),
+        (Facts(10, 10, drift=9_000.0), "", Fire("drift")),
+        (Facts(10, 10, 9_000.0, drift=9_000.0), "", Wait(f"10 new labelled samples, {MORE}")),  # trained since
+        (Facts(10, 10, 9_100.0, drift=9_200.0), "", Fire("drift")),
+        (Facts(10, 10, 9_500.0, drift=9_600.0), "", SOON),
+        (Facts(9, 9, drift=9_000.0), "", Wait("9 new labelled samples, drift needs 10")),
+        (Facts(101, 101, due=9_000.0, drift=9_000.0), "", Fire("drift")),
+        (Facts(101, 101, due=9_000.0), "", Fire("sample_threshold")),
+        (Facts(10, 10), "agent", Fire("agent")),
+        (Facts(9, 500), "agent", Wait("9 new labelled samples, agent needs 10")),
+        (Facts(101, 101, 9_500.0), "agent", SOON),  # an agent does not go before the interval
+        (Facts(101, 101, job_open=True), "agent", OPEN),
     ],
 )
-def test_decides(
-    new: int, usable: int, last: float | None, job_open: bool, operator: bool, expected: Fire | Wait
+def test_l4_l5_l15_decides(facts: Facts, wish: Wish, expected: Fire | Wait) -> None:
+    assert decide(facts, RULES, NOW, wish) == expected
+
+
+@pytest.mark.parametrize(("threshold", "samples_min", "called"), [(100, 10, 10), (3, 10, 4), (0, 10, 1), (100, 1, 1)])
+def test_a_schedule_never_needs_more_than_the_count(threshold: int, samples_min: int, called: int) -> None:
+    assert TriggerRules(threshold, samples_min=samples_min).called == called
+
+
+@given(
+    st.integers(0, 300), st.integers(0, 300), st.none() | st.floats(0, NOW), st.booleans(), st.none() | st.floats(0, NOW),
+    st.none() | st.floats(0, NOW), st.sampled_from(["", "agent"]),
+)  # fmt: skip
+def test_l15_nobody_but_an_operator_trains_within_the_interval_or_on_nothing_new(
+    new: int, more: int, last: float | None, job_open: bool, due_at: float | None, drift: float | None, wish: Wish
 ) -> None:
-    decision = decide(new, usable, RULES, last_started=last, job_open=job_open, operator=operator, now=10_000.0)
-    assert decision == expected
+    decided = decide(Facts(new, new + more, last, job_open, due_at, drift), RULES, NOW, wish)
+    if isinstance(decided, Fire):
+        assert not job_open
+        assert new >= RULES.called
+        assert last is None or NOW - last >= RULES.minimum_interval_s
+
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+def at(text: str) -> float:
+    return datetime.datetime.fromisoformat(f"{text}+00:00").timestamp()
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        ("2026-07-05T00:00:00", "2026-07-05T00:00:00"),  # 02:00 in Berlin is 00:00 in summer, to the second
+        ("2026-07-04T23:59:59", "2026-06-28T00:00:00"),
+        ("2026-07-08T12:00:00", "2026-07-05T00:00:00"),
+        ("2026-03-29T00:59:59", "2026-03-22T01:00:00"),
+        ("2026-03-29T01:00:00", "2026-03-29T01:00:00"),  # 02:00 does not exist: due as the clock jumps over it
+        ("2026-10-25T00:00:00", "2026-10-25T00:00:00"),  # 02:00 comes twice: due at the first
+        ("2026-10-25T01:00:00", "2026-10-25T00:00:00"),
+        ("2026-10-25T01:30:00", "2026-10-25T00:00:00"),
+        ("2026-10-25T03:00:00", "2026-10-25T00:00:00"),
+    ],
+)
+def test_l4_sunday_two_in_the_night_by_the_clock_on_the_wall(now: str, expected: str) -> None:
+    assert last_due(CRON, BERLIN, at(now)) == at(expected)
+
+
+@pytest.mark.parametrize("cron", ["", "x", "0 2 * *", "0 2 * * 8", "@weekly", "0 2 * * 0 *", "0 0 30 2 *"])
+def test_a_bad_schedule_is_named_with_an_example(cron: str) -> None:
+    with pytest.raises(BadSchedule, match="0 2 \\* \\* sun") as caught:
+        last_due(cron, datetime.UTC, NOW)
+    assert repr(cron) in str(caught.value)
+
+
+def test_what_was_missed_is_due_once() -> None:
+    times, looked, found = [at(f"2026-07-{day:02}T09:00:00") for day in range(1, 31)], at("2026-06-01T00:00:00"), []
+    for now in times[25:]:  # down for most of the month, which had four Sundays
+        waiting = due(last_due(CRON, datetime.UTC, now), looked, now)
+        if waiting is not None:
+            found.append(waiting)
+            looked = now
+    assert found == [at("2026-07-26T02:00:00")]
+
+
+@given(st.lists(st.floats(1.7e9, 1.8e9), min_size=2, max_size=40).map(sorted), st.sampled_from([BERLIN, datetime.UTC]))
+def test_however_often_it_is_looked_a_time_is_due_once(times: list[float], zone: datetime.tzinfo) -> None:
+    looked, found = times[0], []
+    for now in times[1:]:
+        waiting = due(last_due("*/7 * * * *", zone, now), looked, now)
+        if waiting is not None:
+            assert times[0] < waiting <= now
+            found.append(waiting)
+            looked = now
+    assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize(
+    ("last", "looked", "expected"), [(50.0, None, None), (50.0, 40.0, 50.0), (50.0, 50.0, None), (50.0, 101.0, None)]
+)
+def test_due(last: float, looked: float | None, expected: float | None) -> None:
+    assert due(last, looked, 100.0) == expected

@@ -158,7 +158,9 @@ class Rollouts:
                 return
             if not self.order or (answer is not None and "error" in answer):
                 self.world.say(f"start the rollout ({answer})")
-                order = place(coordinator.host.database, "rollout_start", {"release": "phi@1.1"})
+                order = place(
+                    coordinator.host.database, "rollout_start", {"release": "phi@1.1", "unjudged": "simulated"}
+                )
                 if self.world.disk.on:
                     self.order = order
         self.world.after(3.0, self._start)
