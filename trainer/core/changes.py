@@ -1,0 +1,75 @@
+"""Where a stream of numbers in 0..1 changed its mean, found by ADWIN; and how what repeats is kept from looking like one.
+
+Bifet and Gavaldà, "Learning from time-changing data with adaptive windowing" (SIAM Data Mining 2007), by river.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+# The bound is far on the safe side: no false alarm in 100 windows of 20 streams each, for a delta of 0.002 or less.
+DELTA = 0.002
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+Stream = Sequence[tuple[float, float]]  # (time, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The mean was `before` for `before_values` values and `after` for the `after_values` since; `at` is the time of the first
+    of these, `seen` the time of the value that showed it."""
+
+    at: float
+    seen: float
+    before: float
+    after: float
+    before_values: int
+    after_values: int
+
+
+def changes(stream: Stream, delta: float = DELTA) -> list[Change]:
+    """Every change of the mean, in order; the same stream always gives the same ones."""
+    from river.drift import ADWIN  # takes two seconds: only when it is wanted
+
+    detector, found, width = ADWIN(delta=delta), [], 0
+    for index, (seen, value) in enumerate(stream):
+        before_width = width + 1
+        detector.update(value)
+        width = int(detector.width)
+        if detector.drift_detected:
+            cut, first = index + 1 - width, index + 1 - before_width
+            old, new = [v for _, v in stream[first:cut]], [v for _, v in stream[cut : index + 1]]
+            if old and new:
+                found.append(
+                    Change(stream[cut][0], seen, sum(old) / len(old), sum(new) / len(new), len(old), len(new))
+                )
+            detector, width = ADWIN(delta=delta), 0
+            for _, kept in stream[cut : index + 1]:
+                detector.update(kept)
+            width = int(detector.width)
+    return found
+
+
+def evenly(stream: Stream, cycle_s: float, until: float) -> list[tuple[float, float]]:
+    """The stream (in order of time) with the values of each cycle spread evenly over it, so that day and night within a cycle
+    are no change, and another mean of the whole cycle is. A cycle that is not over at `until` is left out.
+
+    The order is that of the fractional parts of the golden ratio's multiples: any stretch of it holds values from
+    everywhere in the cycle. The times stay in order: a value that moves takes the time of its new place.
+    """
+    mixed: list[tuple[float, float]] = []
+    for _, group in groupby(stream, key=lambda each: cycle_end(stream[0][0], each[0], cycle_s)):
+        cycle = list(group)
+        if cycle_end(stream[0][0], cycle[0][0], cycle_s) > until:
+            break
+        order = sorted(range(len(cycle)), key=lambda index: (index * GOLDEN) % 1.0)
+        mixed += [(cycle[place][0], cycle[index][1]) for place, index in enumerate(order)]
+    return mixed
+
+
+def cycle_end(origin: float, at: float, cycle_s: float) -> float:
+    """The end of the cycle that `at` is in; the first one begins at `origin`."""
+    return origin + ((at - origin) // cycle_s + 1) * cycle_s
