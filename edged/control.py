@@ -300,7 +300,7 @@ class Control:
     def close_window(self) -> None:
         """End the metrics window and send what it counted."""
         self._window_closed = self._clock.monotonic()
-        machine = self.machine()
+        machine = messages.Machine(**self.machine())
         for fields in self._window.close(self._clock.now()):
             address = topics.METRICS(site=self._outgoing.site, dev=self._outgoing.device)
             body = messages.Metrics(**self._outgoing.stamp(), **fields, machine=machine)

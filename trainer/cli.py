@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer import (
+    cli_drift,
     cli_enroll,
     cli_export,
     cli_hands,
@@ -50,6 +51,7 @@ app.add_typer(cli_samples.samples_app, name="samples")
 app.add_typer(holdout_app, name="holdout")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
+cli_drift.register(fleet_app)
 cli_review.register(cli_samples.samples_app)
 cli_pull.register(cli_samples.samples_app)
 cli_report.register(cli_samples.samples_app)

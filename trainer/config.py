@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from edged.wire.manifest import Thresholds
 from edged.wire.messages import MIRRORS_MAX
+from trainer.config_drift import Drift
 from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, make_rules
 from trainer.config_registration import TARGETS_MAX, Registration
 from trainer.config_text import TextModel
@@ -268,6 +269,7 @@ class TrainerConfig(BaseSettings):
     blocks: Blocks = Blocks()
     models: dict[Name, AnyModel] = {}
     rollout: Rollout = Rollout()
+    drift: Drift = Drift()
     worker: Worker = Worker()
     enrolment: Enrolment = Enrolment()
     registration: Annotated[list[Registration], Field(max_length=TARGETS_MAX)] = []  # servers that are told of releases

@@ -29,6 +29,7 @@ from trainer.collect import Collect, claims
 from trainer.config import TrainerConfig
 from trainer.corrections import Corrections
 from trainer.database import Database, commands, desired, devices, events, jobs, samples
+from trainer.drift import Drift
 from trainer.host import Host
 from trainer.jobs import Jobs
 from trainer.orders import Orders
@@ -71,6 +72,7 @@ class Coordinator:
         self.jobs = Jobs(self.host, Worker(self.host, config.name) if config.worker.embedded else None)
         self.rollouts = Rollouts(self.host)
         self.collect = Collect(self.host)
+        self.drift = Drift(self.host)
         self.orders = Orders(self.host, self.jobs, self.rollouts, self.collect)
         self.signing = Signing(self.host)
         self.registrations = Registrations(self.host, lambda: self.url)
@@ -134,7 +136,7 @@ class Coordinator:
                     for name, act in (
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
                         ("signing", self.signing.tick), ("pulls", self.collect.tick), ("corrections", self.corrections.tick),
-                        ("catalogue", self._ask_for_catalogues), ("prune", self._prune),
+                        ("catalogue", self._ask_for_catalogues), ("prune", self._prune), ("drift", self.drift.tick),
                     ):  # fmt: skip
                         self._guarded(name, act)
                 self._guarded("send", self._send)
@@ -148,6 +150,7 @@ class Coordinator:
 
     def _end(self) -> None:
         self.jobs.stop()
+        self.drift.stop()
         self.registrations.stop()
         self.blocks.stop()
         if self.link.publish(self._address, self._presence("offline"), "goodbye"):

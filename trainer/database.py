@@ -19,7 +19,6 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
-    MetaData,
     String,
     Table,
     create_engine,
@@ -28,11 +27,17 @@ from sqlalchemy import (
     update,
 )
 
-SCHEMA_VERSION = 2  # 2: leases, workers, opinions, pool, pulls, registrations: new tables only, made by `create_all`
+from trainer.schema import metadata
+from trainer.tables_live import detections as detections
+from trainer.tables_live import judged as judged
+from trainer.tables_live import looks as looks
+from trainer.tables_live import measured as measured
+
+# 2: leases, workers, opinions, pool, pulls, registrations; 3: measured, judged, looks, detections: new tables only, made by
+# `create_all`.
+SCHEMA_VERSION = 3
 BUSY_MS_MAX = 10_000
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
-
-metadata = MetaData()
 
 devices = Table(
     "devices",

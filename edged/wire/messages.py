@@ -17,7 +17,8 @@ from edged.wire.delivered import MetadataFile as MetadataFile
 from edged.wire.delivered import Progress as Progress
 from edged.wire.delivered import Want as Want
 from edged.wire.manifest import SHA256, ReleaseRef
-from edged.wire.measured import ConfidenceHistogram, LatencyHistogram, Machine, Reasons
+from edged.wire.measured import ConfidenceHistogram, LatencyHistogram, Reasons
+from edged.wire.measured import Machine as Machine
 from edged.wire.parts import Finite, Id, Part, Prompt
 from edged.wire.parts import Message as Message
 

@@ -43,9 +43,7 @@ def changes(stream: Stream, delta: float = DELTA) -> list[Change]:
             cut, first = index + 1 - width, index + 1 - before_width
             old, new = [v for _, v in stream[first:cut]], [v for _, v in stream[cut : index + 1]]
             if old and new:
-                found.append(
-                    Change(stream[cut][0], seen, sum(old) / len(old), sum(new) / len(new), len(old), len(new))
-                )
+                found.append(Change(stream[cut][0], seen, sum(old) / len(old), sum(new) / len(new), len(old), len(new)))
             detector, width = ADWIN(delta=delta), 0
             for _, kept in stream[cut : index + 1]:
                 detector.update(kept)
@@ -54,8 +52,8 @@ def changes(stream: Stream, delta: float = DELTA) -> list[Change]:
 
 
 def evenly(stream: Stream, cycle_s: float, until: float) -> list[tuple[float, float]]:
-    """The stream (in order of time) with the values of each cycle spread evenly over it, so that day and night within a cycle
-    are no change, and another mean of the whole cycle is. A cycle that is not over at `until` is left out.
+    """The stream (in order of time) with the values of each cycle spread evenly over it: day and night within a cycle are no
+    change, another mean of the whole cycle is one. A cycle that is not over at `until` is left out.
 
     The order is that of the fractional parts of the golden ratio's multiples: any stretch of it holds values from
     everywhere in the cycle. The times stay in order: a value that moves takes the time of its new place.

@@ -1,7 +1,7 @@
 """Whether a release's live stream has changed: rules with significance, each with the figures that it rests on. Pure.
 
 Law of this file: a rule finds something only when the change is large enough to matter AND more than chance explains. Chance
-is measured between blocks of one device (core.streams), the levels of all rules and of all looks at one window add up to
+is measured between blocks of one place (core.streams), the levels of all rules and of all looks at one window add up to
 `Rules.false_alarms`, so that looking again and again finds nothing that is not there.
 """
 
@@ -27,7 +27,7 @@ VALUES_MAX = 20_000  # of a stream that is looked at for changes; more are put t
 class Rules:
     """`escalation_ratio`, `accuracy_drop`, `confidence_distance`: how large a change must be. `false_alarms`: of a stream
     that does not change, in one window, by all rules and looks together. `window_s`: what is compared with the baseline,
-    each device's first `baseline_s` on the release; `looks`: how often one window is looked at. `cycle_s`: what repeats
+    each place's first `baseline_s` on the release; `looks`: how often one window is looked at. `cycle_s`: what repeats
     with this period is no change."""
 
     escalation_ratio: float = 1.1
@@ -75,24 +75,24 @@ def look(
 
 
 def escalation_rate(baseline: Period, window: Period, rules: Rules) -> Look:
-    """L5: the share of answers that the policy escalates, against the same devices' baseline; Fisher's exact test, one-sided.
+    """L5: the share of answers that the policy escalates, against the same places' baseline; Fisher's exact test, one-sided.
 
-    The baseline's devices are weighted as they answered in the window, so that one that only works more is no change.
+    The baseline's places are weighted as they answered in the window, so that a device that only works more is no change.
     """
     rule = "escalation_rate"
-    there = baseline.by_device().keys() & window.by_device().keys()
+    there = baseline.by_place().keys() & window.by_place().keys()
     before, after = baseline.only(there), window.only(there)
     if min(before.items, after.items) < rules.items_min:
         return _too_few(rule, before.items, after.items, rules)
-    old = {device: counts for device, counts in before.by_device().items() if counts[0]}
-    new = {device: counts for device, counts in after.by_device().items() if device in old}
+    old = {place: counts for place, counts in before.by_place().items() if counts[0]}
+    new = {place: counts for place, counts in after.by_place().items() if place in old}
     items = sum(n for n, _ in new.values())
-    part = {device: n / items for device, (n, _) in new.items()}
-    was = sum(part[device] * old[device][1] / old[device][0] for device in new)
+    part = {place: n / items for place, (n, _) in new.items()}
+    was = sum(part[place] * old[place][1] / old[place][0] for place in new)
     rate = sum(x for _, x in new.values()) / items
     effects = [_effect(period.only(new)) for period in (before, after)]
     # Kish's effective size of the weighted baseline, then the design effect of each.
-    sizes = 1 / sum(part[device] ** 2 / old[device][0] for device in new) / effects[0], items / effects[1]
+    sizes = 1 / sum(part[place] ** 2 / old[place][0] for place in new) / effects[0], items / effects[1]
     p_value = _fisher(was, sizes[0], rate, sizes[1])
     ratio = rate / was if was else math.inf if rate else 1.0
     found = ratio > rules.escalation_ratio and p_value < rules.level
@@ -102,11 +102,13 @@ def escalation_rate(baseline: Period, window: Period, rules: Rules) -> Look:
         "ratio": ratio if math.isfinite(ratio) else None, "ratio_max": rules.escalation_ratio,
         "p_value": p_value, "level": rules.level,
     }  # fmt: skip
-    return Look(rule, found, f"escalation rate {rate:.3f} against {was:.3f} in the baseline, p = {p_value:.2g}", evidence)
+    return Look(
+        rule, found, f"escalation rate {rate:.3f} against {was:.3f} in the baseline, p = {p_value:.2g}", evidence
+    )
 
 
 def accuracy(baseline: Period, window: Period, rules: Rules) -> Look:
-    """L5: live accuracy against the baseline's, by the exact intervals of both (Newcombe 1998, method 10's way to join them).
+    """L5: live accuracy against the baseline's, by the exact intervals of both, joined as by Newcombe (1998, method 10).
 
     Where escalations have no verdicts, of the accepted answers alone.
     """
@@ -161,21 +163,19 @@ def confidence(reference: Sequence[int], window: Period, rules: Rules) -> Look:
 
 def escalation_change(blocks: Sequence[Block], rules: Rules, looked_at: float, now: float) -> Look:
     """ADWIN on the escalation rate of block after block, over the release's whole life."""
-    ordered = sorted((block for block in blocks if block.items), key=lambda block: (block.start, block.device))
+    ordered = sorted((block for block in blocks if block.items), key=lambda block: (block.start, block.place))
     step = max(1, math.ceil(len(ordered) / VALUES_MAX))
     parts = [ordered[first : first + step] for first in range(0, len(ordered), step)]
     stream = [
         (part[0].start, sum(block.escalated for block in part) / sum(block.items for block in part)) for part in parts
     ]
-    found = [
-        each for each in _new(stream, rules, looked_at, now) if each.after > rules.escalation_ratio * each.before
-    ]
+    found = [each for each in _new(stream, rules, looked_at, now) if each.after > rules.escalation_ratio * each.before]
     return _changed("escalation_change", "escalation rate", found, len(stream))
 
 
 def accuracy_change(verdicts: Sequence[Verdict], rules: Rules, looked_at: float, now: float) -> Look:
     """ADWIN on the audits' verdicts, one after the other, over the release's whole life."""
-    audits = sorted((each for each in verdicts if not each.checked.escalated), key=lambda each: (each.at, each.device))
+    audits = sorted((each for each in verdicts if not each.checked.escalated), key=lambda each: (each.at, each.place))
     stream = [(each.at, float(each.checked.right)) for each in audits[-VALUES_MAX:]]
     found = [each for each in _new(stream, rules, looked_at, now) if each.before - each.after > rules.accuracy_drop]
     return _changed("accuracy_change", "accuracy of audits", found, len(stream))
@@ -207,18 +207,18 @@ def _told(period: Period) -> dict[str, Any]:
     start, end = period.span
     totals = period.totals
     return {"from": start, "last": end, "items": totals.items, "escalated": totals.escalated,
-            "devices": len(period.by_device())}  # fmt: skip
+            "places": len(period.by_place())}  # fmt: skip
 
 
 def _effect(period: Period) -> float:
-    return design_effect((block.device, block.items, block.escalated) for block in period.blocks)
+    return design_effect((block.place, block.items, block.escalated) for block in period.blocks)
 
 
 def _histogram_effect(window: Period) -> float:
     """The bins' design effects, each weighted with what it adds to the degrees of freedom."""
     total, items = window.confidence, window.items
     parts = [
-        (1 - count / items, design_effect((b.device, b.items, _at(b.confidence, bin_)) for b in window.blocks))
+        (1 - count / items, design_effect((b.place, b.items, _at(b.confidence, bin_)) for b in window.blocks))
         for bin_, count in enumerate(total)
         if count
     ]
@@ -264,10 +264,10 @@ def _accuracy(period: Period, sure: float) -> Accuracy:
 def _places(verdicts: Sequence[Verdict], block_s: float = 3600.0) -> list[tuple[str, int, int]]:
     counts: dict[tuple[str, int], tuple[int, int]] = {}
     for each in verdicts:
-        key = each.device, int(each.at // block_s)
+        key = each.place, int(each.at // block_s)
         n, x = counts.get(key, (0, 0))
         counts[key] = n + 1, x + each.checked.right
-    return [(device, n, x) for (device, _), (n, x) in counts.items()]
+    return [(place, n, x) for (place, _), (n, x) in counts.items()]
 
 
 def _share(found: Accuracy, whole: bool) -> tuple[float | None, float, float]:

@@ -1,7 +1,8 @@
 """A release's live stream as blocks of counts and single verdicts: which of it is the baseline, which the window. Pure.
 
-A block is what one device counted in a stretch of time. Items of one place and time are alike, so blocks are the clusters
-by which chance is measured: the design effect says how many times more the blocks differ than independent items would.
+A block is what one pipeline of a device counted in a stretch of time. Items of one place and time are alike, so blocks are
+the clusters by which chance is measured: the design effect says how many times more the blocks differ than independent
+items would.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import NamedTuple
 from edged.wire.measured import added
 from trainer.core.accuracy import Checked, Totals
 
-CLUSTERS_MIN = 10  # more blocks than devices, before their differences can be told from chance
+CLUSTERS_MIN = 10  # more blocks than places, before their differences can be told from chance
 
 
 class Block(NamedTuple):
-    """What a device counted in the block of time that begins at `start` (seconds since the epoch). `confidence`: of all
-    items, in the bins of `wire.measured`."""
+    """What was counted at one place (a pipeline of a device) in the block of time that begins at `start` (seconds since the
+    epoch). `confidence`: of all items, in the bins of `wire.measured`."""
 
-    device: str
+    place: str
     start: float
     items: int
     escalated: int
@@ -29,9 +30,9 @@ class Block(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """One answer that was checked: when the device gave it, and what `core.accuracy` takes."""
+    """One answer that was checked: where and when it was given, and what `core.accuracy` takes."""
 
-    device: str
+    place: str
     at: float
     checked: Checked
 
@@ -68,46 +69,46 @@ class Period:
             total = added(total, block.confidence)
         return total
 
-    def by_device(self) -> dict[str, tuple[int, int]]:
-        """Device -> (items, escalated)."""
+    def by_place(self) -> dict[str, tuple[int, int]]:
+        """Place -> (items, escalated)."""
         found: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
         for block in self.blocks:
-            items, escalated = found[block.device]
-            found[block.device] = items + block.items, escalated + block.escalated
+            items, escalated = found[block.place]
+            found[block.place] = items + block.items, escalated + block.escalated
         return dict(found)
 
-    def only(self, devices: Iterable[str]) -> Period:
-        """What these devices did."""
-        some = frozenset(devices)
-        blocks = [block for block in self.blocks if block.device in some]
-        return Period(blocks, [verdict for verdict in self.verdicts if verdict.device in some])
+    def only(self, places: Iterable[str]) -> Period:
+        """What was counted at these places."""
+        some = frozenset(places)
+        blocks = [block for block in self.blocks if block.place in some]
+        return Period(blocks, [verdict for verdict in self.verdicts if verdict.place in some])
 
 
 def split(
     blocks: Sequence[Block], verdicts: Sequence[Verdict], baseline_s: float, since: float
 ) -> tuple[Period, Period]:
-    """(baseline, window): each device's first `baseline_s` on this release, and what came after it and after `since`.
+    """(baseline, window): each place's first `baseline_s` on this release, and what came after it and after `since`.
 
-    The baseline is each device's own, because a rollout reaches them one after the other.
+    The baseline is each place's own, because a rollout reaches them one after the other.
     """
     first: dict[str, float] = {}
     for block in blocks:
-        first[block.device] = min(block.start, first.get(block.device, block.start))
-    ends = {device: start + baseline_s for device, start in first.items()}
+        first[block.place] = min(block.start, first.get(block.place, block.start))
+    ends = {place: start + baseline_s for place, start in first.items()}
 
-    def of(device: str, at: float) -> bool | None:
-        end = ends.get(device)
+    def of(place: str, at: float) -> bool | None:
+        end = ends.get(place)
         if end is None:
             return None
         return True if at < end else False if at >= since else None
 
     parts: dict[bool, Period] = {True: Period(), False: Period()}
     for block in blocks:
-        where = of(block.device, block.start)
+        where = of(block.place, block.start)
         if where is not None:
             parts[where].blocks.append(block)
     for verdict in verdicts:
-        where = of(verdict.device, verdict.at)
+        where = of(verdict.place, verdict.at)
         if where is not None:
             parts[where].verdicts.append(verdict)
     return parts[True], parts[False]
