@@ -22,8 +22,8 @@ Stream = Sequence[tuple[float, float]]  # (time, value)
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The mean was `before` for `before_values` values, and `after` for the `after_values` from the time `at` on; `seen` is the
-    time of the value that showed it."""
+    """The mean was `before` for `before_values` values, and `after` for the `after_values` from the time `at` on; `seen` is
+    the time of the value that showed it."""
 
     at: float
     seen: float
