@@ -69,7 +69,7 @@ class Control:
         self._beats = beats or Beats(clock)
         self.looped = False  # `run` has come round
         self.health: Callable[[], dict[str, Any]] = dict  # set by the composition root: how the device is
-        self.machine: Callable[[], dict[str, Any]] = dict  # likewise: the fields of wire.measured.Machine since it was asked
+        self.machine: Callable[[], dict[str, Any]] = dict  # likewise: the fields of wire.measured.Machine
         self.at_tick: dict[str, Callable[[], None]] = {}  # what else is done several times a second, by its name
         self.wall = clock.now  # the time by which what waits is given up
         self._desired_policy: dict[str, dict[str, Any]] = {}
