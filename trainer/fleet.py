@@ -107,9 +107,10 @@ def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None
 
 
 def take_metrics(connection: Connection, device: str, metrics: Metrics) -> None:
-    """One closed window of a pipeline."""
-    if connection.execute(select(windows.c.id).where(windows.c.id == metrics.id)).first() is None:
-        live.take_window(connection, device, metrics)
+    """One closed window of a pipeline; one that came before changes nothing."""
+    if connection.execute(select(windows.c.id).where(windows.c.id == metrics.id)).first() is not None:
+        return
+    live.take_window(connection, device, metrics)
     values = {
         "device": device,
         "body": metrics.model_dump(mode="json"),
@@ -117,7 +118,7 @@ def take_metrics(connection: Connection, device: str, metrics: Metrics) -> None:
             include={"pipeline", "release", "start", "end", "items", "accepted", "audited", "escalated", "errors"}
         ),
     }
-    put(connection, windows, {"id": metrics.id}, values)
+    connection.execute(insert(windows), {"id": metrics.id, **values})
 
 
 def take_event(connection: Connection, device: str, event: Event) -> None:

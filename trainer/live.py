@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
 
 from edged.wire.manifest import ReleaseId
 from edged.wire.measured import added, latency_quantile
@@ -23,9 +23,12 @@ HOUR_S = 3600.0
 KEEP_S = 180 * 86400.0
 DETECTIONS_S_MAX = 2 * 365 * 86400.0
 LABELLED = frozenset({"labelled", "claimed", "used", "archived"})
-RESPONDER = (
-    "responder-"  # what the pipelines of responders are called in metrics: their items are other devices' questions
-)
+RESPONDER = "responder-"  # so the pipelines of responders begin in metrics: their items are other devices' questions
+
+# Made once: many windows come every second, and SQLAlchemy takes longer to build a statement than SQLite to run it.
+_KEY = ("device", "pipeline", "release", "start")
+_THIS_HOUR = [measured.c[name] == bindparam(f"of_{name}") for name in _KEY]
+_FIND, _ADD, _CHANGE = select(measured).where(*_THIS_HOUR), insert(measured), update(measured).where(*_THIS_HOUR)
 
 
 def take_window(connection: Connection, device: str, window: Metrics) -> None:
@@ -38,8 +41,8 @@ def take_window(connection: Connection, device: str, window: Metrics) -> None:
         "device": device, "pipeline": window.pipeline, "release": window.release,
         "start": window.start // HOUR_S * HOUR_S,
     }  # fmt: skip
-    where = [measured.c[name] == value for name, value in key.items()]
-    row = connection.execute(select(measured).where(*where)).first()
+    hour = {f"of_{name}": value for name, value in key.items()}
+    row = connection.execute(_FIND, hour).first()
     before: dict[str, Any] = dict(row._mapping) if row is not None else {}
     now = {name: getattr(window, name) for name in ("items", "audited", "escalated", "errors")}
     now["suppressed"] = sum(window.suppressed.values())
@@ -50,9 +53,9 @@ def take_window(connection: Connection, device: str, window: Metrics) -> None:
         known = [value for value in (before.get(name), getattr(window.machine, name)) if value is not None]
         values[name] = max(known, default=None)
     if row is None:
-        connection.execute(insert(measured).values(**key, model=model, **values))
+        connection.execute(_ADD, {**key, "model": model, **values})
     else:
-        connection.execute(update(measured).where(*where).values(**values))
+        connection.execute(_CHANGE, {**hour, **values})
 
 
 def take_entry(connection: Connection, device: str, entry: SampleEntry) -> None:
