@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FLEET = ""  # the scope of all devices
 RETRY_S = 60.0  # after a look that failed
 END_S_MAX = 10.0
+COURSE_WINDOWS = 8  # that are looked at for changes; what is older is in the baseline or over
 SHOWN_MAX = 50  # detections that are shown
 
 Observe = Callable[..., list[Look]]
@@ -93,10 +94,12 @@ class Drift:
         with self._host.database.read() as connection:
             of = (looks.c.release == release, looks.c.scope == scope)
             last = connection.execute(select(looks.c.at).where(*of)).scalar()
-            counted = live.blocks(connection, release, devices=devices)
+            counted = live.compared(connection, release, rules.baseline_s, now - rules.window_s, group=scope)
+            course = live.course(connection, release, now - COURSE_WINDOWS * rules.window_s, group=scope)
             floor = confidence_min(self._host, release)
             checked = live.verdicts(connection, release, devices=devices, confidence_min=floor)
-        return self._observe(counted, checked, reference(self._host, release), rules, now, last or 0.0), now
+        carried = reference(self._host, release)
+        return self._observe(counted, checked, carried, rules, now, last or 0.0, course), now
 
     def _keep(self, release: str, scope: str, seen: list[Look], now: float) -> list[dict[str, Any]]:
         """Store a look. What it found is a detection, once a window as long as it lasts; the first one is announced."""

@@ -125,13 +125,40 @@ def blocks(
     until: float | None = None,
 ) -> list[Block]:  # fmt: skip
     """A release's hours of devices' own pipelines that began from `since` on and before `until`."""
-    query = select(measured).where(measured.c.release == release, ~measured.c.pipeline.startswith(RESPONDER))
-    query = _between(query, measured.c.start, since, until)
-    return [
-        Block(f"{row.device}/{row.pipeline}", row.start, row._mapping["items"], row.escalated, tuple(row.confidence))
-        for row in connection.execute(query)
-        if devices is None or row.device in devices
-    ]
+    query = _between(select(measured).where(*_own(release, "")), measured.c.start, since, until)
+    return [_block(row) for row in connection.execute(query) if devices is None or row.device in devices]
+
+
+def compared(connection: Connection, release: str, baseline_s: float, since: float, *, group: str = "") -> list[Block]:
+    """A release's hours in which a place was new to it (for `baseline_s`), and those from `since` on."""
+    first = (
+        select(measured.c.device, measured.c.pipeline, func.min(measured.c.start).label("began"))
+        .where(*_own(release, group))
+        .group_by(measured.c.device, measured.c.pipeline)
+        .subquery()
+    )
+    same = (measured.c.device == first.c.device) & (measured.c.pipeline == first.c.pipeline)
+    query = select(measured).join(first, same).where(*_own(release, group))
+    query = query.where((measured.c.start < first.c.began + baseline_s) | (measured.c.start >= since))
+    return [_block(row) for row in connection.execute(query)]
+
+
+def course(connection: Connection, release: str, since: float, *, group: str = "") -> list[Block]:
+    """A release's hours from `since` on, without histograms."""
+    columns = (measured.c.device, measured.c.pipeline, measured.c.start, measured.c["items"], measured.c.escalated)
+    query = select(*columns).where(*_own(release, group), measured.c.start >= since)
+    return [Block(f"{device}/{pipeline}", *counts) for device, pipeline, *counts in connection.execute(query)]
+
+
+def _own(release: str, group: str) -> list[Any]:
+    """The condition on a row of `measured`: of this release on devices' own pipelines, of a group's devices."""
+    of = [measured.c.release == release, ~measured.c.pipeline.startswith(RESPONDER)]
+    members = select(identities.c.name).where(identities.c.group == group)
+    return [*of, measured.c.device.in_(members)] if group else of
+
+
+def _block(row: Any) -> Block:
+    return Block(f"{row.device}/{row.pipeline}", row.start, row._mapping["items"], row.escalated, tuple(row.confidence))
 
 
 def verdicts(

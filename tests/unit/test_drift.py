@@ -281,4 +281,4 @@ def test_day_and_night_are_no_change_and_another_day_is() -> None:
     assert [change.after > change.before for change in changes(evenly(darker, 240.0, 1e9))] == [True]
     assert [at for at, _ in evenly(day, 240.0, 1e9)] == [at for at, _ in day]
     assert len(evenly(day, 240.0, 240 * 7.5)) == 240 * 7, "a cycle that is not over is left out"
-    assert [cycle_end(5.0, at, 10.0) for at in (5.0, 14.9, 15.0)] == [15.0, 15.0, 25.0]
+    assert [cycle_end(at, 10.0) for at in (0.0, 9.9, 10.0)] == [10.0, 10.0, 20.0]

@@ -76,15 +76,16 @@ def evenly(stream: Stream, cycle_s: float, until: float) -> list[tuple[float, fl
     everywhere in the cycle. The times stay in order: a value that moves takes the time of its new place.
     """
     mixed: list[tuple[float, float]] = []
-    for _, group in groupby(stream, key=lambda each: cycle_end(stream[0][0], each[0], cycle_s)):
+    for end, group in groupby(stream, key=lambda each: cycle_end(each[0], cycle_s)):
         cycle = list(group)
-        if cycle_end(stream[0][0], cycle[0][0], cycle_s) > until:
+        if end > until:
             break
         order = sorted(range(len(cycle)), key=lambda index: (index * GOLDEN) % 1.0)
         mixed += [(cycle[place][0], cycle[index][1]) for place, index in enumerate(order)]
     return mixed
 
 
-def cycle_end(origin: float, at: float, cycle_s: float) -> float:
-    """The end of the cycle that `at` is in; the first one begins at `origin`."""
-    return origin + ((at - origin) // cycle_s + 1) * cycle_s
+def cycle_end(at: float, cycle_s: float) -> float:
+    """The end of the cycle that `at` is in. Cycles begin at multiples of their length, whatever part of a stream is known:
+    every look sees the same ones."""
+    return (at // cycle_s + 1) * cycle_s

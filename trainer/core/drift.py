@@ -58,18 +58,19 @@ class Look:
 
 def look(
     blocks: Sequence[Block], verdicts: Sequence[Verdict], reference: Sequence[int], rules: Rules, now: float,
-    looked_at: float,
+    looked_at: float, course: Sequence[Block] | None = None,
 ) -> list[Look]:  # fmt: skip
-    """Every rule's look at one release's stream, its whole life of `blocks` and `verdicts` (in any order).
+    """Every rule's look at one release's stream: `blocks` of the baseline and the window at least, in any order.
 
-    `reference`: the confidence histogram that the release carries. `looked_at`: time of the last look.
+    `reference`: the confidence histogram that the release carries. `looked_at`: time of the last look. `course`: blocks of
+    all of its life that is looked at for changes, which need no histograms; by default `blocks`.
     """
     baseline, window = split(blocks, verdicts, rules.baseline_s, now - rules.window_s)
     return [
         escalation_rate(baseline, window, rules),
         accuracy(baseline, window, rules),
         confidence(reference, window, rules),
-        escalation_change(blocks, rules, looked_at, now),
+        escalation_change(blocks if course is None else course, rules, looked_at, now),
         accuracy_change(verdicts, rules, looked_at, now),
     ]
 
@@ -183,11 +184,8 @@ def accuracy_change(verdicts: Sequence[Verdict], rules: Rules, looked_at: float,
 
 def _new(stream: Stream, rules: Rules, looked_at: float, now: float) -> list[Change]:
     """The changes in cycles that have ended since the last look: each is reported by exactly one look."""
-    if not stream:
-        return []
-    origin = stream[0][0]
     found = changes(evenly(stream, rules.cycle_s, now))
-    return [each for each in found if cycle_end(origin, each.seen, rules.cycle_s) > looked_at]
+    return [each for each in found if cycle_end(each.seen, rules.cycle_s) > looked_at]
 
 
 def _changed(rule: str, what: str, found: Sequence[Change], values: int) -> Look:
