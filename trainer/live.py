@@ -5,6 +5,7 @@ Every function works inside the caller's transaction. Responders' windows count 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -47,6 +48,7 @@ def take_window(connection: Connection, device: str, window: Metrics) -> None:
     now = {name: getattr(window, name) for name in ("items", "audited", "escalated", "errors")}
     now["suppressed"] = sum(window.suppressed.values())
     values: dict[str, Any] = {name: int(before.get(name, 0)) + count for name, count in now.items()}
+    values["reasons"] = dict(Counter(before.get("reasons", {})) + Counter(window.reasons))
     values["confidence"] = added(before.get("confidence", []), window.confidence_histogram)
     values["latency"] = added(before.get("latency", []), window.latency_histogram)
     for name in ("memory_mib_max", "temperature_c_max"):
@@ -240,13 +242,16 @@ def _machine(connection: Connection, release: str, since: float) -> dict[str, An
         measured.c.release == release, measured.c.start >= since, ~measured.c.pipeline.startswith(RESPONDER)
     )
     latency: list[int] = []
+    reasons: Counter[str] = Counter()
     memory: list[float] = []
     celsius: list[float] = []
     for row in connection.execute(query):
         latency = added(latency, row.latency)
+        reasons.update(row.reasons)
         memory += [] if row.memory_mib_max is None else [row.memory_mib_max]
         celsius += [] if row.temperature_c_max is None else [row.temperature_c_max]
     return {
+        "reasons": dict(reasons.most_common()),
         "latency_ms_p50": latency_quantile(latency, 0.5),
         "latency_ms_p95": latency_quantile(latency, 0.95),
         "memory_mib_max": max(memory, default=None),

@@ -19,6 +19,7 @@ measured = Table(  # windows added up by the hour (trainer/live.py): what outliv
     Column("escalated", Integer, nullable=False),
     Column("errors", Integer, nullable=False),
     Column("suppressed", Integer, nullable=False),
+    Column("reasons", JSON, nullable=False),  # reason -> how many decisions
     Column("confidence", JSON, nullable=False),  # histograms, in the bins of edged.wire.measured
     Column("latency", JSON, nullable=False),
     Column("memory_mib_max", Float),

@@ -130,11 +130,12 @@ def world(tmp_path: Path) -> Iterator[World]:
 def test_windows_of_an_hour_are_added_up_and_each_counts_once(world: World) -> None:
     first = world.window(
         at=60, items=10, escalated=3, audited=1, suppressed={"messages": 2}, confidence_histogram=[0, 3, 7],
-        latency_histogram=[0, 10], machine={"memory_mib_max": 90.0, "temperature_c_max": 55.0},
+        latency_histogram=[0, 10], reasons={"unsure": 3, "confident": 6, "audit": 1}, machine={"memory_mib_max": 90.0, "temperature_c_max": 55.0},
     )  # fmt: skip
     second = world.window(
         at=3540,
         items=5,
+        reasons={"novel": 1, "confident": 4},
         errors=2,
         confidence_histogram=[5],
         latency_histogram=[1, 0, 4],
@@ -149,6 +150,7 @@ def test_windows_of_an_hour_are_added_up_and_each_counts_once(world: World) -> N
     assert (row["confidence"], row["latency"]) == ([5, 3, 7], [1, 10, 4])
     assert (row["memory_mib_max"], row["temperature_c_max"]) == (120.0, 55.0)
     assert row["model"] == "digits"
+    assert row["reasons"] == {"unsure": 3, "novel": 1, "confident": 10, "audit": 1}
 
 
 CLASSIFIED = [Box(label="1", box=(0, 0, 9, 9), score=0.3), Box(label="2", box=(0, 0, 9, 9), score=0.7)]
