@@ -130,7 +130,8 @@ def world(tmp_path: Path) -> Iterator[World]:
 def test_windows_of_an_hour_are_added_up_and_each_counts_once(world: World) -> None:
     first = world.window(
         at=60, items=10, escalated=3, audited=1, suppressed={"messages": 2}, confidence_histogram=[0, 3, 7],
-        latency_histogram=[0, 10], reasons={"unsure": 3, "confident": 6, "audit": 1}, machine={"memory_mib_max": 90.0, "temperature_c_max": 55.0},
+        latency_histogram=[0, 10], reasons={"unsure": 3, "confident": 6, "audit": 1},
+        machine={"memory_mib_max": 90.0, "temperature_c_max": 55.0},
     )  # fmt: skip
     second = world.window(
         at=3540,
@@ -151,6 +152,18 @@ def test_windows_of_an_hour_are_added_up_and_each_counts_once(world: World) -> N
     assert (row["memory_mib_max"], row["temperature_c_max"]) == (120.0, 55.0)
     assert row["model"] == "digits"
     assert row["reasons"] == {"unsure": 3, "novel": 1, "confident": 10, "audit": 1}
+
+
+def test_a_database_of_the_schema_before_gets_the_new_tables(tmp_path: Path) -> None:
+    database = Database(tmp_path / "t.sqlite")
+    with database.write() as connection:
+        for table in ("measured", "judged", "looks", "detections"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+        connection.exec_driver_sql("PRAGMA user_version = 2")
+    database.close()
+    with Database(tmp_path / "t.sqlite").read() as connection:
+        assert connection.execute(select(measured)).all() == []
+        assert connection.execute(select(detections)).all() == []
 
 
 CLASSIFIED = [Box(label="1", box=(0, 0, 9, 9), score=0.3), Box(label="2", box=(0, 0, 9, 9), score=0.7)]
