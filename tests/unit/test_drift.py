@@ -217,6 +217,7 @@ def test_more_work_at_the_device_that_asks_more_is_no_drift() -> None:
     [
         ([0, 0, 20, 0, 0, 0, 0, 0, 0, 180], (10**7, 1_050_000), False),  # half a point, however surely
         ([0, 0, 20, 0, 0, 0, 0, 0, 0, 180], (10**7, 3_000_000), True),
+        ([0, 0, 20_000, 0, 0, 0, 0, 0, 0, 180_000], (10**7, 1_500_000), False),  # five points, and no chance at all
         ([0, 0, 20, 0, 0, 0, 0, 0, 0, 180], (120, 24), False),  # twice as many, of a few
         ([0, 0, 2, 0, 0, 0, 0, 0, 0, 4], (10**6, 600_000), False),  # six items are no reference
         ([], (10**6, 600_000), False),
