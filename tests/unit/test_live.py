@@ -154,12 +154,13 @@ def test_windows_of_an_hour_are_added_up_and_each_counts_once(world: World) -> N
     assert row["reasons"] == {"unsure": 3, "novel": 1, "confident": 10, "audit": 1}
 
 
-def test_a_database_of_the_schema_before_gets_the_new_tables(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_database_of_a_schema_before_gets_the_new_tables(tmp_path: Path, version: int) -> None:
     database = Database(tmp_path / "t.sqlite")
     with database.write() as connection:
         for table in ("measured", "judged", "looks", "detections"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
-        connection.exec_driver_sql("PRAGMA user_version = 2")
+        connection.exec_driver_sql(f"PRAGMA user_version = {version}")
     database.close()
     with Database(tmp_path / "t.sqlite").read() as connection:
         assert connection.execute(select(measured)).all() == []
