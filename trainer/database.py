@@ -33,8 +33,8 @@ from trainer.tables_live import judged as judged
 from trainer.tables_live import looks as looks
 from trainer.tables_live import measured as measured
 
-# 2: leases, workers, opinions, pool, pulls, registrations; 3: predictions; 4: measured, judged, looks, detections: new tables
-# only, made by `create_all`.
+# 2: leases, workers, opinions, pool, pulls, registrations; 3: predictions; 4: measured, judged, looks, detections: new
+# tables only, made by `create_all`.
 SCHEMA_VERSION = 4
 BUSY_MS_MAX = 10_000
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
