@@ -68,6 +68,7 @@ class Control:
         self._beats = beats or Beats(clock)
         self.looped = False  # `run` has come round
         self.health: Callable[[], dict[str, Any]] = dict  # set by the composition root: how the device is
+        self.machine: Callable[[], dict[str, Any]] = dict  # likewise: the fields of wire.measured.Machine
         self.at_tick: dict[str, Callable[[], None]] = {}  # what else is done several times a second, by its name
         self.wall = clock.now  # the time by which what waits is given up
         self._settings, self._store, self._link, self._outgoing = settings, store, link, outgoing
@@ -298,9 +299,11 @@ class Control:
     def close_window(self) -> None:
         """End the metrics window and send what it counted."""
         self._window_closed = self._clock.monotonic()
+        machine = messages.Machine(**self.machine())
         for fields in self._window.close(self._clock.now()):
             address = topics.METRICS(site=self._outgoing.site, dev=self._outgoing.device)
-            self._enqueue(self._outgoing.message(address, messages.Metrics(**self._outgoing.stamp(), **fields)))
+            body = messages.Metrics(**self._outgoing.stamp(), **fields, machine=machine)
+            self._enqueue(self._outgoing.message(address, body))
 
     def _enqueue(self, message: OutboxMessage) -> None:
         """For what may be given up when the outbox is full: counted and said."""

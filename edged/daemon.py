@@ -141,6 +141,7 @@ class Daemon:
         self.herald = Herald(notifier, self.vitals.look, self.control.report)
         self.reloader = Reloader(config, self)
         self.control.health = lambda: self.vitals.look().document()
+        self.control.machine = self.monitor.peaks
         self._clock_steps = ClockSteps(self.clock, self.store)
         self.control.wall = self._clock_steps.wall
         self.control.at_tick |= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from edged.beats import Beats
 from edged.clock import Clock
 from edged.config import Limits
-from edged.core.limits import MEMORY_SOFT, Bound, CpuUse, Pressure, Readings, Rules, begin, judge, mib
+from edged.core.limits import MEMORY_SOFT, MIB, Bound, CpuUse, Pressure, Readings, Rules, begin, judge, mib
 from edged.machine import CpuTime, Memory, Thermal
 from edged.pace import SHARE_MIN, Pace
 from edged.slot import trim_memory
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 PERIOD_S = 2.0  # between two readings
 TRIM_S = 30.0  # freed memory is asked back at most this often
 STILL_S_MAX = 60.0
+PEAKS_MAX = 1800  # readings that are kept for a window: an hour
 BEAT = "limits"
 
 
@@ -42,6 +44,7 @@ class Monitor:
         self._slowed: set[str] = set()  # what was said to be slowing the device down
         self._broken: set[str] = set()
         self._shown: dict[str, Any] = {}
+        self._since_peaks: deque[tuple[float | None, float | None, float]] = deque(maxlen=PEAKS_MAX)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=BEAT, daemon=True)
 
@@ -61,6 +64,19 @@ class Monitor:
     def status(self) -> dict[str, Any]:
         """The last readings, the share of the time that workers may work, and what it is for ("": full speed)."""
         return self._shown
+
+    def peaks(self) -> dict[str, float | None]:
+        """The fields of `wire.measured.Machine` for the time since the last call, by the readings of every PERIOD_S."""
+        readings = [self._since_peaks.popleft() for _ in range(len(self._since_peaks))]
+        memory = max((each[0] for each in readings if each[0] is not None), default=None)
+        hottest = max((each[1] for each in readings if each[1] is not None), default=None)
+        pace = min((each[2] for each in readings), default=None)
+        return {"memory_mib_max": memory, "temperature_c_max": hottest, "pace_min": pace}
+
+    def _note(self, celsius: float | None) -> None:
+        owned = self._memory.owned
+        memory_mib = None if owned is None else round(owned / MIB, 1)
+        self._since_peaks.append((memory_mib, celsius, round(self._pressure.share, 3)))
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -84,6 +100,7 @@ class Monitor:
             before, Readings(hottest[1] if hottest else None, memory[0] if memory else None, used), self._rules
         )
         self._pace.set(self._pressure.share)
+        self._note(hottest[1] if hottest else None)
         self._shown = self._show(hottest, memory, used)
         self._tell(hottest, memory)
 

@@ -106,6 +106,7 @@ class Memory:
         """`memory_mib`: the configured limit of the daemon and its children together."""
         self._configured, self._proc = memory_mib, proc
         self._groups = groups("memory", proc, mount)
+        self.owned: int | None = None  # what `own` found last, in bytes
 
     def bounds(self) -> list[Bound]:
         """Every limit that holds now."""
@@ -135,7 +136,8 @@ class Memory:
 
     def own(self) -> int:
         """Bytes that this process and its children hold: what they share is counted once (PSS)."""
-        return sum(self._pss(pid) for pid in (os.getpid(), *_children()))
+        self.owned = sum(self._pss(pid) for pid in (os.getpid(), *_children()))
+        return self.owned
 
     def _pss(self, pid: int) -> int:
         try:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edged.wire.measured import CONFIDENCE_BINS, LATENCY_BINS, confidence_bin, latency_bin
+
 LATENCIES_MAX = 4096  # of one window; later ones still count in everything else
 # Upper bounds of the totals' histograms: a small detector takes milliseconds, a language model minutes.
 LATENCY_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -28,8 +30,9 @@ class _Row:
     reasons: dict[str, int] = field(default_factory=dict)
     suppressed: dict[str, int] = field(default_factory=dict)
     unheard: int = 0
-    histogram: list[int] = field(default_factory=lambda: [0] * 10)
+    histogram: list[int] = field(default_factory=lambda: [0] * CONFIDENCE_BINS)
     latencies: list[float] = field(default_factory=list)
+    latency_histogram: list[int] = field(default_factory=lambda: [0] * LATENCY_BINS)
 
 
 class Histogram:
@@ -100,11 +103,14 @@ class Window:
             row.accepted += action == "accept"
             row.audited += action == "audit"
             row.escalated += action == "escalate"
-            row.reasons[reason] = row.reasons.get(reason, 0) + 1
+            why = _one_of_few(row.reasons, reason, OTHER)
+            row.reasons[why] = row.reasons.get(why, 0) + 1
             if suppressed:
-                row.suppressed[suppressed] = row.suppressed.get(suppressed, 0) + 1
+                limit = _one_of_few(row.suppressed, suppressed, OTHER)
+                row.suppressed[limit] = row.suppressed.get(limit, 0) + 1
             row.unheard += unheard
-            row.histogram[min(9, int(p * 10))] += 1
+            row.histogram[confidence_bin(p)] += 1
+            row.latency_histogram[latency_bin(latency_ms)] += 1
             if len(row.latencies) < LATENCIES_MAX:
                 row.latencies.append(latency_ms)
             total = self._totals.setdefault(pipeline, _Total())
@@ -151,9 +157,15 @@ class Window:
                 "confidence_histogram": row.histogram,
                 "latency_ms_p50": _quantile(row.latencies, 0.5),
                 "latency_ms_p95": _quantile(row.latencies, 0.95),
+                "latency_histogram": _without_end(row.latency_histogram),
             }
             for (pipeline, release), row in rows.items()
         ]
+
+
+def _without_end(histogram: list[int]) -> list[int]:
+    """Without the zeros at its end: most models use a few of many bins."""
+    return histogram[: max((index + 1 for index, count in enumerate(histogram) if count), default=0)]
 
 
 def _quantile(values: list[float], share: float) -> float:

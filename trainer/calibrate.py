@@ -22,6 +22,7 @@ from scipy.optimize import minimize
 from edged.core.confidence import (
     FEATURES,
     SIGNS,
+    Confidence,
     answer_probability,
     features,
     novelty,
@@ -30,6 +31,7 @@ from edged.core.confidence import (
 )
 from edged.engines.base import Detections, ImageStats
 from edged.wire.manifest import BoxCalibration, Calibration, Novelty, Thresholds
+from edged.wire.measured import confidence_histogram
 from trainer.core.risk import risk_table
 from trainer.scaling import fit_boxes, fit_scaling
 
@@ -90,9 +92,14 @@ def fit(items: Sequence[Item], answered: Thresholds, learned: Sequence[ImageStat
     counts = _parts(len(items)) == 0
     counting, fitting = _split(items, counts)
     model = _fit_frames(fitting, answered, learned)
-    table = risk_table(*_probabilities(counting, answered, model))
-    # Boxes have no bound to keep: all items may fit them.
-    return model.model_copy(update={"items": len(items), "risk": table, "boxes": _boxes(items, answered)})
+    each = [probability(item.detections, answered, item.stats, model) for item in counting]
+    update = {
+        "items": len(items),
+        "risk": risk_table(_accepting(each), np.array([item.right for item in counting], dtype=bool)),
+        "confidence_histogram": confidence_histogram([confidence.p for confidence in each]),  # as devices count them
+        "boxes": _boxes(items, answered),  # boxes have no bound to keep: all items may fit them
+    }
+    return model.model_copy(update=update)
 
 
 def fit_answers(pairs: Sequence[tuple[float, bool]]) -> Calibration:
@@ -108,7 +115,11 @@ def fit_answers(pairs: Sequence[tuple[float, bool]]) -> Calibration:
     right, counts = np.array([each for _, each in pairs], dtype=bool), _parts(len(pairs)) == 0
     model = Calibration(method="scaled", answers=fit_scaling(raw[~counts], right[~counts]), items=len(pairs))
     p = np.array([answer_probability(logprob, model).p for logprob, _ in pairs])
-    return model.model_copy(update={"risk": risk_table(p[counts], right[counts])})
+    update = {
+        "risk": risk_table(p[counts], right[counts]),
+        "confidence_histogram": confidence_histogram(p[counts].tolist()),
+    }
+    return model.model_copy(update=update)
 
 
 def cross_validate(
@@ -160,13 +171,9 @@ def _fit_frames(items: Sequence[Item], answered: Thresholds, learned: Sequence[I
     )
 
 
-def _probabilities(
-    items: Sequence[Item], answered: Thresholds, model: Calibration
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The probability of each item as a device computes it, NOT_ACCEPTED for novel inputs; and whether it was right."""
-    each = [probability(item.detections, answered, item.stats, model) for item in items]
-    p = np.array([NOT_ACCEPTED if confidence.novel else confidence.p for confidence in each])
-    return p, np.array([item.right for item in items], dtype=bool)
+def _accepting(each: Sequence[Confidence]) -> NDArray[np.float64]:
+    """The probability of each item as a device computes it, NOT_ACCEPTED for novel inputs."""
+    return np.array([NOT_ACCEPTED if confidence.novel else confidence.p for confidence in each])
 
 
 def _boxes(items: Sequence[Item], answered: Thresholds) -> BoxCalibration | None:

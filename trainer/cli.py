@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer import (
+    cli_drift,
     cli_enroll,
     cli_export,
     cli_fleet,
@@ -54,6 +55,7 @@ app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
 cli_fleet.register(app, fleet_app)
 cli_tools.register(app)
+cli_drift.register(fleet_app)
 cli_review.register(cli_samples.samples_app)
 cli_pull.register(cli_samples.samples_app)
 cli_report.register(cli_samples.samples_app)

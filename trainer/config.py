@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from edged.wire.manifest import Thresholds
 from edged.wire.messages import MIRRORS_MAX
+from trainer.config_drift import Drift
 from trainer.config_fleet import Cron, DatabaseAt, Notify, Triggers
 from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, make_rules
 from trainer.config_registration import TARGETS_MAX, Registration
@@ -284,6 +285,7 @@ class TrainerConfig(BaseSettings):
     blocks: Blocks = Blocks()
     models: dict[Name, AnyModel] = {}
     rollout: Rollout = Rollout()
+    drift: Drift = Drift()
     worker: Worker = Worker()
     triggers: Triggers = Triggers()
     notify: Notify = Notify()

@@ -30,6 +30,7 @@ from trainer.collect import Collect, claims
 from trainer.config import TrainerConfig
 from trainer.corrections import Corrections
 from trainer.database import Database, Served, commands, desired, devices, events, jobs, samples
+from trainer.drift import Drift
 from trainer.host import Host
 from trainer.jobs import Jobs
 from trainer.notices import Notices, note
@@ -74,6 +75,7 @@ class Coordinator:
         self.jobs = Jobs(self.host, Worker(self.host, config.name) if config.worker.embedded else None)
         self.rollouts = Rollouts(self.host)
         self.collect = Collect(self.host)
+        self.drift = Drift(self.host)
         self.orders = Orders(self.host, self.jobs, self.rollouts, self.collect)
         self.signing = Signing(self.host)
         self.notices = Notices(config.notify, database, self.host.now)
@@ -140,7 +142,7 @@ class Coordinator:
                         ("lock", self.host.database.keep),
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
                         ("signing", self.signing.tick), ("pulls", self.collect.tick), ("corrections", self.corrections.tick),
-                        ("catalogue", lambda: ask_for_catalogues(self.host)), ("prune", self._prune),
+                        ("catalogue", lambda: ask_for_catalogues(self.host)), ("prune", self._prune), ("drift", self.drift.tick),
                     ):  # fmt: skip
                         self._guarded(name, act)
                 self._guarded("send", self._send)
@@ -154,6 +156,7 @@ class Coordinator:
 
     def _end(self) -> None:
         self.jobs.stop()
+        self.drift.stop()
         self.registrations.stop()
         self.notices.stop()
         self.blocks.stop()

@@ -10,9 +10,12 @@ from sqlalchemy.util import OrderedSet
 
 from trainer.schema import String, metadata
 from trainer.sql import SCHEMA_VERSION, Database, DatabaseError, Served, parts, put
-from trainer.tables_live import detections as detections
+from trainer.tables_live import detections, judged, looks, measured
 
-__all__ = ["SCHEMA_VERSION", "Database", "DatabaseError", "Served", "detections", "metadata", "parts", "put"]
+__all__ = [
+    "SCHEMA_VERSION", "Database", "DatabaseError", "Served", "detections", "judged", "looks", "measured", "metadata", "parts",
+    "put",
+]  # fmt: skip
 
 devices = Table(
     "devices",

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State, Text
+from trainer import live
 from trainer.core.rollout import Outcome, Window
 from trainer.database import (
     commands,
@@ -32,7 +33,7 @@ from trainer.inventory import take_labels
 
 SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
-WINDOWS_S_MAX = 90 * 86400.0
+WINDOWS_S_MAX = 14 * 86400.0  # as they came; added up by the hour they live longer (trainer/live.py)
 COMMAND_S_MAX = 7 * 86400.0
 ENDED = ("done", "expired", "refused")  # command states
 ORDERS = ("rollback", "pin", "unpin", "forget")  # commands of people: what a device refuses is not sent again
@@ -120,10 +121,14 @@ def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None
     if len(entry.opinions) > 1:  # a single one is the label's own
         said = [opinion.model_dump(mode="json") for opinion in entry.opinions]
         put(connection, opinions, {"sample": entry.sample}, {"said": said})
+    live.take_entry(connection, device, entry)
 
 
 def take_metrics(connection: Connection, device: str, metrics: Metrics) -> None:
-    """One closed window of a pipeline."""
+    """One closed window of a pipeline; one that came before changes nothing."""
+    if connection.execute(select(windows.c.id).where(windows.c.id == metrics.id)).first() is not None:
+        return
+    live.take_window(connection, device, metrics)
     values = {
         "device": device,
         "body": metrics.model_dump(mode="json"),
@@ -131,7 +136,7 @@ def take_metrics(connection: Connection, device: str, metrics: Metrics) -> None:
             include={"pipeline", "release", "start", "end", "items", "accepted", "audited", "escalated", "errors"}
         ),
     }
-    put(connection, windows, {"id": metrics.id}, values)
+    connection.execute(insert(windows), {"id": metrics.id, **values})
 
 
 def take_event(connection: Connection, device: str, event: Event) -> None:
@@ -168,6 +173,7 @@ def prune(connection: Connection, now: float) -> None:
     """Forget what nobody needs any more, so that nothing grows for ever."""
     connection.execute(delete(seen).where(seen.c.ts < now - SEEN_S_MAX))
     connection.execute(delete(windows).where(windows.c.end < now - WINDOWS_S_MAX))
+    live.prune(connection, now)
     connection.execute(delete(commands).where(commands.c.state.in_(ENDED), commands.c.created < now - COMMAND_S_MAX))
     old = select(commands.c.id, commands.c.body).where(
         commands.c.state.notin_(ENDED), commands.c.created < now - COMMAND_S_MAX

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from edged.wire.blocks import BLOCKS_MAX, block_bytes, block_count
+from edged.wire.measured import ConfidenceHistogram
 
 Kind = Literal["detect", "segment", "classify", "llm", "lora"]
 SHA256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -179,6 +180,9 @@ class Calibration(Strict):
     boxes: BoxCalibration | None = None
     answers: Scaling | None = None
     risk: RiskTable | None = None
+    # Of the items that only counted for `risk`: how many had a probability in each bin (measured.CONFIDENCE_BINS). What
+    # devices report is compared with it (docs/drift.md).
+    confidence_histogram: ConfidenceHistogram = []
 
 
 class ReleaseManifest(Strict):

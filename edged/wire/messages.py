@@ -26,6 +26,8 @@ from edged.wire.delivered import MetadataFile as MetadataFile
 from edged.wire.delivered import Progress as Progress
 from edged.wire.delivered import Want as Want
 from edged.wire.manifest import SHA256, ReleaseRef
+from edged.wire.measured import ConfidenceHistogram, LatencyHistogram, Reasons
+from edged.wire.measured import Machine as Machine
 from edged.wire.parts import Finite, Id, Part, Prompt
 from edged.wire.parts import Message as Message
 
@@ -237,12 +239,14 @@ class Metrics(Message):
     audited: int = 0
     escalated: int = 0  # wanted by the policy, before any budget
     errors: int = 0
-    reasons: dict[str, int] = {}
-    suppressed: dict[str, int] = {}  # reason -> escalations and audits that the policy wanted and a limit held back
+    reasons: Reasons = {}
+    suppressed: Reasons = {}  # reason -> escalations and audits that the policy wanted and a limit held back
     unheard: int = 0  # requests answered at once because nobody answers the questions of this pipeline
-    confidence_histogram: list[int] = []  # ten bins over 0..1
+    confidence_histogram: ConfidenceHistogram = []  # ten bins over 0..1
     latency_ms_p50: Finite = 0.0
     latency_ms_p95: Finite = 0.0
+    latency_histogram: LatencyHistogram = []  # measured.LATENCY_BOUNDS_MS; what no window alone can say follows from sums
+    machine: Machine = Machine()
     counters: dict[str, int] = {}
 
 

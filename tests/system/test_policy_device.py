@@ -60,6 +60,13 @@ def test_audits_are_drawn_by_lot_kept_with_their_inclusion_and_explained(
         assert all(lot(row["id"]) < 0.4 for row in listed)
         until("the questions", lambda: {e.sample for e in bus.of(Escalation)} == set(audited.values()))
 
+        until("the metrics", lambda: sum(window.items for window in bus.of(Metrics)) == 30)
+        windows = bus.of(Metrics)
+        assert sum(window.audited for window in windows) == len(audited)
+        assert sum(sum(window.latency_histogram) for window in windows) == 30
+        assert sum(sum(window.confidence_histogram) for window in windows) == 30
+        assert any((window.machine.memory_mib_max or 0) > 20 for window in windows), "a daemon with a model in it"
+
         one = listed[0]
         text = device.cli("why", one["id"]).stdout
         assert f"its lot {one['evidence']['draw']:.4f} is below the share 0.4 that is checked" in text

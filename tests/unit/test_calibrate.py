@@ -9,8 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from edged.core.confidence import NOTHING, accept_threshold, answer_probability, check_calibration
+from edged.core.confidence import NOTHING, accept_threshold, answer_probability, check_calibration, probability
 from edged.engines.base import Detections, ImageStats
+from edged.metrics import Window
 from edged.wire.manifest import Calibration, RiskTable, Scaling, Thresholds
 from trainer.calibrate import ITEMS_MIN, Item, expected_calibration_error, fit, fit_answers
 from trainer.core.risk import LEVELS, risk_table, upper_bound
@@ -104,6 +105,22 @@ def test_what_counts_fits_nothing_and_what_fits_does_not_count() -> None:
         else:
             fits.append(index)
     assert len(fits) > len(counts) > 0
+
+
+def test_a_release_carries_the_histogram_of_what_counted_as_devices_will_count_it() -> None:
+    items = frames(150, 3)
+    model = fit(items, T)
+    p = [probability(item.detections, T, item.stats, model).p for item in items]
+    assert model.risk is not None
+    assert sum(model.confidence_histogram) == model.risk.items == 50
+    window = Window(0.0)
+    for each in p:
+        window.answer("line", "toy@1.0", "accept", "confident", each, 1.0)
+    everything = window.close(1.0)[0]["confidence_histogram"]
+    assert all(part <= whole for part, whole in zip(model.confidence_histogram, everything, strict=True))
+    rows = [(-0.05, True), (-3.0, False)] * 75
+    assert sum(fit_answers(rows).confidence_histogram) == 50
+    assert fit(items[: ITEMS_MIN - 1], T).confidence_histogram == []
 
 
 def test_the_same_items_give_the_same_release() -> None:

@@ -313,6 +313,20 @@ class Bench:
         self.monitor.tick()
 
 
+def test_a_window_tells_the_worst_of_the_readings_since_the_last_one(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    assert bench.monitor.peaks() == {"memory_mib_max": None, "temperature_c_max": None, "pace_min": None}
+    for celsius, owned in (("60000", 80 * MIB), ("78000", 120 * MIB), ("65000", 90 * MIB)):
+        zone(bench.root, 0, celsius)
+        bench.memory.owned = owned
+        bench.tick()
+    worst = bench.monitor.peaks()
+    assert (worst["memory_mib_max"], worst["temperature_c_max"]) == (120.0, 78.0)
+    assert worst["pace_min"] is not None and worst["pace_min"] < 1.0
+    bench.tick()
+    assert (bench.monitor.peaks()["temperature_c_max"], bench.monitor.peaks()["pace_min"]) == (65.0, None)
+
+
 def test_heat_slows_the_workers_down_says_so_once_and_ends(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     zone(bench.root, 0, "60000")

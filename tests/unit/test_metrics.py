@@ -27,6 +27,7 @@ def test_a_window_holds_what_happened_in_it_per_pipeline_and_release() -> None:
         "reasons": {"confident": 1, "unsure": 1, "audit": 1}, "suppressed": {"duplicate": 1}, "unheard": 1,
         "confidence_histogram": [0, 0, 0, 1, 0, 0, 0, 0, 0, 2],
         "latency_ms_p50": 20.0, "latency_ms_p95": 30.0,
+        "latency_histogram": [0] * 14 + [1, 0, 0, 0, 1, 0, 1],
     }  # fmt: skip
     assert (second["release"], second["items"], second["confidence_histogram"][0]) == ("toy@1.1", 1, 1)
     assert (third["pipeline"], third["errors"], third["items"], third["latency_ms_p50"]) == ("chat", 1, 0, 0.0)

@@ -84,6 +84,7 @@ def test_sealed_files_are_never_changed() -> None:
     [
         ("release", ReleaseManifest),
         ("release_risk", ReleaseManifest),  # with a risk table and boxes' scalings
+        ("release_reference", ReleaseManifest),  # with the histogram that devices' windows are compared with
         ("release_answers", ReleaseManifest),  # a language model's calibration
         ("training", TrainingManifest),
     ],
