@@ -28,7 +28,8 @@ from sqlalchemy import (
     update,
 )
 
-SCHEMA_VERSION = 2  # 2: leases, workers, opinions, pool, pulls, registrations: new tables only, made by `create_all`
+# 2: leases, workers, opinions, pool, pulls, registrations; 3: audits: new tables only, made by `create_all`
+SCHEMA_VERSION = 3
 BUSY_MS_MAX = 10_000
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
@@ -107,6 +108,18 @@ windows = Table(
     Column("errors", Integer, nullable=False),
     Column("body", JSON, nullable=False),
     Index("windows_by_release", "release", "start"),
+)
+
+audits = Table(  # accepted answers that were checked, and whether they were right; written by `trainer.observed`
+    "audits",
+    metadata,
+    Column("sample", String, primary_key=True),
+    Column("device", String, nullable=False),
+    Column("release", String, nullable=False),
+    Column("captured", Float, nullable=False),
+    Column("agreed", Boolean, nullable=False),
+    Index("audits_by_release", "release", "captured"),
+    Index("audits_by_time", "captured"),
 )
 
 jobs = Table(

@@ -5,7 +5,7 @@ Every function works inside the caller's transaction, so that a message is ackno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,8 +13,22 @@ from typing import Any
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State
-from trainer.core.rollout import Outcome, Window
-from trainer.database import commands, desired, devices, events, opinions, parts, pulls, put, samples, seen, windows
+from trainer.core.rollout import Outcome
+from trainer.database import (
+    audits,
+    commands,
+    desired,
+    devices,
+    events,
+    opinions,
+    parts,
+    pulls,
+    put,
+    samples,
+    seen,
+    windows,
+)
+from trainer.observed import take_audit
 
 SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
 EVENTS_MAX = 10_000
@@ -99,6 +113,7 @@ def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None
         "entry_ts": entry.ts,
     }
     put(connection, samples, {"id": entry.sample}, values)
+    take_audit(connection, device, entry)
     if len(entry.opinions) > 1:  # a single one is the label's own
         said = [opinion.model_dump(mode="json") for opinion in entry.opinions]
         put(connection, opinions, {"sample": entry.sample}, {"said": said})
@@ -138,6 +153,7 @@ def prune(connection: Connection, now: float) -> None:
     """Forget what nobody needs any more, so that nothing grows for ever."""
     connection.execute(delete(seen).where(seen.c.ts < now - SEEN_S_MAX))
     connection.execute(delete(windows).where(windows.c.end < now - WINDOWS_S_MAX))
+    connection.execute(delete(audits).where(audits.c.captured < now - WINDOWS_S_MAX))
     connection.execute(delete(commands).where(commands.c.state.in_(ENDED), commands.c.created < now - COMMAND_S_MAX))
     old = select(commands.c.id, commands.c.body).where(
         commands.c.state.notin_(ENDED), commands.c.created < now - COMMAND_S_MAX
@@ -180,30 +196,6 @@ def current_release(fleet: Sequence[Member]) -> str | None:
     """The release that most devices run; None when none runs any."""
     running = [member.active for member in fleet if member.active]
     return max(sorted(set(running)), key=running.count) if running else None
-
-
-def window(
-    connection: Connection,
-    names: Iterable[str],
-    start: float,
-    *,
-    model: str,
-    release: str | None = None,
-    until: float | None = None,
-) -> Window:
-    """Sums over these devices' closed windows of a model (of one `release`) that began at `start` or later and ended by
-    `until`."""
-    query = select(func.sum(windows.c["items"]), func.sum(windows.c.escalated), func.sum(windows.c.errors)).where(
-        windows.c.device.in_(list(names)),
-        windows.c.start >= start,
-        windows.c.release.startswith(f"{model}@", autoescape=True),
-    )
-    if release is not None:
-        query = query.where(windows.c.release == release)
-    if until is not None:
-        query = query.where(windows.c.end <= until)
-    items, escalated, errors = connection.execute(query).one()
-    return Window(items or 0, escalated or 0, errors or 0)
 
 
 def find_samples(
@@ -276,15 +268,19 @@ def desire(
     models: dict[str, dict[str, str] | None] | None = None,
     adapters: dict[str, dict[str, str] | None] | None = None,
     start_from: dict[str, Any] | None = None,
+    policy: dict[str, dict[str, Any]] | None = None,
 ) -> int:
-    """Change a device's desired state (None removes a slot's entry) and return its `rev`; without a difference the old.
+    """Change a device's desired state (None removes a slot's entry; `policy` replaces all of it) and return its `rev`;
+    without a difference the old.
 
     `start_from` (`models`, `adapters`) is what a device that was never told anything runs, so that the first word to
     it does not take anything away.
     """
     row = desired_of(connection, device)
     base = row or {"rev": 0, "models": {}, "adapters": {}, **(start_from or {})}
+    told = (row or {}).get("policy", {})
     after: dict[str, Any] = {"models": dict(base["models"]), "adapters": dict(base["adapters"])}
+    after["policy"] = told if policy is None else policy
     for name, changes in (("models", models or {}), ("adapters", adapters or {})):
         for slot, ref in changes.items():
             if ref is None:
@@ -296,5 +292,5 @@ def desire(
     reported = connection.execute(select(devices.c.desired_rev).where(devices.c.device == device)).scalar()
     # Above what the device has seen, too: a trainer that lost its database must still be heard.
     rev = max(int(base["rev"]), int(reported or 0)) + 1
-    put(connection, desired, {"device": device}, {"rev": rev, **after, "policy": (row or {}).get("policy", {})})
+    put(connection, desired, {"device": device}, {"rev": rev, **after})
     return rev

@@ -305,7 +305,7 @@ def upload(http: httpx.Client, url: str, device: Device) -> None:
             assert http.put(f"{url}/{digest}", content=data).status_code == 200  # again: nothing changes
 
 
-ROLLOUT = "watch_s = 4\nitems_min = 20\ninstall_s_max = 60\nfailed_grace_s = 1"
+ROLLOUT = "watch_s = 4\nitems_min = 20\naudits_planned = 0\ninstall_s_max = 60\nfailed_grace_s = 1"
 
 
 @pytest.mark.timeout(180)

@@ -10,8 +10,9 @@ from sqlalchemy import Connection, select
 
 from edged.wire.messages import CommandState, Metrics, ModelReport, Reported, SampleEntry, State
 from trainer import fleet
-from trainer.core.rollout import Outcome, Window
+from trainer.core.rollout import Outcome
 from trainer.database import Database, commands, devices, put, samples
+from trainer.observed import Period, tallies
 
 _numbers = itertools.count()
 REF = {"release": "digits@1.1", "sha256": "0" * 64}
@@ -176,10 +177,15 @@ def test_windows_are_summed_by_device_model_and_time(connection: Connection) -> 
     window("d1", "digits@1.1", 11, 100)
     window("d1", "phi@1.0", 11, 1000)  # another model on the same device
     window("d2", "digits@1.0", 11, 7)
-    assert fleet.window(connection, ["d1"], 10, model="digits") == Window(200, 2, 0)
-    assert fleet.window(connection, ["d1", "d2"], 10, model="digits", release="digits@1.0") == Window(7, 1, 0)
-    assert fleet.window(connection, ["d1"], 0, model="digits", until=6) == Window(10, 1, 0)
-    assert fleet.window(connection, ["d9"], 0, model="digits") == Window()
+    def counted(names: list[str], period: Period) -> dict[str, tuple[int, int]]:
+        found = tallies(connection, names, period)
+        return {device: (tally.items, tally.escalated) for device, tally in found.items()}
+
+    assert counted(["d1"], Period("digits", 10)) == {"d1": (200, 2)}
+    assert counted(["d1", "d2"], Period("digits", 10, release="digits@1.0")) == {"d2": (7, 1)}
+    assert counted(["d1", "d2"], Period("digits", 0, without="digits@1.1")) == {"d1": (10, 1), "d2": (7, 1)}
+    assert counted(["d1"], Period("digits", 0, until=6)) == {"d1": (10, 1)}
+    assert counted(["d9"], Period("digits", 0)) == {}
 
 
 def test_a_command_that_is_done_stays_done(connection: Connection) -> None:

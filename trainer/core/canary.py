@@ -1,12 +1,6 @@
 """The canary against the others, counted over devices: is the release worse, surely not worse, or is it too early to tell?
 
-A difference in differences per device: each device's watch is compared with its own time before, and the change of the
-canaries with the change of the others in the same hours. The device is the unit. A device that is five points worse than
-its neighbours by nature was so before; as far as its baseline is long enough to show it, it is taken out (best linear
-unbiased prediction of a random device effect: Robinson 1991; a short baseline is believed only as far as it reaches).
-How much a device moves by itself from one period to the next is measured on the controls, because the canaries are too few
-(Conley & Taber, "Inference with difference in differences with a small number of policy changes", 2011), by the method of
-moments (DerSimonian & Laird 1986), drawn towards a prior where few devices are there to measure it (Smyth 2004).
+The changes and their errors are counted over devices, not items (`core.contrast`).
 
 Two ways to call a release worse share one level: an always-valid sequence (`core.sequential`), looked at as often as one
 likes, and a plain test at the planned looks, the end of the watch and of each extension. Nothing passes without evidence:
@@ -22,17 +16,13 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from trainer.core.contrast import Contrast, Mask, Readings, contrast, of_rates, of_shares, of_values
 from trainer.core.sequential import Values, log_evidence, quantile
 
-PRIOR_DEVICES = 4.0  # how many devices' word the prior of a spread counts as
-PRIOR_WINDOWS = 4.0  # the same for the scatter of one device's windows
 SEQUENCE_SHARE = 0.2  # of a measure's level, for the sequence; the rest is for the planned looks
 FIRST_LOOK_SHARE = 0.8  # of the planned looks' level, for the first; the extensions share the rest
 PASS_LEVEL = 0.95  # of the bound that a change must stay below to pass
-
-Mask = NDArray[np.bool_]
 
 
 class Verdict(StrEnum):
@@ -91,43 +81,15 @@ def measures(rules: CanaryRules) -> tuple[Measure, ...]:
         Measure("escalation rate", 1, escalation, escalation + 0.1, 0.05, 0.02, 0.2, required=True),
         Measure("error rate", 1, error, error + 0.05, 0.01, 0.005, 0.1, required=True),
         Measure("crashes an hour", 1, 0.05, 1.0, 0.05, 0.02, 0.05),
-        Measure("p95 latency", 1, latency, latency + 0.2, 0.3, 0.05, 0.05, relative=True),
+        Measure("p95 latency", 1, latency, latency + 0.4, 0.3, 0.1, 0.05, relative=True),
         Measure("memory", 1, memory, memory + 0.2, 0.3, 0.05, 0.05, relative=True),
         Measure("temperature", 1, heat, heat + 5.0, 5.0, 2.0, 0.05),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
-    """One measure of every device before and during the watch, with the variance of each; NaN where there is none.
-
-    Shapes (..., devices). `weight`: what stands behind it (items, audits, hours), for people.
-    """
-
-    before: Values
-    before_variance: Values
-    now: Values
-    now_variance: Values
-    weight: Values
-
-    def known(self) -> Mask:
-        """The devices that say something in the watch."""
-        return np.isfinite(self.now)
-
-
-@dataclass(frozen=True, slots=True)
-class Contrast:
-    """The change of the canaries beyond that of the others, and its variance; shapes (...)."""
-
-    change: Values
-    variance: Values
-    canary: Values  # the means, adjusted for what the devices were before
-    control: Values
-
-
-@dataclass(frozen=True, slots=True)
 class Finding:
-    """One measure at one look. `change` for the worse is positive; `odds`: evidence to one that it is more than tolerated."""
+    """One measure at one look. `change` for the worse is positive; `odds`: to one, that it is more than tolerated."""
 
     measure: str
     verdict: Verdict
@@ -178,117 +140,6 @@ class Fleet:
     before: Mapping[str, Tally] = field(default_factory=dict)
 
 
-# From counts and values to readings.
-
-
-def of_shares(hits_before: Values, before: Values, hits_now: Values, now: Values, canary: Mask) -> Readings:
-    """Readings of hits among items, all of shape (..., devices); no items, no reading.
-
-    The variance takes each group's pooled share: a device's own would be zero where nothing happened, and its error would
-    go together with its weight.
-    """
-    everybody = np.ones_like(canary)
-    before_variance = _binomial(hits_before, before, everybody)
-    now_variance = np.where(canary, _binomial(hits_now, now, canary), _binomial(hits_now, now, ~canary))
-    return Readings(_ratio(hits_before, before), before_variance, _ratio(hits_now, now), now_variance, now)
-
-
-def of_rates(hits_before: Values, before: Values, hits_now: Values, now: Values, canary: Mask) -> Readings:
-    """Readings of events an hour (Poisson); all of shape (..., devices), `before` and `now` in hours."""
-
-    def variance(hits: Values, hours: Values, group: Mask) -> Values:
-        pooled = (_sum(hits, group) + 1) / (_sum(hours, group) + 1)
-        return _ratio(np.broadcast_to(pooled[..., None], hours.shape), hours)
-
-    everybody = np.ones_like(canary)
-    now_variance = np.where(canary, variance(hits_now, now, canary), variance(hits_now, now, ~canary))
-    before_variance = variance(hits_before, before, everybody)
-    return Readings(_ratio(hits_before, before), before_variance, _ratio(hits_now, now), now_variance, now)
-
-
-def of_values(before: Sequence[Sequence[float]], now: Sequence[Sequence[float]], prior: float, log: bool) -> Readings:
-    """Readings of values, a list of windows for each device; `prior`: their scatter within a device, `log`: of factors."""
-    means: list[tuple[float, float, float, float]] = []
-    for earlier, later in zip(before, now, strict=True):
-        means.append((*_mean(earlier, prior, log), *_mean(later, prior, log)))
-    columns = np.array(means, np.float64).reshape(-1, 4).T
-    count = np.array([len(values) for values in now], np.float64)
-    return Readings(columns[0], columns[1], columns[2], columns[3], count)
-
-
-def contrast(readings: Readings, canary: Mask, spread: float, drift: float) -> Contrast:
-    """The change of the canaries beyond that of the others; `canary` (devices,), `spread` and `drift` as in Measure.
-
-    Without any other device the canaries' own past is all that there is. Infinite variance where nothing can be said.
-    """
-    now, known = readings.now, readings.known()
-    early = np.isfinite(readings.before) & known
-    before, noise = np.where(early, readings.before, 0.0), np.where(early, readings.before_variance, 0.0)
-    if canary.all():
-        moved = np.where(early, now - before, 0.0)
-        mean, variance = _pooled(moved, noise + readings.now_variance + drift**2, early)
-        level, _ = _pooled(before, noise + drift**2, early)
-        return Contrast(mean, variance, level + mean, level)
-    centre, between = _between(before, noise, early, spread)
-    trust = np.where(early, between[..., None] / (between[..., None] + noise), 0.0)
-    adjusted = np.where(known, now - trust * (before - centre[..., None]), 0.0)
-    uncertain = np.where(known, between[..., None] * (1 - trust) + readings.now_variance, 1.0)
-    _, own = _between(adjusted, uncertain, known & ~canary, drift)
-    one, one_variance = _pooled(adjusted, uncertain + own[..., None], known & canary)
-    other, other_variance = _pooled(adjusted, uncertain + own[..., None], known & ~canary)
-    return Contrast(one - other, one_variance + other_variance, one, other)
-
-
-def _between(values: Values, variances: Values, there: Mask, prior: float) -> tuple[Values, Values]:
-    """The mean, and the variance between devices beyond what their own variances explain, drawn towards the prior."""
-    count = there.sum(-1)
-    centre, _ = _pooled(values, variances + prior**2, there)
-    centre = np.where(count > 0, centre, 0.0)
-    beyond = np.where(there, (values - centre[..., None]) ** 2 - variances * _left(count)[..., None], 0.0).sum(-1)
-    between = np.maximum(PRIOR_DEVICES * prior**2 + beyond, 0.0) / (PRIOR_DEVICES + np.maximum(count - 1, 0))
-    return centre, between
-
-
-def _left(count: Any) -> Any:
-    """The share of the squares that is left when the mean is taken from the same values."""
-    return 1 - 1 / np.maximum(count, 1)
-
-
-def _pooled(values: Values, variances: Values, there: Mask) -> tuple[Values, Values]:
-    """The mean weighted by certainty, and its variance; infinite without anybody."""
-    weights = np.where(there, 1 / np.where(there, variances, 1.0), 0.0)
-    total = weights.sum(-1)
-    some = total > 0
-    divisor = np.where(some, total, 1.0)
-    return np.where(some, (weights * np.where(there, values, 0.0)).sum(-1) / divisor, np.nan), np.where(
-        some, 1 / divisor, np.inf
-    )
-
-
-def _binomial(hits: Values, items: Values, group: Mask) -> Values:
-    pooled = (_sum(hits, group) + 1) / (_sum(items, group) + 2)
-    return _ratio(np.broadcast_to((pooled * (1 - pooled))[..., None], items.shape), items)
-
-
-def _sum(values: Values, group: Mask) -> Values:
-    total: Values = np.where(group, values, 0.0).sum(-1)
-    return total
-
-
-def _ratio(over: Values, under: Values) -> Values:
-    made: Values = np.where(under > 0, over / np.where(under > 0, under, 1.0), np.nan)
-    return made
-
-
-def _mean(values: Sequence[float], prior: float, log: bool) -> tuple[float, float]:
-    found = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
-    if not found:
-        return math.nan, math.nan
-    data = np.log(found) if log else np.array(found)
-    scatter = (PRIOR_WINDOWS * prior**2 + float(((data - data.mean()) ** 2).sum())) / (PRIOR_WINDOWS + len(data) - 1)
-    return float(data.mean()), scatter / len(data)
-
-
 # From contrasts to a judgement.
 
 
@@ -302,7 +153,7 @@ def look_levels(measure: Measure, rules: CanaryRules, watches: int, extensions: 
 
 
 def worse(change: Any, variance: Any, measure: Measure, sequence: float, planned: float | None) -> Mask:
-    """Whether a change for the worse is surely more than tolerated; `sequence`, `planned`: levels, None between planned looks."""
+    """Whether a change for the worse is surely more than tolerated; `sequence`, `planned`: levels, None between looks."""
     beyond = np.asarray(change) - measure.tolerated
     found: Mask = log_evidence(beyond, variance, measure.excluded - measure.tolerated) >= -math.log(sequence)
     if planned:
@@ -377,8 +228,9 @@ def _readings(fleet: Fleet, rules: CanaryRules) -> list[tuple[Measure, Readings,
         return of_values(earlier, later, measure.drift, measure.relative)
 
     agreement, escalation, error, crashes, latency, memory, heat = measures(rules)
+    audits = [(agreement, shares("agreed", "audited"), canary)] if rules.audits_planned > 0 else []
     return [
-        (agreement, shares("agreed", "audited"), canary),
+        *audits,
         (escalation, shares("escalated", "items"), canary),
         (error, shares("errors", "items"), canary),
         (crashes, rates(), canary),
@@ -415,11 +267,13 @@ def _find(measure: Measure, readings: Readings, canary: Mask, sequence: float, p
 
 def _words(measure: Measure, found: Contrast, error: float, canary: Mask, weight: Values) -> str:
     one, other = (_shown(measure, float(each)) for each in (found.canary, found.control))
-    against = f"on {int((~canary).sum())} others" if not canary.all() else "before"
+    ours, others = int(canary.sum()), int((~canary).sum())
+    against = f"on {others} other{'s' * (others != 1)}" if others else "before"
     behind = int(weight[canary].sum())
+    whom = f"{ours} canaries" if ours != 1 else "1 canary"
     change = _shown(measure, float(found.change), signed=True)
     around = f"{math.expm1(error):.0%}" if measure.relative else f"{error:.3f}"
-    return f"{measure.name} {one} on {int(canary.sum())} canaries ({behind}) against {other} {against}: {change} ± {around}"
+    return f"{measure.name} {one} on {whom} ({behind}) against {other} {against}: {change} ± {around}"
 
 
 def _shown(measure: Measure, value: float, *, signed: bool = False) -> str:

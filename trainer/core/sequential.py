@@ -24,8 +24,8 @@ Values = NDArray[np.float64]
 def log_evidence(effect: Any, variance: Any, scale: float) -> Values:
     """The logarithm of the evidence that the effect is above zero, the same shape as `effect` and `variance`.
 
-    `scale`: the size of effect that the test is best at, in the effect's unit. Where there is no estimate (a variance that is
-    infinite or no number) the evidence is none: 0.
+    `scale`: the size of effect that the test is best at, in the effect's unit. Where there is no estimate (a variance that
+    is infinite or no number) the evidence is none: 0.
     """
     from scipy.special import log_ndtr  # here: the command line is ready without it
 

@@ -32,7 +32,7 @@ CALM_S, END_S, TURN_S = 45.0, 240.0, 2.0
 SETTLED_S = 15.0  # after its end, in which devices come to where they are told to be
 WINDOW_S, ITEMS = 6.0, 20
 RULES = Rollout(
-    canary_fraction=0.4, watch_s=15.0, items_min=30, extend_max=2, install_s_max=60.0, failed_grace_s=3.0
+    steps=[0.4, 1.0], watch_s=15.0, items_min=30, audits_planned=0, extend_max=2, install_s_max=60.0, failed_grace_s=3.0
 )  # fmt: skip
 SLOT = "phi"
 KINDS = ("good", "good", "fails", "reverts", "errors")  # what the new release is like

@@ -1,0 +1,122 @@
+"""What devices reported of themselves, as `core.canary` compares it: sums and values of closed windows, and audits.
+
+`tallies` is the only place that knows where each of it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Integer, cast, func, select
+
+from edged.wire.messages import SampleEntry
+from trainer.core.canary import Tally
+from trainer.core.provenance import agree, is_own
+from trainer.database import audits, parts, put, windows
+
+VALUES_MAX = 240  # windows of a device whose latency, memory and temperature are read, the newest
+_CHECKED = ("labelled", "claimed", "used", "archived")  # states of a sample in which it has a verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """Closed windows of a model that began at `start` or later and ended by `until` (None: whenever)."""
+
+    model: str
+    start: float
+    until: float | None = None
+    release: str | None = None  # only of this one
+    without: str | None = None  # not of this one
+
+    def windows(self) -> list[Any]:
+        """The condition on a row of `windows`."""
+        found = [windows.c.start >= self.start, *self._release(windows.c.release)]
+        return found if self.until is None else [*found, windows.c.end <= self.until]
+
+    def audits(self) -> list[Any]:
+        """The condition on a row of `audits`, by when the item was seen."""
+        found = [audits.c.captured >= self.start, *self._release(audits.c.release)]
+        return found if self.until is None else [*found, audits.c.captured <= self.until]
+
+    def _release(self, column: Any) -> list[Any]:
+        found = [column.startswith(f"{self.model}@", autoescape=True)]
+        found += [column == self.release] if self.release is not None else []
+        return found + ([column != self.without] if self.without is not None else [])
+
+
+def take_audit(connection: Connection, device: str, entry: SampleEntry) -> None:
+    """Keep of an audited sample with a verdict whether the local answer was right; a later verdict replaces it."""
+    own = entry.provenance is not None and is_own(entry.model, entry.provenance.model_dump(), device)
+    if entry.decision != "audit" or entry.state not in _CHECKED or own:
+        return
+    said = [[each.model_dump(mode="json") for each in label] for label in (entry.prediction, entry.label)]
+    values = {"device": device, "release": entry.release, "captured": entry.captured, "agreed": agree(*said)}
+    put(connection, audits, {"sample": entry.sample}, values)
+
+
+def tallies(connection: Connection, names: Sequence[str], period: Period) -> dict[str, Tally]:
+    """What each of these devices did in the period; those of whom nothing is known are left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts(names):
+        _sums(connection, part, period, found)
+        _values(connection, part, period, found)
+        counted = (
+            audits.c.device,
+            func.count().label("audited"),
+            func.sum(cast(audits.c.agreed, Integer)).label("agreed"),
+        )
+        query = select(*counted).where(audits.c.device.in_(part), *period.audits()).group_by(audits.c.device)
+        for row in connection.execute(query):
+            found.setdefault(row.device, {}).update(audited=row.audited, agreed=int(row.agreed))
+    return {device: Tally(**fields) for device, fields in found.items()}
+
+
+def _sums(connection: Connection, names: Sequence[str], period: Period, found: dict[str, dict[str, Any]]) -> None:
+    table = windows.c
+    sums = [func.sum(column).label(name) for name, column in (
+        ("counted", table["items"]), ("escalated", table.escalated), ("errors", table.errors),
+        ("seconds", table.end - table.start),
+    )]  # fmt: skip
+    query = select(table.device, *sums).where(table.device.in_(names), *period.windows()).group_by(table.device)
+    for row in connection.execute(query):
+        found.setdefault(row.device, {}).update(
+            items=row.counted, escalated=row.escalated, errors=row.errors, hours=max(0.0, row.seconds) / 3600
+        )
+
+
+def _values(connection: Connection, names: Sequence[str], period: Period, found: dict[str, dict[str, Any]]) -> None:
+    query = select(windows.c.device, windows.c.body).where(windows.c.device.in_(names), *period.windows())
+    read: dict[str, list[Mapping[str, Any]]] = {}
+    for row in connection.execute(query.order_by(windows.c.start.desc()).limit(VALUES_MAX * len(names))):
+        read.setdefault(row.device, []).append(row.body)
+    for device, bodies in read.items():
+        machine = [body.get("machine") or {} for body in bodies]
+        crashes = [body["crashes"] for body in bodies if isinstance(body.get("crashes"), int)]
+        found.setdefault(device, {}).update(
+            latency_ms=_numbers((body.get("latency_ms_p95") for body in bodies), above=0.0),
+            memory_mib=_numbers((each.get("memory_mib_max") for each in machine), above=0.0),
+            temperature_c=_numbers(each.get("temperature_c_max") for each in machine),
+            crashes=sum(crashes) if crashes else None,
+        )
+
+
+def _numbers(values: Iterable[Any], above: float | None = None) -> list[float]:
+    numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    return [value for value in numbers if above is None or value > above]
+
+
+def accepting(
+    connection: Connection, names: Sequence[str], period: Period
+) -> dict[str, dict[str, tuple[int, int, float]]]:
+    """device -> pipeline -> (accepted and audited answers, audited ones, seconds), to plan how many are to be checked."""
+    table, found = windows.c, dict[str, dict[str, tuple[int, int, float]]]()
+    sums = (func.sum(table.accepted), func.sum(table.audited), func.sum(table.end - table.start))
+    for part in parts(names):
+        query = select(table.device, table.pipeline, *sums).where(table.device.in_(part), *period.windows())
+        for device, pipeline, accepted, audited, seconds in connection.execute(
+            query.group_by(table.device, table.pipeline)
+        ):
+            found.setdefault(device, {})[pipeline] = (accepted + audited, audited, max(0.0, seconds))
+    return found
