@@ -68,6 +68,7 @@ class Measure:
     drift: float
     level: float  # its share of `alpha`
     required: bool = False  # nothing passes without it
+    blocks: bool = True  # else it can only bring a canary back: it is too rare for anything to be excluded
     relative: bool = False
 
 
@@ -80,7 +81,7 @@ def measures(rules: CanaryRules) -> tuple[Measure, ...]:
         Measure("audited agreement", -1, 0.0, rules.accuracy_loss_max, 0.05, 0.02, 0.5, required=audited),
         Measure("escalation rate", 1, escalation, escalation + 0.1, 0.05, 0.02, 0.2, required=True),
         Measure("error rate", 1, error, error + 0.05, 0.01, 0.005, 0.1, required=True),
-        Measure("crashes an hour", 1, 0.05, 1.0, 0.05, 0.02, 0.05),
+        Measure("crashes an hour", 1, 0.05, 1.0, 0.05, 0.02, 0.05, blocks=False),
         Measure("p95 latency", 1, latency, latency + 0.4, 0.3, 0.1, 0.05, relative=True),
         Measure("memory", 1, memory, memory + 0.2, 0.3, 0.05, 0.05, relative=True),
         Measure("temperature", 1, heat, heat + 5.0, 5.0, 2.0, 0.05),
@@ -243,7 +244,7 @@ def _readings(fleet: Fleet, rules: CanaryRules) -> list[tuple[Measure, Readings,
 def _find(measure: Measure, readings: Readings, canary: Mask, sequence: float, planned: float | None) -> Finding:
     known = readings.known()
     if not known[canary].any():
-        silent = not measure.required and not known.any()
+        silent = not measure.required and (not known.any() or not measure.blocks)
         text = f"{measure.name}: no canary reports it"
         return Finding(measure.name, Verdict.FINE if silent else Verdict.UNSURE, text)
     found = contrast(readings, canary, measure.spread, measure.drift)
@@ -256,7 +257,7 @@ def _find(measure: Measure, readings: Readings, canary: Mask, sequence: float, p
     verdict = Verdict.UNSURE
     if worse(change, variance, measure, sequence, planned).all():
         verdict = Verdict.WORSE
-    elif fine(change, variance, measure).all():
+    elif not measure.blocks or fine(change, variance, measure).all():
         verdict = Verdict.FINE
     text = _words(measure, found, error, canary, readings.weight)
     if verdict is Verdict.UNSURE:
@@ -279,4 +280,5 @@ def _words(measure: Measure, found: Contrast, error: float, canary: Mask, weight
 def _shown(measure: Measure, value: float, *, signed: bool = False) -> str:
     if measure.relative:
         return f"{math.expm1(value):+.0%}" if signed else f"{math.exp(value):.4g}"
-    return f"{value:+.3f}" if signed else f"{value:.3f}"
+    rounded = round(value, 3) + 0.0  # no minus before a zero
+    return f"{rounded:+.3f}" if signed else f"{rounded:.3f}"

@@ -104,7 +104,11 @@ def contrast(readings: Readings, canary: Mask, spread: float, drift: float) -> C
         level, _ = _pooled(before, noise + drift**2, early)
         return Contrast(mean, variance, level + mean, level)
     centre, between = _between(before, noise, early, spread)
-    trust = np.where(early, between[..., None] / (between[..., None] + noise), 0.0)
+    if not early.any():  # a fleet without a past: how its devices differ is seen on the others now
+        _, between = _between(
+            np.where(known, now, 0.0), np.where(known, readings.now_variance, 1.0), known & ~canary, spread
+        )
+    trust = np.where(early, between[..., None] / np.where(early, between[..., None] + noise, 1.0), 0.0)
     adjusted = np.where(known, now - trust * (before - centre[..., None]), 0.0)
     uncertain = np.where(known, between[..., None] * (1 - trust) + readings.now_variance, 1.0)
     _, own = _between(adjusted, uncertain, known & ~canary, drift)

@@ -42,7 +42,8 @@ def log_evidence(effect: Any, variance: Any, scale: float) -> Values:
 def surely_above_zero(effect: Any, variance: Any, scale: float, alpha: float) -> NDArray[np.bool_]:
     """Whether the evidence is at least 1/alpha: of effects of zero or below, at most a share `alpha` is ever called so,
     however often one looks."""
-    return log_evidence(effect, variance, scale) >= -np.log(alpha)
+    sure: NDArray[np.bool_] = log_evidence(effect, variance, scale) >= -np.log(alpha)
+    return sure
 
 
 def quantile(level: float) -> float:
