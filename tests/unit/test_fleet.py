@@ -177,6 +177,7 @@ def test_windows_are_summed_by_device_model_and_time(connection: Connection) -> 
     window("d1", "digits@1.1", 11, 100)
     window("d1", "phi@1.0", 11, 1000)  # another model on the same device
     window("d2", "digits@1.0", 11, 7)
+
     def counted(names: list[str], period: Period) -> dict[str, tuple[int, int]]:
         found = tallies(connection, names, period)
         return {device: (tally.items, tally.escalated) for device, tally in found.items()}
