@@ -117,6 +117,7 @@ audits = Table(  # accepted answers that were checked, and whether they were rig
     Column("device", String, nullable=False),
     Column("release", String, nullable=False),
     Column("captured", Float, nullable=False),
+    Column("inclusion", Float, nullable=False),  # the probability with which it was checked
     Column("agreed", Boolean, nullable=False),
     Index("audits_by_release", "release", "captured"),
     Index("audits_by_time", "captured"),

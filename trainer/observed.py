@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Integer, cast, func, select
+from sqlalchemy import Connection, case, func, select
 
 from edged.wire.messages import SampleEntry
 from trainer.core.canary import Tally
@@ -49,10 +49,11 @@ class Period:
 def take_audit(connection: Connection, device: str, entry: SampleEntry) -> None:
     """Keep of an audited sample with a verdict whether the local answer was right; a later verdict replaces it."""
     own = entry.provenance is not None and is_own(entry.model, entry.provenance.model_dump(), device)
-    if entry.decision != "audit" or entry.state not in _CHECKED or own:
+    if entry.decision != "audit" or entry.state not in _CHECKED or own or entry.inclusion_probability <= 0:
         return
     said = [[each.model_dump(mode="json") for each in label] for label in (entry.prediction, entry.label)]
     values = {"device": device, "release": entry.release, "captured": entry.captured, "agreed": agree(*said)}
+    values["inclusion"] = entry.inclusion_probability
     put(connection, audits, {"sample": entry.sample}, values)
 
 
@@ -62,15 +63,25 @@ def tallies(connection: Connection, names: Sequence[str], period: Period) -> dic
     for part in parts(names):
         _sums(connection, part, period, found)
         _values(connection, part, period, found)
-        counted = (
-            audits.c.device,
-            func.count().label("audited"),
-            func.sum(cast(audits.c.agreed, Integer)).label("agreed"),
-        )
-        query = select(*counted).where(audits.c.device.in_(part), *period.audits()).group_by(audits.c.device)
-        for row in connection.execute(query):
-            found.setdefault(row.device, {}).update(audited=row.audited, agreed=int(row.agreed))
+        _audits(connection, part, period, found)
     return {device: Tally(**fields) for device, fields in found.items()}
+
+
+def _audits(connection: Connection, names: Sequence[str], period: Period, found: dict[str, dict[str, Any]]) -> None:
+    """Each answer counts as many as it stands for: Hajek's estimator, with Kish's effective size."""
+    weight = 1.0 / audits.c.inclusion
+    right = func.sum(case((audits.c.agreed, weight), else_=0.0)).label("right")
+    sums = (
+        func.count().label("audited"),
+        right,
+        func.sum(weight).label("all"),
+        func.sum(weight * weight).label("squares"),
+    )
+    query = select(audits.c.device, *sums).where(audits.c.device.in_(names), *period.audits())
+    for row in connection.execute(query.group_by(audits.c.device)):
+        found.setdefault(row.device, {}).update(
+            audited=row.audited, agreed=row.audited * row.right / row.all, effective=row.all**2 / row.squares
+        )
 
 
 def _sums(connection: Connection, names: Sequence[str], period: Period, found: dict[str, dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from trainer.core.rollout import (
     observe,
     step,
 )
-from trainer.database import devices, rollouts
+from trainer.database import desired, devices, rollouts
 from trainer.fleet import Member, desire, desired_of, members, outcome
 from trainer.host import Host, new_id
 from trainer.releases import ReleaseError
@@ -172,13 +172,14 @@ class Rollouts:
     ) -> tuple[dict[str, Outcome], dict[str, str]]:
         fleet = {member.device: member for member in members(connection, row.model)}
         outcomes: dict[str, Outcome] = {}
+        revs = {row.device: row.rev for row in connection.execute(select(desired.c.device, desired.c.rev))}
         for device in rollout.devices:
             member = fleet.get(device)
             if member is None or (device not in rollout.told and not member.online):
                 outcomes[device] = Outcome.OFFLINE
                 continue
-            told = (desired_of(connection, device) or {"rev": 0})["rev"]
-            outcomes[device] = self._lasting(rollout, member, outcome(member, _told(row, rollout, member), told))
+            found = outcome(member, _told(row, rollout, member), revs.get(device, 0))
+            outcomes[device] = self._lasting(rollout, member, found)
         return outcomes, {device: fleet[device].reason for device in rollout.devices if device in fleet}
 
     def _lasting(self, rollout: Rollout, member: Member, found: Outcome) -> Outcome:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, select
 
-from edged.wire.messages import CommandState, Metrics, ModelReport, Reported, SampleEntry, State
+from edged.wire.messages import Box, CommandState, Metrics, ModelReport, Reported, SampleEntry, State
 from trainer import fleet
 from trainer.core.rollout import Outcome
 from trainer.database import Database, commands, devices, put, samples
@@ -187,6 +187,31 @@ def test_windows_are_summed_by_device_model_and_time(connection: Connection) -> 
     assert counted(["d1", "d2"], Period("digits", 0, without="digits@1.1")) == {"d1": (10, 1), "d2": (7, 1)}
     assert counted(["d1"], Period("digits", 0, until=6)) == {"d1": (10, 1)}
     assert counted(["d9"], Period("digits", 0)) == {}
+
+
+def test_audits_count_as_many_answers_as_they_stand_for(connection: Connection) -> None:
+    def audit(sample: str, right: bool, inclusion: float, **changes: Any) -> None:
+        said = [Box(label="1", box=(0, 0, 5, 5))]
+        fields = {
+            "decision": "audit",
+            "inclusion_probability": inclusion,
+            "label": said,
+            "prediction": said if right else [],
+        }
+        fleet.take_sample(connection, "d1", entry(sample, **{**fields, **changes}))
+
+    for number in range(10):
+        audit(f"a{number}", right=True, inclusion=0.5)
+    for number in range(10):
+        audit(f"b{number}", right=False, inclusion=0.1)
+    audit("c1", right=True, inclusion=0.5, state="escalated")  # nobody has answered yet
+    audit("c2", right=True, inclusion=1.0, decision="escalate")
+    audit("c3", right=True, inclusion=0.5, provenance={"kind": "model", "who": "d1", "release": "digits@1.0"})  # itself
+    tally = tallies(connection, ["d1"], Period("digits", 0))["d1"]
+    assert (tally.audited, tally.agreed) == (20, pytest.approx(20 * 20 / 120))
+    assert tally.effective == pytest.approx(120**2 / (10 * 4 + 10 * 100))
+    audit("a0", right=False, inclusion=0.5, ts=9.0)  # a person has corrected the verdict
+    assert tallies(connection, ["d1"], Period("digits", 0))["d1"].agreed == pytest.approx(20 * 18 / 120)
 
 
 def test_a_command_that_is_done_stays_done(connection: Connection) -> None:

@@ -154,7 +154,14 @@ class World:
             }
             rows.append({**where, **items, "body": body})
             checked += [
-                {"sample": f"{name}-{n}", "device": name, "release": OLD, "captured": start + n, "agreed": n % 10 > 0}
+                {
+                    "sample": f"{name}-{n}",
+                    "device": name,
+                    "release": OLD,
+                    "captured": start + n,
+                    "inclusion": 0.02,
+                    "agreed": n % 10 > 0,
+                }
                 for n in range(200)
             ]
         with self.host.database.write() as connection:

@@ -124,7 +124,10 @@ class Tally:
     escalated: int = 0
     errors: int = 0
     audited: int = 0  # accepted answers with a verdict
-    agreed: int = 0  # of those, answers that the verdict says are right
+    agreed: float = (
+        0.0  # of those, answers that the verdict says are right; weighted, where some were likelier to be checked
+    )
+    effective: float | None = None  # the size of `audited` that the weights leave (Kish 1965); None: all of it
     hours: float = 0.0
     crashes: int | None = None  # None: the device does not say
     latency_ms: Sequence[float] = ()
@@ -229,7 +232,19 @@ def _readings(fleet: Fleet, rules: CanaryRules) -> list[tuple[Measure, Readings,
         return of_values(earlier, later, measure.drift, measure.relative)
 
     agreement, escalation, error, crashes, latency, memory, heat = measures(rules)
-    audits = [(agreement, shares("agreed", "audited"), canary)] if rules.audits_planned > 0 else []
+
+    def audited() -> Readings:
+        def size(tallies: Sequence[Tally]) -> Values:
+            return np.array(
+                [each.audited if each.effective is None else each.effective for each in tallies], np.float64
+            )
+
+        def right(tallies: Sequence[Tally]) -> Values:
+            return column(tallies, "agreed") / np.maximum(column(tallies, "audited"), 1) * size(tallies)
+
+        return of_shares(right(before), size(before), right(now), size(now), canary)
+
+    audits = [(agreement, audited(), canary)] if rules.audits_planned > 0 else []
     return [
         *audits,
         (escalation, shares("escalated", "items"), canary),
