@@ -14,9 +14,10 @@ from sqlalchemy import Connection, case, func, select
 from edged.wire.messages import SampleEntry
 from trainer.core.canary import Tally
 from trainer.core.provenance import agree, is_own
-from trainer.database import audits, parts, put, windows
+from trainer.database import audits, events, parts, put, windows
 
 VALUES_MAX = 240  # windows of a device whose latency, memory and temperature are read, the newest
+CRASH = "engine_ended"  # kind of the event that a device sends when an engine's process ends by itself
 _CHECKED = ("labelled", "claimed", "used", "archived")  # states of a sample in which it has a verdict
 
 
@@ -30,20 +31,20 @@ class Period:
     release: str | None = None  # only of this one
     without: str | None = None  # not of this one
 
+    def of(self, start: Any, end: Any, release: Any) -> list[Any]:
+        """The condition on rows with these columns."""
+        found = [start >= self.start, release.startswith(f"{self.model}@", autoescape=True)]
+        found += [] if self.until is None else [end <= self.until]
+        found += [] if self.release is None else [release == self.release]
+        return found + ([] if self.without is None else [release != self.without])
+
     def windows(self) -> list[Any]:
         """The condition on a row of `windows`."""
-        found = [windows.c.start >= self.start, *self._release(windows.c.release)]
-        return found if self.until is None else [*found, windows.c.end <= self.until]
+        return self.of(windows.c.start, windows.c.end, windows.c.release)
 
     def audits(self) -> list[Any]:
         """The condition on a row of `audits`, by when the item was seen."""
-        found = [audits.c.captured >= self.start, *self._release(audits.c.release)]
-        return found if self.until is None else [*found, audits.c.captured <= self.until]
-
-    def _release(self, column: Any) -> list[Any]:
-        found = [column.startswith(f"{self.model}@", autoescape=True)]
-        found += [column == self.release] if self.release is not None else []
-        return found + ([column != self.without] if self.without is not None else [])
+        return self.of(audits.c.captured, audits.c.captured, audits.c.release)
 
 
 def take_audit(connection: Connection, device: str, entry: SampleEntry) -> None:
@@ -64,6 +65,7 @@ def tallies(connection: Connection, names: Sequence[str], period: Period) -> dic
         _sums(connection, part, period, found)
         _values(connection, part, period, found)
         _audits(connection, part, period, found)
+        _crashes(connection, part, period, found)
     return {device: Tally(**fields) for device, fields in found.items()}
 
 
@@ -104,13 +106,23 @@ def _values(connection: Connection, names: Sequence[str], period: Period, found:
         read.setdefault(row.device, []).append(row.body)
     for device, bodies in read.items():
         machine = [body.get("machine") or {} for body in bodies]
-        crashes = [body["crashes"] for body in bodies if isinstance(body.get("crashes"), int)]
         found.setdefault(device, {}).update(
             latency_ms=_numbers((body.get("latency_ms_p95") for body in bodies), above=0.0),
             memory_mib=_numbers((each.get("memory_mib_max") for each in machine), above=0.0),
             temperature_c=_numbers(each.get("temperature_c_max") for each in machine),
-            crashes=sum(crashes) if crashes else None,
         )
+
+
+def _crashes(connection: Connection, names: Sequence[str], period: Period, found: dict[str, dict[str, Any]]) -> None:
+    """Engines that ended by themselves. A daemon that crashes again and again reverts its release, which counts apart."""
+    release = events.c.detail["release"].as_string()
+    query = select(events.c.source, func.count().label("count")).where(
+        events.c.source.in_(names), events.c.kind == CRASH, *period.of(events.c.ts, events.c.ts, release)
+    )
+    counts = {row.source: row.count for row in connection.execute(query.group_by(events.c.source))}
+    for device, fields in found.items():
+        if "hours" in fields and device in names:
+            fields["crashes"] = counts.get(device, 0)
 
 
 def _numbers(values: Iterable[Any], above: float | None = None) -> list[float]:

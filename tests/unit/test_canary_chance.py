@@ -205,7 +205,7 @@ def tallies(world: World, dice: np.random.Generator, looks: int) -> list[Fleet]:
         )  # fmt: skip
 
     def both(one: Tally, two: Tally) -> Tally:
-        joined = {key: getattr(one, key) + getattr(two, key) for key in Tally.__slots__}
+        joined = {key: getattr(one, key) + getattr(two, key) for key in Tally.__slots__ if key != "effective"}
         return Tally(**joined)
 
     before = {name: lived(number, 24.0, world.audits_before, False) for number, name in enumerate(names)}

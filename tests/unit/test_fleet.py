@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, select
 
-from edged.wire.messages import Box, CommandState, Metrics, ModelReport, Reported, SampleEntry, State
+from edged.wire.messages import Box, CommandState, Event, Metrics, ModelReport, Reported, SampleEntry, State
 from trainer import fleet
 from trainer.core.rollout import Outcome
 from trainer.database import Database, commands, devices, put, samples
@@ -212,6 +212,18 @@ def test_audits_count_as_many_answers_as_they_stand_for(connection: Connection) 
     assert tally.effective == pytest.approx(120**2 / (10 * 4 + 10 * 100))
     audit("a0", right=False, inclusion=0.5, ts=9.0)  # a person has corrected the verdict
     assert tallies(connection, ["d1"], Period("digits", 0))["d1"].agreed == pytest.approx(20 * 18 / 120)
+
+
+def test_engines_that_end_by_themselves_count_for_their_release(connection: Connection) -> None:
+    window = Metrics(**envelope(), start=5, end=3605, pipeline="p", release="digits@1.1", items=9)
+    fleet.take_metrics(connection, "d1", window)
+    for kind, release, ts in [
+        ("engine_ended", "digits@1.1", 7), ("engine_ended", "digits@1.1", 9), ("engine_ended", "digits@1.0", 9),
+        ("engine_ended", "phi@1.1", 9), ("engine_ended", "digits@1.1", 1), ("storage_full", "digits@1.1", 9),
+    ]:  # fmt: skip
+        fleet.take_event(connection, "d1", Event(**envelope(ts), kind=kind, text="", detail={"release": release}))
+    found = tallies(connection, ["d1", "d2"], Period("digits", 5, release="digits@1.1"))
+    assert (found["d1"].crashes, found["d1"].hours, "d2" in found) == (2, 1.0, False)
 
 
 def test_a_command_that_is_done_stays_done(connection: Connection) -> None:
