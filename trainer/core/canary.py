@@ -127,12 +127,12 @@ class Tally:
     agreed: float = (
         0.0  # of those, answers that the verdict says are right; weighted, where some were likelier to be checked
     )
-    effective: float | None = None  # the size of `audited` that the weights leave (Kish 1965); None: all of it
     hours: float = 0.0
     crashes: int | None = None  # None: the device does not say
     latency_ms: Sequence[float] = ()
     memory_mib: Sequence[float] = ()
     temperature_c: Sequence[float] = ()
+    effective: float | None = None  # size of `audited` that its weights leave (Kish 1965); None: all of it
 
 
 @dataclass(frozen=True, slots=True)
