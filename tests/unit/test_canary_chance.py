@@ -234,7 +234,7 @@ def watched(world: World, runs: int, looks: int) -> tuple[float, float]:
 
 
 def test_l12_all_measures_together_keep_the_level() -> None:
-    bad, good = watched(World(devices=20, canaries=3, audits_now=140), 150, 4)
+    bad, good = watched(World(devices=20, canaries=3, audits_now=140), 80, 3)
     assert bad <= 0.05
     assert good >= 0.85
 
