@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from trainer.core.canary import Fleet, Judgement, judge
+from trainer.core.canary import Fleet, Judgement, Tally, judge
 from trainer.core.rollout import Phase, Rollout, look_of
 from trainer.fleet import desire, desired_of
 from trainer.host import Host
@@ -50,9 +50,7 @@ class Watch:
         key = (rollout.id, rollout.stage)
         past = self._before.get(key)
         if past is None:
-            start = row.created - self._host.config.rollout.baseline_s
-            period = Period(row.model, start, until=row.created, without=row.release)
-            past = self._before[key] = Fleet(before=tallies(connection, rollout.devices, period))
+            past = self._before[key] = Fleet(before=self._past(connection, row, rollout))
         canary = frozenset(rollout.canary)
         others = [device for device in rollout.devices if device not in canary]
         mine = Period(row.model, rollout.watch_from, release=row.release)
@@ -60,6 +58,19 @@ class Watch:
         return Fleet(
             tallies(connection, rollout.canary, mine), tallies(connection, others, theirs), past.before
         )  # fmt: skip
+
+    def _past(self, connection: Connection, row: Any, rollout: Rollout) -> dict[str, Tally]:
+        """Each device with the release that it goes back to: one that was tried there in between says nothing of it."""
+        start = row.created - self._host.config.rollout.baseline_s
+        runs: dict[str, list[str]] = {}
+        for device in rollout.devices:
+            ref = row.previous.get(device)
+            if ref is not None:
+                runs.setdefault(ref["release"], []).append(device)
+        found: dict[str, Tally] = {}
+        for release, names in runs.items():
+            found |= tallies(connection, names, Period(row.model, start, until=row.created, release=release))
+        return found
 
 
 def audit_more(host: Host, connection: Connection, row: Any, rollout: Rollout, start_from: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from edged.wire.messages import Box, Metrics, ModelReport, Provenance, Reported,
 from trainer import fleet
 from trainer.cli import app
 from trainer.config import load_config
-from trainer.core.rollout import Event
+from trainer.core.rollout import Event, begin
 from trainer.database import Database, audits, desired, events, jobs, rollouts, samples, windows
 from trainer.files import write_whole
 from trainer.host import Host
@@ -241,6 +241,24 @@ def test_l13_a_bad_release_is_caught_by_its_audits_and_only_canaries_ever_had_it
     with world.host.database.read() as connection:
         seen = set(connection.execute(select(audits.c.device).where(audits.c.release == NEW)).scalars())
     assert seen <= canary
+
+
+def test_l12_a_bad_release_that_went_back_is_no_part_of_a_devices_past(tmp_path: Path) -> None:
+    """Else the same canaries would look worse than they are when the next release comes."""
+    world = World(tmp_path, rollout=QUICK)
+    world.past()
+    canary = begin("rollout-1", NEW, world.names, world.host.config.rollout.rules(), 0.0, world.names).canary
+    bad = [
+        {"sample": f"bad-{name}-{n}", "device": name, "release": "digits@0.9", "captured": world.clock - n,
+         "inclusion": 0.02, "agreed": False} for name in canary for n in range(200)
+    ]  # fmt: skip
+    with world.host.database.write() as connection:
+        connection.execute(insert(audits), bad)
+    world.begin()
+    world.live(2 * HOUR)
+    assert world.shown()["status"] == "done"
+    agreement = next(each for each in world.shown()["judged"]["findings"] if each["measure"] == "audited agreement")
+    assert abs(agreement["change"]) < 0.06
 
 
 def test_l12_a_policy_that_a_person_set_meanwhile_stays(tmp_path: Path) -> None:
