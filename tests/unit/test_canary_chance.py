@@ -242,9 +242,9 @@ def test_l12_all_measures_together_keep_the_level() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_l12_all_measures_together_keep_the_level_over_many_watches() -> None:
-    bad, good = watched(World(audits_now=80), 1000, 10)
+    bad, good = watched(World(audits_now=80), 400, 10)
     assert bad <= 0.05
     assert good >= 0.9
-    bad, good = watched(World(audits_now=80, loss=0.1), 300, 10)
+    bad, good = watched(World(audits_now=80, loss=0.1), 100, 10)
     assert bad >= 0.95
     assert good == 0
