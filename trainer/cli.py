@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,12 +28,8 @@ from trainer.cli_gate import gate_app
 from trainer.cli_holdout import holdout_app
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
-from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
-
-if TYPE_CHECKING:
-    from trainer.config import TrainerConfig
-
-ANSWER_S = 15.0
+from trainer.cli_rollout import ANSWER_S, Wait, order, rollout_app
+from trainer.terminal import CONFIG, Config, Json, fail, load, show
 
 app = typer.Typer(
     name="trainer",
@@ -42,7 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-rollout_app = typer.Typer(help="Bring a release to the fleet: canary first, then everybody.", no_args_is_help=True)
 fleet_app = typer.Typer(help="The devices: what they run, and what they shall run.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(release_app, name="release")
@@ -63,8 +58,6 @@ app.command()(cli_train.train)
 app.command()(cli_ready.ready)
 app.command()(cli_worker.worker)
 cli_export.register(app)
-
-Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 
 
 @app.command()
@@ -88,70 +81,6 @@ def serve(config: Config = CONFIG, verbose: Annotated[bool, typer.Option("--verb
         coordinator.run()
     except (BadCredentials, ConfigError, DatabaseError, OSError) as error:
         fail(str(error))
-
-
-@rollout_app.command("start")
-def rollout_start(
-    release: Annotated[str, typer.Argument(help="name@version, registered")],
-    unjudged: Annotated[
-        str, typer.Option(help="Why a release that no gate has judged shall go out all the same.")
-    ] = "",
-    config: Config = CONFIG,
-    as_json: Json = False,
-    wait: Wait = ANSWER_S,
-) -> None:
-    """Bring a release to its fleet: 10 % of the devices, a watch against the others, then everybody."""
-    _order(load(config), "rollout_start", {"release": release, "unjudged": unjudged}, wait, as_json)
-
-
-@rollout_app.command("abort")
-def rollout_abort(
-    rollout: Annotated[str, typer.Argument(help="The rollout's id, from `trainer rollout status`.")],
-    config: Config = CONFIG,
-    as_json: Json = False,
-    wait: Wait = ANSWER_S,
-) -> None:
-    """Give every device its previous release back."""
-    _order(load(config), "rollout_abort", {"rollout": rollout}, wait, as_json)
-
-
-@rollout_app.command("promote")
-def rollout_promote(
-    rollout: Annotated[str, typer.Argument(help="The rollout's id, from `trainer rollout status`.")],
-    config: Config = CONFIG,
-    as_json: Json = False,
-    wait: Wait = ANSWER_S,
-) -> None:
-    """Go on to everybody on your own judgement, when a rollout is held or being watched."""
-    _order(load(config), "rollout_promote", {"rollout": rollout}, wait, as_json)
-
-
-@rollout_app.command("status")
-def rollout_status(config: Config = CONFIG, as_json: Json = False) -> None:
-    """Rollouts and the training jobs that they came from, newest first."""
-    from sqlalchemy import select
-
-    from trainer.database import jobs, rollouts
-    from trainer.rollouts import progress
-    from trainer.status import job_status
-
-    settings = load(config)
-    with open_database(settings).read() as connection:
-        rolled = [
-            progress(connection, row)
-            for row in connection.execute(select(rollouts).order_by(rollouts.c.created.desc()))
-        ]
-        trained = [
-            job_status(connection, settings, row)
-            for row in connection.execute(select(jobs).order_by(jobs.c.created.desc()))
-        ]
-    if as_json:
-        show({"rollouts": rolled, "jobs": trained}, as_json)
-        return
-    keys = ("rollout_id", "release", "status", "progress", "canary_result", "reason")
-    show([{key: row[key] for key in keys} for row in rolled], as_json=False)
-    job_keys = ("job_id", "target_model", "status", "detail")
-    show([{key: row[key] for key in job_keys} for row in trained], as_json=False)
 
 
 @fleet_app.command("set")
@@ -183,20 +112,7 @@ def fleet_set(
         adapters[slot] = release or None
     if not models and not adapters:
         fail("nothing to set: use --model or --adapter")
-    _order(load(config), "desire", {"device": device, "models": models, "adapters": adapters}, wait, as_json)
-
-
-def _order(settings: TrainerConfig, kind: str, body: dict[str, Any], wait: float, as_json: bool) -> None:
-    """Have the running `trainer serve` do something, and print its answer."""
-    from trainer.orders import await_answer, place
-
-    database = open_database(settings)
-    order = place(database, kind, body)
-    answer = await_answer(database, order, wait)
-    if answer is None:
-        fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will carry the order out when it does.")
-    if "error" in answer:
-        fail(answer["error"])
+    answer = order(load(config), "desire", {"device": device, "models": models, "adapters": adapters}, wait)
     show(answer, as_json)
 
 

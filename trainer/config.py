@@ -15,10 +15,10 @@ from trainer.config_drift import Drift
 from trainer.config_fleet import Cron, DatabaseAt, Notify, Triggers
 from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, make_rules
 from trainer.config_registration import TARGETS_MAX, Registration
+from trainer.config_rollout import Rollout
 from trainer.config_text import TextModel
 from trainer.core.gate import Rules as GateRules
 from trainer.core.placement import Needs
-from trainer.core.rollout import RolloutRules
 from trainer.core.split import SplitRules
 from trainer.core.triggers import TriggerRules
 from trainer.tuners.settings import DEVICE, LoraSettings
@@ -227,26 +227,6 @@ def _text_or_vision(value: Any) -> str:
 AnyModel = Annotated[
     Annotated[Model, Tag("vision")] | Annotated[TextModel, Tag("text")], Discriminator(_text_or_vision)
 ]
-
-
-class Rollout(Section):
-    """How a release reaches the fleet; the same words as `core.rollout.RolloutRules`."""
-
-    canary_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
-    watch_s: Seconds = 3600.0
-    items_min: Annotated[int, Field(ge=1)] = 100
-    extend_max: Annotated[int, Field(ge=0)] = 3
-    escalation_margin: Share = 0.02
-    error_margin: Share = 0.01
-    failed_fraction_max: Share = 0.1
-    install_s_max: Seconds = 3600.0
-    failed_grace_s: Annotated[float, Field(ge=0)] = (
-        30.0  # a failed (not a reverted) update counts when it lasts this long
-    )
-
-    def rules(self) -> RolloutRules:
-        """What `core.rollout` needs."""
-        return RolloutRules(**self.model_dump(exclude={"failed_grace_s"}))
 
 
 class Worker(Section):

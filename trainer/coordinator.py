@@ -142,7 +142,8 @@ class Coordinator:
                         ("lock", self.host.database.keep),
                         ("orders", self.orders.tick), ("jobs", self.jobs.tick), ("rollouts", self.rollouts.tick),
                         ("signing", self.signing.tick), ("pulls", self.collect.tick), ("corrections", self.corrections.tick),
-                        ("catalogue", lambda: ask_for_catalogues(self.host)), ("prune", self._prune), ("drift", self.drift.tick),
+                        ("catalogue", lambda: ask_for_catalogues(self.host)), ("prune", self._prune),
+                        ("drift", self.drift.tick),
                     ):  # fmt: skip
                         self._guarded(name, act)
                 self._guarded("send", self._send)

@@ -13,8 +13,8 @@ from trainer.sql import SCHEMA_VERSION, Database, DatabaseError, Served, parts, 
 from trainer.tables_live import detections, judged, looks, measured
 
 __all__ = [
-    "SCHEMA_VERSION", "Database", "DatabaseError", "Served", "detections", "judged", "looks", "measured", "metadata", "parts",
-    "put",
+    "SCHEMA_VERSION", "Database", "DatabaseError", "Served", "detections", "judged", "looks", "measured", "metadata",
+    "parts", "put",
 ]  # fmt: skip
 
 devices = Table(

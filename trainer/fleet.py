@@ -5,7 +5,7 @@ Every function works inside the caller's transaction, so that a message is ackno
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from sqlalchemy import Connection, delete, func, insert, or_, select, update
 
 from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State, Text
 from trainer import live
-from trainer.core.rollout import Outcome, Window
+from trainer.core.rollout import Outcome
 from trainer.database import (
     commands,
     desired,
@@ -218,30 +218,6 @@ def current_release(fleet: Sequence[Member]) -> str | None:
     return max(sorted(set(running)), key=running.count) if running else None
 
 
-def window(
-    connection: Connection,
-    names: Iterable[str],
-    start: float,
-    *,
-    model: str,
-    release: str | None = None,
-    until: float | None = None,
-) -> Window:
-    """Sums over these devices' closed windows of a model (of one `release`) that began at `start` or later and ended by
-    `until`."""
-    query = select(func.sum(windows.c["items"]), func.sum(windows.c.escalated), func.sum(windows.c.errors)).where(
-        windows.c.device.in_(list(names)),
-        windows.c.start >= start,
-        windows.c.release.startswith(f"{model}@", autoescape=True),
-    )
-    if release is not None:
-        query = query.where(windows.c.release == release)
-    if until is not None:
-        query = query.where(windows.c.end <= until)
-    items, escalated, errors = connection.execute(query).one()
-    return Window(items or 0, escalated or 0, errors or 0)
-
-
 def find_samples(
     connection: Connection, *, model: str = "", state: str = "", device: str = "", label: str = "",
     confidence_min: float = 0.0, confidence_max: float = 1.0, limit: int = 100,
@@ -325,15 +301,19 @@ def desire(
     models: dict[str, dict[str, str] | None] | None = None,
     adapters: dict[str, dict[str, str] | None] | None = None,
     start_from: dict[str, Any] | None = None,
+    policy: dict[str, dict[str, Any]] | None = None,
 ) -> int:
-    """Change a device's desired state (None removes a slot's entry) and return its `rev`; without a difference the old.
+    """Change a device's desired state (None removes a slot's entry; `policy` replaces all of it) and return its `rev`;
+    without a difference the old.
 
     `start_from` (`models`, `adapters`) is what a device that was never told anything runs, so that the first word to
     it does not take anything away.
     """
     row = desired_of(connection, device)
     base = row or {"rev": 0, "models": {}, "adapters": {}, **(start_from or {})}
+    told = (row or {}).get("policy", {})
     after: dict[str, Any] = {"models": dict(base["models"]), "adapters": dict(base["adapters"])}
+    after["policy"] = told if policy is None else policy
     for name, changes in (("models", models or {}), ("adapters", adapters or {})):
         for slot, ref in changes.items():
             if ref is None:
@@ -345,5 +325,5 @@ def desire(
     reported = connection.execute(select(devices.c.desired_rev).where(devices.c.device == device)).scalar()
     # Above what the device has seen, too: a trainer that lost its database must still be heard.
     rev = max(int(base["rev"]), int(reported or 0)) + 1
-    put(connection, desired, {"device": device}, {"rev": rev, **after, "policy": (row or {}).get("policy", {})})
+    put(connection, desired, {"device": device}, {"rev": rev, **after})
     return rev

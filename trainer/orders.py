@@ -108,6 +108,10 @@ class Orders:
             return self._start(body["release"], body.get("unjudged", ""), body.get("by", "operator"))
         if kind == "rollout_abort":
             return self._rollouts.order(body["rollout"], Event.ABORT, "aborted by an operator")
+        if kind == "rollout_pause":
+            return self._rollouts.order(body["rollout"], Event.PAUSE, "paused by an operator")
+        if kind == "rollout_resume":
+            return self._rollouts.order(body["rollout"], Event.RESUME, "resumed by an operator")
         if kind == "rollout_promote":
             return self._rollouts.order(body["rollout"], Event.PROMOTE, "promoted by an operator")
         if kind == "desire":

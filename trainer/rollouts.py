@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from edged.wire.manifest import ReleaseId, ReleaseRef
+from trainer.core.canary import Judgement
 from trainer.core.rollout import (
+    ENDED,
     Effect,
     Event,
     Observation,
     Outcome,
     Phase,
     Rollout,
-    Window,
     begin,
     observe,
     step,
 )
-from trainer.database import devices, rollouts
-from trainer.fleet import Member, desire, desired_of, members, outcome, window
+from trainer.database import desired, devices, rollouts
+from trainer.fleet import Member, desire, desired_of, members, outcome
 from trainer.host import Host, new_id
 from trainer.releases import ReleaseError
 from trainer.signing import forgotten
-
-OWN_PAST_S_MIN = 900.0  # a fleet of one is compared with at least this much of its own past
-ENDED = (Phase.DONE.value, Phase.ABORTED.value)
+from trainer.watch import Watch, audit_back, audit_more
 
 
 def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollout | str:
@@ -37,7 +38,7 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
         return f"{ref.release} is an adapter: use `trainer fleet set DEVICE --adapter SLOT={ref.release}`"
     running = connection.execute(
         select(rollouts.c.id, rollouts.c.release, rollouts.c.phase).where(
-            rollouts.c.model == model, rollouts.c.phase.notin_(ENDED)
+            rollouts.c.model == model, rollouts.c.phase.notin_([phase.value for phase in ENDED])
         )
     ).first()
     if running is not None:
@@ -72,53 +73,89 @@ class Rollouts:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._watch = Watch(host)
         self._failed_since: dict[tuple[str, str], float] = {}  # (rollout, device) -> when a failure was first seen
 
     def tick(self) -> None:
-        """Let every open rollout take the step that the fleet's state calls for, if any."""
+        """Let every open rollout take the step that the fleet's state calls for, if any; and bring those who were away at
+        the end of each model's last one to where the others are."""
         with self._host.database.read() as connection:
-            ids = connection.execute(select(rollouts.c.id).where(rollouts.c.phase.notin_(ENDED))).scalars().all()
+            ids = self._open(connection)
         for rollout_id in ids:
             with self._host.database.write() as connection:
                 row = connection.execute(select(rollouts).where(rollouts.c.id == rollout_id)).one()
                 rollout = Rollout.from_dict(row.state)
                 rules = self._host.config.rollout.rules()
-                found = observe(rollout, self._observation(connection, row, rollout), rules, self._host.now())
+                seen = self._observation(connection, row, rollout)
+                if seen.judged.findings:
+                    rollout = replace(rollout, judged=shown(seen.judged))
+                found = observe(rollout, seen, rules, self._host.now())
                 if found is not None:
-                    self._step(connection, row, rollout, *found)
+                    self._step(connection, row, rollout, *found, seen.outcomes)
+                elif rollout.judged != row.state.get("judged", {}):
+                    self._save(connection, row, rollout)
+
+    def _open(self, connection: Connection) -> list[str]:
+        """The rollouts that are not over, and the last of each model while somebody is away."""
+        ended = [phase.value for phase in ENDED]
+        found = list(connection.execute(select(rollouts.c.id).where(rollouts.c.phase.notin_(ended))).scalars())
+        newest = (
+            select(rollouts.c.model, func.max(rollouts.c.created).label("at")).group_by(rollouts.c.model).subquery()
+        )
+        last = select(rollouts.c.id, rollouts.c.state).join(
+            newest, (rollouts.c.model == newest.c.model) & (rollouts.c.created == newest.c.at)
+        )
+        for row in connection.execute(last.where(rollouts.c.phase.in_(ended))):
+            if row.state.get("left"):
+                found.append(row.id)
+        return found
 
     def order(self, rollout_id: str, event: Event, reason: str) -> dict[str, Any]:
-        """An operator's word; the answer to show, or an `error`."""
+        """An operator's word; the answer to show, or an `error`. A release or a model names its rollout too."""
         with self._host.database.write() as connection:
-            row = connection.execute(select(rollouts).where(rollouts.c.id == rollout_id)).first()
+            row = _find(connection, rollout_id)
             if row is None:
                 return {"error": f"rollout {rollout_id!r} does not exist; `trainer rollout status` lists them"}
             rollout = Rollout.from_dict(row.state)
-            after = self._step(connection, row, rollout, event, reason)
+            after = self._step(connection, row, rollout, event, reason, self._outcomes(connection, row, rollout)[0])
             if after.phase is rollout.phase:
-                return {"error": f"rollout {rollout_id} is {rollout.phase.value}: {event.value} means nothing there"}
-            return {"rollout": rollout_id, "release": row.release, "phase": after.phase.value}
+                return {"error": f"rollout {row.id} is {rollout.phase.value}: {event.value} means nothing there"}
+            answer = {"rollout": row.id, "release": row.release, "phase": after.phase.value}
+            return answer | ({"going_back": list(after.given)} if after.phase is Phase.ABORTING else {})
 
-    def _step(self, connection: Connection, row: Any, before: Rollout, event: Event, reason: str) -> Rollout:
-        host, now = self._host, self._host.now()
-        after, effects = step(before, event, reason, host.config.rollout.rules(), now)
-        if after == before:
-            return before
-        changes = {"phase": after.phase.value, "state": after.to_dict(), "updated": now}
+    def _save(self, connection: Connection, row: Any, rollout: Rollout) -> None:
+        changes = {"phase": rollout.phase.value, "state": rollout.to_dict(), "updated": self._host.now()}
         connection.execute(update(rollouts).where(rollouts.c.id == row.id).values(**changes))
+
+    def _step(
+        self, connection: Connection, row: Any, before: Rollout, event: Event, reason: str, seen: Mapping[str, Outcome]
+    ) -> Rollout:
+        host, now = self._host, self._host.now()
+        after, effects = step(before, event, reason, host.config.rollout.rules(), now, seen)
+        if after == before and not effects:
+            return before
         ref = {"release": row.release, "sha256": row.sha256}
         for effect in effects:
-            if effect is Effect.DESIRE_CANARY:
-                self._desire(connection, row, dict.fromkeys(after.canary, ref))
-            elif effect is Effect.DESIRE_ALL:
-                self._desire(connection, row, dict.fromkeys(after.devices, ref))
+            if effect is Effect.DESIRE:
+                new = [device for device in after.devices if device in after.told and device not in before.told]
+                self._desire(connection, row, dict.fromkeys(new, ref))
             elif effect is Effect.RESTORE:
-                given = [device for device in before.devices if device in before.given]
-                self._desire(connection, row, {device: row.previous.get(device) for device in given})
+                self._desire(connection, row, {device: row.previous.get(device) for device in before.given})
+            elif effect is Effect.AUDIT_MORE:
+                raised = audit_more(host, connection, row, after, lambda device: runs_now(host, connection, device))
+                after = replace(after, raised=raised)
+            elif effect is Effect.AUDIT_BACK:
+                audit_back(connection, after.raised)
+                after = replace(after, raised={})
             elif effect is Effect.ANNOUNCE:
                 text = f"{row.release} {before.phase.value} -> {after.phase.value}: {reason}"
-                host.announce(connection, f"rollout_{after.phase.value}", text, rollout=row.id, release=row.release)
+                detail = {"rollout": row.id, "release": row.release, "model": row.model, "event": event.value}
+                host.announce(connection, f"rollout_{after.phase.value}", text, **detail)
             # CONFIRM and GIVE_BACK are the job's, which reads this rollout's phase: samples belong to jobs alone.
+        if after.phase in ENDED:
+            self._watch.forget(row.id)
+            self._failed_since = {key: at for key, at in self._failed_since.items() if key[0] != row.id}
+        self._save(connection, row, after)
         return after
 
     def _desire(self, connection: Connection, row: Any, wanted: dict[str, dict[str, str] | None]) -> None:
@@ -126,18 +163,24 @@ class Rollouts:
             desire(connection, device, models={row.model: ref}, start_from=runs_now(self._host, connection, device))
 
     def _observation(self, connection: Connection, row: Any, rollout: Rollout) -> Observation:
+        outcomes, reasons = self._outcomes(connection, row, rollout)
+        judged = self._watch.judged(connection, row, rollout)
+        return Observation(outcomes, reasons, judged) if judged is not None else Observation(outcomes, reasons)
+
+    def _outcomes(
+        self, connection: Connection, row: Any, rollout: Rollout
+    ) -> tuple[dict[str, Outcome], dict[str, str]]:
         fleet = {member.device: member for member in members(connection, row.model)}
         outcomes: dict[str, Outcome] = {}
+        revs = {row.device: row.rev for row in connection.execute(select(desired.c.device, desired.c.rev))}
         for device in rollout.devices:
             member = fleet.get(device)
-            if member is None:
+            if member is None or (device not in rollout.told and not member.online):
                 outcomes[device] = Outcome.OFFLINE
                 continue
-            told = (desired_of(connection, device) or {"rev": 0})["rev"]
-            outcomes[device] = self._lasting(rollout, member, outcome(member, _told(row, rollout, member), told))
-        reasons = {device: fleet[device].reason for device in rollout.devices if device in fleet}
-        canary, control = self._windows(connection, row, rollout)
-        return Observation(outcomes, reasons, canary, control)
+            found = outcome(member, _told(row, rollout, member), revs.get(device, 0))
+            outcomes[device] = self._lasting(rollout, member, found)
+        return outcomes, {device: fleet[device].reason for device in rollout.devices if device in fleet}
 
     def _lasting(self, rollout: Rollout, member: Member, found: Outcome) -> Outcome:
         """A failure counts when it lasts: a device tries again by itself after a fetch that broke off."""
@@ -150,17 +193,11 @@ class Rollouts:
             return found
         return Outcome.ON_THE_WAY
 
-    def _windows(self, connection: Connection, row: Any, rollout: Rollout) -> tuple[Window, Window]:
-        if rollout.phase is not Phase.WATCHING:
-            return Window(), Window()
-        canary = window(connection, rollout.canary, rollout.watch_from, model=row.model, release=row.release)
-        others = [device for device in rollout.devices if device not in rollout.canary]
-        if others:
-            return canary, window(connection, others, rollout.watch_from, model=row.model)
-        # Nobody is left to compare with: the same devices before, on their previous release.
-        rules = self._host.config.rollout
-        start = row.created - max(rules.watch_s * (1 + rules.extend_max), OWN_PAST_S_MIN)
-        return canary, window(connection, rollout.canary, start, model=row.model, until=row.created)
+
+def shown(judged: Judgement) -> dict[str, Any]:
+    """A look at the canary as it is stored and shown."""
+    findings = [each.to_dict() for each in judged.findings]
+    return {"verdict": judged.verdict.value, "reason": judged.reason, "audited": judged.audited, "findings": findings}
 
 
 def progress(connection: Connection, row: Any) -> dict[str, Any]:
@@ -173,7 +210,7 @@ def progress(connection: Connection, row: Any) -> dict[str, Any]:
         if (member := fleet.get(device)) is not None and member.active == row.release
     ]
     passed = rollout.phase in (Phase.ROLLING, Phase.DONE)
-    pending = rollout.phase in (Phase.PENDING, Phase.CANARY, Phase.WATCHING)
+    pending = rollout.phase in (Phase.PENDING, Phase.CANARY, Phase.WATCHING, Phase.PAUSED)
     return {
         "status": rollout.phase.value,
         "progress": f"{len(running)}/{len(rollout.devices)} nodes",
@@ -184,7 +221,26 @@ def progress(connection: Connection, row: Any) -> dict[str, Any]:
         "release": row.release,
         "watch_until": rollout.watch_until,
         "running": running,
+        "model": row.model,
+        "step": f"{rollout.stage + 1}/{len(rollout.cohorts)}",
+        "devices": len(rollout.devices),
+        "told": len(rollout.told),
+        "since": rollout.since,
+        "watch_from": rollout.watch_from,
+        "extended": rollout.extended,
+        "judged": dict(rollout.judged),
+        "away": list(rollout.left),
     }
+
+
+def _find(connection: Connection, name: str) -> Any:
+    """The rollout of this id; or the newest open one of this release or model, or of all for ""."""
+    row = connection.execute(select(rollouts).where(rollouts.c.id == name)).first()
+    if row is not None:
+        return row
+    still = rollouts.c.phase.notin_([phase.value for phase in ENDED])
+    named = [rollouts.c.release == name] if "@" in name else [rollouts.c.model == name] if name else []
+    return connection.execute(select(rollouts).where(still, *named).order_by(rollouts.c.created.desc())).first()
 
 
 def runs_now(host: Host, connection: Connection, device: str) -> dict[str, Any]:
@@ -212,7 +268,7 @@ def _reference(host: Host, connection: Connection, device: str, slot: str) -> di
 
 def _told(row: Any, rollout: Rollout, member: Member) -> str | None:
     """The release that this device should be running in this phase."""
-    if rollout.phase is not Phase.ABORTING and member.device in rollout.given:
+    if rollout.phase not in (Phase.ABORTING, Phase.ABORTED) and member.device in rollout.told:
         return str(row.release)
     previous = row.previous.get(member.device)
     # With nothing to go back to, whatever it runs is where it stays.

@@ -19,7 +19,7 @@ from trainer import dialects
 from trainer.schema import String, metadata
 
 # 2: leases, workers, opinions, pool, pulls, registrations. 3: detections, labels, schedules, notices, coordinators.
-SCHEMA_VERSION = 3  # so far each brought new tables only, which `create_all` makes
+SCHEMA_VERSION = 4  # so far each brought new tables only, which `create_all` makes
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
 coordinators = Table(  # who works on this database: one row, whose epoch only grows; see Database.serve

@@ -51,6 +51,8 @@ class Device:
         self.name, self.active, self.update, self.reason = name, active, "idle", ""
         self.boot, self.seq, self.rev = new_id(), 0, 0
         self.desired: dict[str, Any] = {}
+        self.policy: dict[str, dict[str, Any]] = {}
+        self.ever: set[str] = set()  # releases that it was ever told to run
         self.commands: dict[str, messages.SamplesCommand] = {}
         self.pixels: dict[str, bytes] = {}  # sha256 -> bytes
         self.entries: dict[str, SampleEntry] = {}
@@ -81,6 +83,7 @@ class Device:
                 if isinstance(message, messages.Desired):
                     self.rev = max(self.rev, message.rev)
                     self.desired = {slot: ref.release for slot, ref in message.models.items()}
+                    self.policy, self.ever = message.policy, self.ever | set(self.desired.values())
                 elif isinstance(message, messages.SamplesCommand):
                     self.commands[fields["id"]] = message
                     if message.action == "list":
@@ -305,7 +308,7 @@ def upload(http: httpx.Client, url: str, device: Device) -> None:
             assert http.put(f"{url}/{digest}", content=data).status_code == 200  # again: nothing changes
 
 
-ROLLOUT = "watch_s = 4\nitems_min = 20\ninstall_s_max = 60\nfailed_grace_s = 1"
+ROLLOUT = "watch_s = 4\nitems_min = 20\naudits_planned = 0\ninstall_s_max = 60\nfailed_grace_s = 1"
 
 
 @pytest.mark.timeout(180)

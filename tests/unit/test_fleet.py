@@ -11,6 +11,7 @@ from sqlalchemy import Connection, select
 from edged.wire.messages import (
     Box,
     CommandState,
+    Event,
     Metrics,
     ModelReport,
     Provenance,
@@ -20,8 +21,9 @@ from edged.wire.messages import (
     Text,
 )
 from trainer import fleet
-from trainer.core.rollout import Outcome, Window
+from trainer.core.rollout import Outcome
 from trainer.database import Database, commands, devices, put, samples
+from trainer.observed import Period, tallies
 
 pytestmark = pytest.mark.usefixtures("each_database")
 
@@ -188,10 +190,56 @@ def test_windows_are_summed_by_device_model_and_time(connection: Connection) -> 
     window("d1", "digits@1.1", 11, 100)
     window("d1", "phi@1.0", 11, 1000)  # another model on the same device
     window("d2", "digits@1.0", 11, 7)
-    assert fleet.window(connection, ["d1"], 10, model="digits") == Window(200, 2, 0)
-    assert fleet.window(connection, ["d1", "d2"], 10, model="digits", release="digits@1.0") == Window(7, 1, 0)
-    assert fleet.window(connection, ["d1"], 0, model="digits", until=6) == Window(10, 1, 0)
-    assert fleet.window(connection, ["d9"], 0, model="digits") == Window()
+
+    def counted(names: list[str], period: Period) -> dict[str, tuple[int, int]]:
+        found = tallies(connection, names, period)
+        return {device: (tally.items, tally.escalated) for device, tally in found.items()}
+
+    assert counted(["d1"], Period("digits", 10)) == {"d1": (200, 2)}
+    assert counted(["d1", "d2"], Period("digits", 10, release="digits@1.0")) == {"d2": (7, 1)}
+    assert counted(["d1", "d2"], Period("digits", 0, without="digits@1.1")) == {"d1": (10, 1), "d2": (7, 1)}
+    assert counted(["d1"], Period("digits", 0, until=6)) == {"d1": (10, 1)}
+    assert counted(["d9"], Period("digits", 0)) == {}
+
+
+def test_audits_count_as_many_answers_as_they_stand_for(connection: Connection) -> None:
+    def audit(sample: str, right: bool, inclusion: float, **changes: Any) -> None:
+        said = [Box(label="1", box=(0, 0, 5, 5))]
+        fields = {
+            "decision": "audit",
+            "inclusion_probability": inclusion,
+            "label": said,
+            "prediction": said if right else [],
+            "provenance": Provenance(kind="model", who="big", release="teacher@1.0"),
+        }
+        fleet.take_sample(connection, "d1", entry(sample, **{**fields, **changes}))
+
+    for number in range(10):
+        audit(f"a{number}", right=True, inclusion=0.5)
+    for number in range(10):
+        audit(f"b{number}", right=False, inclusion=0.1)
+    audit("c1", right=True, inclusion=0.5, state="escalated")  # nobody has answered yet
+    audit("c2", right=True, inclusion=1.0, decision="escalate")
+    audit(
+        "c3", right=True, inclusion=0.5, provenance=Provenance(kind="model", who="d1", release="digits@1.0")
+    )  # itself
+    tally = tallies(connection, ["d1"], Period("digits", 0))["d1"]
+    assert (tally.audited, tally.agreed) == (20, pytest.approx(20 * 20 / 120))
+    assert tally.effective == pytest.approx(120**2 / (10 * 4 + 10 * 100))
+    audit("a0", right=False, inclusion=0.5, ts=9.0)  # a person has corrected the verdict
+    assert tallies(connection, ["d1"], Period("digits", 0))["d1"].agreed == pytest.approx(20 * 18 / 120)
+
+
+def test_engines_that_end_by_themselves_count_for_their_release(connection: Connection) -> None:
+    window = Metrics(**envelope(), start=5, end=3605, pipeline="p", release="digits@1.1", items=9)
+    fleet.take_metrics(connection, "d1", window)
+    for kind, release, ts in [
+        ("engine_ended", "digits@1.1", 7), ("engine_ended", "digits@1.1", 9), ("engine_ended", "digits@1.0", 9),
+        ("engine_ended", "phi@1.1", 9), ("engine_ended", "digits@1.1", 1), ("storage_full", "digits@1.1", 9),
+    ]:  # fmt: skip
+        fleet.take_event(connection, "d1", Event(**envelope(ts), kind=kind, text="", detail={"release": release}))
+    found = tallies(connection, ["d1", "d2"], Period("digits", 5, release="digits@1.1"))
+    assert (found["d1"].crashes, found["d1"].hours, "d2" in found) == (2, 1.0, False)
 
 
 def test_a_command_that_is_done_stays_done(connection: Connection) -> None:

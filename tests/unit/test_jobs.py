@@ -34,6 +34,7 @@ data_dir = "data"
 [rollout]
 watch_s = 0.001
 items_min = 10
+audits_planned = 0
 failed_grace_s = 0
 [models.digits]
 checkpoint = "missing.pt"
@@ -233,15 +234,15 @@ def test_a_worse_canary_rolls_back_and_gives_the_samples_back(world: World) -> N
     (canary,) = world.told()
     world.report(canary, "digits@1.1", "committed")
     world.rollouts.tick()
-    world.window(canary, "digits@1.1", 60)
-    world.window("d1" if canary == "d2" else "d2", "digits@1.0", 50)
+    world.window(canary, "digits@1.1", 95)
+    world.window("d1" if canary == "d2" else "d2", "digits@1.0", 20)
     world.rollouts.tick()
     assert world.told() == {canary: "digits@1.0"}
     world.report(canary, "digits@1.0", "committed")
     world.rollouts.tick()
     world.jobs.tick()
     assert world.job()["status"] == "rolled_back"
-    assert "escalation rate 0.600 on the canary against 0.500" in world.job()["detail"]
+    assert "escalation rate 0.950 on 1 canary (100) against 0.200 on 1 other" in world.job()["detail"]
     assert world.commands("release") == {"d1": ALL[:3], "d2": ALL[3:]}
     assert str(world.host.registry.next_version("digits")) == "digits@1.2"  # a number is never used twice
 

@@ -62,7 +62,7 @@ class World:
         self.folder = folder
         (folder / "trainer.toml").write_text(CONFIG)
         config = load_config(folder / "trainer.toml")
-        self.host = HandHost(config, folder / "trainer.toml", Database(config.database), Registry(config.releases))
+        self.host = HandHost(config, folder / "trainer.toml", Database(config.database_at), Registry(config.releases))
         self.rng, self.samples = np.random.default_rng(0), 0
 
     def window(self, device: str = "d1", at: float = 0.0, **fields: Any) -> Metrics:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,17 +40,19 @@ def changes(stream: Stream, delta: float = DELTA) -> list[Change]:
     ADWIN says that there is one, and forgets old values bucket by bucket; where it was is the least-squares estimate
     (Bai, "Least squares estimation of a shift in linear processes", 1994).
     """
-    from river.drift import ADWIN  # takes two seconds: only when it is wanted
+    from river import drift  # takes two seconds: only when it is wanted
+
+    adwin: Any = drift.ADWIN  # untyped
 
     values = np.array([value for _, value in stream], dtype=np.float64)
-    detector, start = ADWIN(delta=delta), 0
+    detector, start = adwin(delta=delta), 0
     cuts: list[tuple[int, int, int]] = []  # indices: where the stretch before begins, where it ends, what showed it
     for index, value in enumerate(values.tolist()):
         detector.update(value)
         if detector.drift_detected:
             cut = start + _split(values[start : index + 1])
             cuts.append((start, cut, index))
-            detector, start = ADWIN(delta=delta), index + 1  # as river does: what it holds may still be some of the old
+            detector, start = adwin(delta=delta), index + 1  # as river does: what it holds may still be some of the old
     ends = [*(cut for _, cut, _ in cuts[1:]), len(values)]
     return [
         Change(

@@ -27,6 +27,7 @@ from trainer.config import Rollout, TrainerConfig
 from trainer.coordinator import Coordinator
 from trainer.core.placement import HostFacts
 from trainer.core.rollout import Phase
+from trainer.core.rollout import Rollout as State
 from trainer.database import Database, desired, events, requests, rollouts
 from trainer.orders import place
 from trainer.releases import Registry, ReleaseError
@@ -34,14 +35,16 @@ from trainer.releases import Registry, ReleaseError
 CALM_S, END_S, TURN_S = 45.0, 240.0, 2.0
 SETTLED_S = 15.0  # after its end, in which devices come to where they are told to be
 WINDOW_S, ITEMS = 6.0, 20
-RULES = Rollout(
-    canary_fraction=0.4, watch_s=15.0, items_min=30, extend_max=2, install_s_max=60.0, failed_grace_s=3.0
-)  # fmt: skip
+RULES = {
+    "watch_s": 15.0, "items_min": 30, "audits_planned": 0, "extend_max": 2, "install_s_max": 60.0, "failed_grace_s": 3.0,
+}  # fmt: skip
+STEPS = ([0.4, 1.0], [0.2, 0.6, 1.0])
 SLOT = "phi"
 # With TLS and without a certificate for blocks, a trainer has no second connection with a thread of its own.
 ONE_CONNECTION = BrokerConfig(ca=Path("ca.pem"), certificate=Path("trainer.pem"), key=Path("trainer.key"))
 KINDS = ("good", "good", "fails", "reverts", "errors")  # what the new release is like
 WIDE = (Phase.ROLLING, Phase.DONE)
+SETTLED = ("committed", "failed", "reverted")  # updates that are no longer on their way
 
 
 @dataclass(slots=True)
@@ -67,7 +70,9 @@ class Trainer:
             start=lambda: None, stop=lambda: None, url="http://trainer"
         )
         worker.host_facts = lambda name, _folder: HostFacts(name, 2, 8 << 30, 4 << 30, 90 << 30, ())
-        config = TrainerConfig(name="trainer", site="sim", data_dir=story.folder, rollout=RULES, broker=ONE_CONNECTION)
+        config = TrainerConfig(
+            name="trainer", site="sim", data_dir=story.folder, rollout=story.rules, broker=ONE_CONNECTION
+        )
         self.coordinator = Coordinator(config, story.folder / "trainer.toml")
         self.database, self.link = self.coordinator.host.database, self.coordinator.link
         self.link.acknowledged = story.acknowledged  # type: ignore[attr-defined]
@@ -90,7 +95,9 @@ class Rollouts:
         self.folder = world.disk.root / "trainer"
         self.trainer: Trainer | None = None
         self.kind = dice.choice(KINDS)
-        self.aborted = dice.random() < 0.15
+        self.aborted, self.pauses = dice.random() < 0.15, dice.random() < 0.2
+        limit = dice.choice((0, 0, 1, 2))
+        self.rules = Rollout.model_validate({**RULES, "steps": dice.choice(STEPS), "disruption_max": limit})
         self.order = ""
         self.registered: dict[str, Any] = {}
         self.heard: set[str] = set()  # events that the trainer acknowledged
@@ -99,6 +106,7 @@ class Rollouts:
         self.fleet: tuple[str, ...] = ()  # whom the rollout is for: who had been heard of when it began
         self.phase, self.since = Phase.PENDING, 0.0
         self.looked_at, self.calmed = -1, False
+        self.told_when_paused: set[str] = set()
         self.broker = Broker(world, Faults.drawn(dice, 25.0))
         names = [f"d{number}" for number in range(0 if plain else dice.randrange(1, 6))]
         share = dice.choice((1.0, 0.5))
@@ -113,6 +121,9 @@ class Rollouts:
             world.after(4.0, self._start)
             if self.aborted:
                 world.after(dice.uniform(10, CALM_S), self._abort)
+            if self.pauses:
+                world.after(dice.uniform(5, CALM_S), lambda: self._order("pause"))
+                world.after(dice.uniform(CALM_S, 2 * CALM_S), self._resume)
 
     def _made(self, outside: Path, made: Made) -> Path:
         folder = outside / made.ref.release
@@ -166,14 +177,23 @@ class Rollouts:
         self.world.after(3.0, self._start)
 
     def _abort(self) -> None:
+        self._order("abort")
+
+    def _resume(self) -> None:
+        """As long as it is paused: the order may come when nobody carries it out."""
+        if self.phase is Phase.PAUSED:
+            self._order("resume")
+        self.world.after(5.0, self._resume)
+
+    def _order(self, what: str) -> None:
         coordinator = self._running()
         if coordinator is None:
             return
         with coordinator.host.database.read() as connection:
             found = connection.execute(select(rollouts.c.id)).scalar()
         if found:
-            self.world.say("abort the rollout")
-            place(coordinator.host.database, "rollout_abort", {"rollout": found})
+            self.world.say(f"{what} the rollout")
+            place(coordinator.host.database, f"rollout_{what}", {"rollout": found})
 
     # The fleet.
 
@@ -275,7 +295,8 @@ class Rollouts:
                 raise Violation(f"the rollout is forgotten; it was {self.phase}")
             return
         phase = Phase(row.phase)
-        self.canary, self.fleet = tuple(row.state["canary"]), tuple(row.state["devices"])
+        state = State.from_dict(row.state)
+        self.canary, self.fleet = state.canary, state.devices
         if phase is not self.phase:
             self.world.say(f"{self.phase} -> {phase}: {row.state['reason']}")
             self.phase, self.since = phase, self.world.clock.elapsed
@@ -283,10 +304,19 @@ class Rollouts:
             bad = f"the release is bad on {self._bad_canaries()} ({self.kind})"
             raise Violation(f"{phase}, though {bad}: {row.state['reason']}")
         new = sorted(device for device, release in told.items() if release == "phi@1.1")
-        narrow = sorted(self.canary) if phase in (Phase.CANARY, Phase.WATCHING) else []
-        given = sorted(self.fleet) if phase in WIDE else narrow
-        if new != given and phase is not Phase.HELD:
-            raise Violation(f"{phase}, and {new} are told to run the release")
+        given = [] if phase in (Phase.ABORTING, Phase.ABORTED) else sorted(state.told)
+        if new != given:
+            raise Violation(f"{phase}, and {new} are told to run the release, not {given}")
+        beyond = sorted(set(given) - set(state.reach))
+        if beyond:
+            raise Violation(f"{phase}, and {beyond} are told before their step")
+        busy = [name for name in given if self.peers[name].update not in SETTLED]
+        if self.rules.disruption_max and len(busy) > self.rules.disruption_max:
+            raise Violation(f"{busy} are on their way, {self.rules.disruption_max} may be")
+        if self.phase is Phase.PAUSED and set(given) - self.told_when_paused:
+            raise Violation(f"told while it was paused: {set(given) - self.told_when_paused}")
+        if phase is not Phase.PAUSED:
+            self.told_when_paused = set(given)
 
     def look(self, database: Database) -> None:
         """After a start: what was acknowledged is there."""
