@@ -65,7 +65,8 @@ def test_what_cannot_be_made_is_not_there(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_never_given_one_port() -> None:
-    given = f"from tests.support.ports import free_port; print([free_port() for _ in range({HELD_MAX})], flush=True); input()"
+    given = "from tests.support.ports import free_port\n"
+    given += f"print([free_port() for _ in range({HELD_MAX})], flush=True); input()"
     others = [
         subprocess.Popen([sys.executable, "-c", given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                          cwd=Path(__file__).parents[2])
