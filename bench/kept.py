@@ -22,7 +22,9 @@ def kept(path: Path, make: Callable[[Path], object]) -> Path:
     with (path.parent / f".{path.name}.lock").open("w") as lock:  # stays: who removes a lock file breaks the lock
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            for left in path.parent.glob(f".{path.name}.*.half"):  # by one that was killed: nobody makes it now
+                shutil.rmtree(left, ignore_errors=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".half", dir=path.parent))
             try:
                 make(scratch / path.name)
                 os.replace(scratch / path.name, path)

@@ -89,7 +89,6 @@ def options_of(slot: Slot) -> EngineOptions:
     return EngineOptions(slot.threads, tuple(slot.providers), slot.extra)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(("slots", "kind", "claim"), claims(("detect", "segment", "classify")), indirect=["slots"])
 def test_a_vision_release_as_claimed_is_proven_within_its_memory(
     slots: dict[str, Slot], kind: str, claim: Claim, request: pytest.FixtureRequest
@@ -107,7 +106,6 @@ def test_a_vision_release_as_claimed_is_proven_within_its_memory(
     assert not list(beyond(claim, slot.model_copy(update={"seed": folder}), manifest, machine)), "`edged check` agrees"
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("size", list(SMALL))
 @pytest.mark.parametrize(("slots", "kind", "claim"), claims(("llm",)), indirect=["slots"])
 def test_the_memory_of_a_language_model_is_what_the_formula_says(
