@@ -2,7 +2,7 @@
 longer.
 
     DATA_DIR/holdouts/MODEL.SET.texts.jsonl    the ledger, an example a line, with who answered and when it was frozen
-    DATA_DIR/holdouts/MODEL.trained.texts.npz  the runs (core.near_texts) of everything that MODEL was ever trained on
+    DATA_DIR/trained/MODEL/texts.npz           the runs (core.near_texts) of everything that MODEL was ever trained on
 
 Unlike pictures, texts are small: the ledger holds them whole, each line with the hash of the one before (trainer.chain), and
 a set goes on judging when the data set that it came from is gone. `holdout` is the set of a configured file, which must
@@ -29,6 +29,7 @@ from trainer.files import write_whole
 from trainer.holdout import HoldoutError
 from trainer.kinds.texts import Text, may_not_judge, provenance
 from trainer.releases import StoredRelease
+from trainer.trained import ledger_of
 
 SETS = ("gate", "calibration", "test", "holdout")
 SET_MAX = 20_000  # examples of one set
@@ -68,8 +69,8 @@ def ledger_path(config: TrainerConfig, model: str, name: str) -> Path:
 
 
 def trained_path(config: TrainerConfig, model: str) -> Path:
-    """Where the record of all that was trained on lies."""
-    return config.holdouts / f"{model}.trained.texts.npz"
+    """Where the record of all texts that were trained on lies: in the model's ledger (`trainer.trained`)."""
+    return ledger_of(config, model) / "texts.npz"
 
 
 def read_sets(config: TrainerConfig, model: str) -> dict[str, list[Text]]:

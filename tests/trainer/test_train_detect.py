@@ -22,7 +22,7 @@ from trainer.files import write_whole
 from trainer.golden import write_detect_golden
 from trainer.jobfile import TrainJob, dataset_job
 from trainer.kinds import begin
-from trainer.kinds.detect import Detection
+from trainer.kinds.vision import Vision
 from trainer.releases import MANIFEST, Registry, canonical_bytes, read_manifest
 from trainer.run import Run
 from trainer.train import train
@@ -125,7 +125,7 @@ def test_the_light_that_was_trained_on_is_novel_no_more(world: Path, ablate: str
     run = Run(replace(whole, config=whole.config.model_copy(update={"models": {"digits": own}})))
     run.folder.mkdir()
     training = begin(run, "detect")
-    assert isinstance(training, Detection)
+    assert isinstance(training, Vision)
     for step in (training.read, training.tune, training.export, training.calibrate):
         step()
     calibration = training.manifest.calibration

@@ -18,11 +18,10 @@ from tests.support.trained import run_trainer, summary
 from trainer.child import Child, read_outcome
 from trainer.config import load_config
 from trainer.datasets import LabelledImage, read_folder, write_folder
-from trainer.holdout import trained_path
 from trainer.jobfile import bring_samples, dataset_job
 from trainer.releases import Registry, read_manifest
-from trainer.sketches import read_trained
 from trainer.train import train
+from trainer.trained import ledger_of, read_images
 
 DEVICE = Path("build/venv-device/bin/edged").absolute()
 CHILD_S_MAX = 240.0
@@ -117,7 +116,7 @@ def test_a_classifier_stops_early_and_is_released(world: World, tmp_path: Path) 
     assert samples["validation"] >= 5 <= samples["validation_replay"]
     assert samples["training"] + samples["validation"] == len(rows)
     # What stopped the training has had a part in it: it may never judge.
-    known = read_trained(trained_path(load_config(config), "shapes"))
+    known = read_images(ledger_of(load_config(config), "shapes"))
     assert len(known.sketches()) == sum(samples[key] for key in samples if key[:4] in ("trai", "vali", "repl"))
     assert metadata["evaluation"]["target"]["candidate"]["f1"] > 0.7
 

@@ -157,9 +157,9 @@ def test_a_conversation_comes_back_as_it_was_frozen(config: TrainerConfig) -> No
 
 def test_a_damaged_record_of_what_trained_stops_the_job(config: TrainerConfig) -> None:
     remember(config, "clerk", TEXTS[:3])
-    path = config.holdouts / "clerk.trained.texts.npz"
+    path = config.data_dir / "trained/clerk/texts.npz"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(HoldoutError, match=r"clerk.trained.texts.npz: .*restore it"):
+    with pytest.raises(HoldoutError, match=r"clerk/texts.npz: .*restore it"):
         read_trained(config, "clerk")
 
 
