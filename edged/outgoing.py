@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edged.engines.base import Detections
+from edged.engines.outline import NOTHING, simplified
 from edged.sources import Asked, Item, Unsure
 from edged.stamp import Stamp
 from edged.store import NewSample, OutboxMessage, Sample
 from edged.wire import messages, topics
 from edged.wire.ids import derived
-from edged.wire.messages import Box, Label, Message, Opinion, Text, label_of
+from edged.wire.messages import POINTS_MAX, Box, Label, Message, Opinion, Text, label_of
 from edged.wire.topics import Address
 
 GENERATE = "generate"  # the task whose items are prompts; every other one has images
 
 
 def boxes(found: Detections, labels: list[str]) -> list[Box]:
-    """Detections as labelled boxes, best first."""
-    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.classes.tolist(), strict=True)
-    return [Box(label=labels[k], box=tuple(box), score=min(max(score, 0.0), 1.0)) for box, score, k in rows]
+    """Detections as labelled boxes, best first, with the outlines that a segmenter has found."""
+    outlines = found.outlines or [None] * len(found.scores)
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.classes.tolist(), outlines, strict=True)
+    return [
+        Box(label=labels[k], box=tuple(box), score=min(max(score, 0.0), 1.0), polygons=_polygons(outline))
+        for box, score, k, outline in rows
+    ]
+
+
+def _polygons(outline: NDArray[np.float32] | None) -> list[list[float]] | None:
+    points = NOTHING if outline is None else simplified(outline, POINTS_MAX)
+    return [[round(value, 1) for value in points.ravel().tolist()]] if len(points) else None
 
 
 def moved(label: Label, corner: tuple[int, int]) -> list[Box]:
     """A label about a part of an image, about the whole image: `corner` is where the part lies in it."""
-    x, y = corner
 
-    def to(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-        return box[0] + x, box[1] + y, box[2] + x, box[3] + y
+    def to(numbers: Sequence[float]) -> list[float]:
+        return [number + corner[place % 2] for place, number in enumerate(numbers)]
 
-    return [part.model_copy(update={"box": to(part.box)}) for part in label if isinstance(part, Box)]
+    return [
+        part.model_copy(
+            update={"box": tuple(to(part.box)), "polygons": part.polygons and [to(each) for each in part.polygons]}
+        )
+        for part in label
+        if isinstance(part, Box)
+    ]
 
 
 def plain(label: Label) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from trainer.database import pool as pool_table
 from trainer.formats.base import size_of
 from trainer.host import Host
 from trainer.pool import Pool, PoolError, Record, record_of
+from trainer.shapes import carried
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def _correction(sample: Any, word: Record, size: Callable[[str], Size | None]) -
     seen = size(word.sha256) if word.task in IMAGE_TASKS else (0, 0)
     if seen is None:
         return None
-    task: Task = "text" if word.task == "text" else "detect"
+    task: Task = word.task if word.task in ("text", "segment") else "detect"
     # As it was taken into the pool: boxes end at the border of the picture.
     now = canonical(check(task, _plain(sample.label), seen, None).rows)
     label = _as_device_has_it(word, seen)
@@ -147,9 +148,10 @@ def _correction(sample: Any, word: Record, size: Callable[[str], Size | None]) -
 def _as_device_has_it(word: Record, size: Size) -> list[Row]:
     if word.task == "classify":
         return [{"label": row["label"], "box": [0.0, 0.0, float(size[0]), float(size[1])]} for row in word.label]
-    return _plain(word.label)
+    rows = _plain(word.label)
+    return [{**row, "polygons": carried(row["polygons"])} if "polygons" in row else row for row in rows]
 
 
 def _plain(label: Any) -> list[Row]:
-    """A label's words, or its boxes: what devices keep of it."""
-    return [{"text": row["text"]} if "text" in row else {"label": row["label"], "box": row["box"]} for row in label]
+    """A label's words, or its boxes and outlines: what devices keep of it."""
+    return [{key: row[key] for key in ("text", "label", "box", "polygons") if key in row} for row in label]

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edged.engines.outline import trace
+from edged.engines.outline import simplified, trace
+from edged.wire.messages import PARTS_MAX, POINTS_MAX
 from trainer.average_precision import filled
 from trainer.core.labels import AREA_PX_MIN, area, enclosing
 
@@ -35,6 +36,18 @@ def _polygon(given: Sequence[Any]) -> tuple[float, ...]:
     if len(points) < 6 or len(points) % 2 or not np.isfinite(points).all() or area(points) < AREA_PX_MIN:
         raise ValueError(f"polygon of {len(points)} numbers has no area; give x y of 3 points or more, in pixels")
     return points
+
+
+def carried(polygons: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The parts of an outline as messages carry them: the PARTS_MAX largest, none with more than POINTS_MAX points."""
+    largest = sorted(polygons, key=area, reverse=True)[:PARTS_MAX]
+    kept = [each for each in polygons if each in largest][:PARTS_MAX]
+    fits = (
+        list(each) if len(each) <= 2 * POINTS_MAX
+        else simplified(np.array(each, np.float32).reshape(-1, 2), POINTS_MAX).ravel().tolist()
+        for each in kept
+    )  # fmt: skip
+    return [each for each in fits if each]
 
 
 def whole(label: Any, data: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIECES_MAX = 256  # of one mask, holes counted, the largest ones: what has more is noise
+STAIRS_PX = 0.75  # how far a simplified outline may leave the edges of pixels, more where it has too many points
 _MARGIN = 1  # prototype cells around a box that its edge is interpolated from
 
 Polygon = NDArray[np.float32]  # (k, 2) x y; the last point joins the first
@@ -60,6 +61,18 @@ def trace(mask: NDArray[np.uint8]) -> Polygon:
     for piece in pieces[1:]:
         whole += [pieces[0][:1], piece, piece[:1]]
     return np.concatenate(whole if len(whole) == 1 else [*whole, pieces[0][:1]]).astype(np.float32)
+
+
+def simplified(polygon: Polygon, points_max: int) -> Polygon:
+    """The polygon with at most `points_max` points: the stairs of pixels as slopes (Douglas & Peucker, "Algorithms for the
+    reduction of the number of points", 1973), as coarse as it must be; NOTHING where that leaves no area."""
+    tolerance, left = STAIRS_PX, len(polygon)
+    while left >= 3:
+        found = cv2.approxPolyDP(polygon.reshape(-1, 1, 2), tolerance, True).reshape(-1, 2).astype(np.float32)
+        left, tolerance = len(found), 1.5 * tolerance
+        if 3 <= left <= points_max and cv2.contourArea(found) > 0:
+            return found
+    return NOTHING
 
 
 def _corners(points: NDArray[Any]) -> NDArray[Any]:

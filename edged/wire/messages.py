@@ -38,16 +38,25 @@ HOPS_MAX = 3  # of a question, from one responder to the next; the first questio
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
+PARTS_MAX, POINTS_MAX = 16, 256  # of an outline, and of each of its parts
+Polygons = Annotated[
+    list[Annotated[list[Finite], Field(min_length=6, max_length=2 * POINTS_MAX)]],
+    Field(min_length=1, max_length=PARTS_MAX),
+]
+
+
 class InvalidPayload(ValueError):
     """A payload that is not what its topic promises; the message names the topic, the field and the value."""
 
 
 class Box(Part):
-    """One labelled box: `box` is x1 y1 x2 y2 in pixels of the image."""
+    """One labelled box: `box` is x1 y1 x2 y2 in pixels of the image; `polygons`, of a segment, the parts of its outline as
+    x y x y ... in pixels, each filled by the even-odd rule."""
 
     label: str
     box: tuple[Finite, Finite, Finite, Finite]
     score: Probability = 1.0
+    polygons: Polygons | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Text(Part):

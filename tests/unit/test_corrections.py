@@ -13,7 +13,7 @@ import pytest
 
 from edged.link import TooLarge
 from edged.wire import messages, topics
-from edged.wire.messages import Box, Provenance, SampleEntry, State, Text, Verdict
+from edged.wire.messages import POINTS_MAX, Box, Provenance, SampleEntry, State, Text, Verdict
 from trainer import fleet
 from trainer.config import load_config
 from trainer.corrections import TRIES_MAX, Corrections
@@ -137,6 +137,22 @@ def test_texts_and_classes_are_told_as_devices_have_them(world: World) -> None:
     world.catalogue(label=[Text(text="No.")], task="generate")
     world.say(said_by(world.record(task="text", label=({"text": "Yes."},)), "ann"))
     assert world.told() == [("labelled", [{"text": "Yes."}])]
+
+
+def test_outlines_are_told_to_those_who_have_them(world: World) -> None:
+    part, fine = [0, 2, 5, 2, 5, 6, 0, 6], [value for n in range(300) for value in (n / 50, 2 + (n % 2) / 8)]
+    cat = {"label": "cat", "box": [0, 2, 5, 6], "polygons": [part]}
+    world.catalogue(label=[Box(label="cat", box=(0, 2, 5, 6), polygons=[[0, 2, 5, 2, 5, 5]])], task="segment")
+    world.say(said_by(world.record(task="segment", label=(cat,)), "ann"))
+    (told,) = world.told()
+    assert told == ("labelled", [{"label": "cat", "box": (0, 2, 5, 6), "polygons": [part]}])
+    ann = Provenance(kind="person", who="ann")
+    world.catalogue(label=[Box(label="cat", box=(0, 2, 5, 6), polygons=[part])], task="segment", provenance=ann)
+    assert world.told() == []
+    drawn = {**cat, "polygons": [[*fine, 6, 6, 0, 6]]}
+    world.say(said_by(world.record(task="segment", label=(drawn,)), "bob"))
+    ((_, (row,)),) = world.told()
+    assert 6 <= len(row["polygons"][0]) <= 2 * POINTS_MAX < len(drawn["polygons"][0])
 
 
 def test_who_is_away_is_told_when_he_is_back_and_who_does_not_listen_not_for_ever(

@@ -275,6 +275,14 @@ def test_a_models_own_predictions_call_for_no_training(
     assert fleet.training_counts(connection, "digits", 0.5) == ((1, 1) if trains else (0, 0))
 
 
+def test_an_outline_is_kept_with_its_box_and_a_box_without_one_stays_a_box(connection: Connection) -> None:
+    part = [0.0, 0.0, 5.0, 0.0, 5.0, 5.5]
+    label = [Box(label="1", box=(0, 0, 5, 5), polygons=[part]), Box(label="1", box=(0, 0, 5, 5))]
+    fleet.take_sample(connection, "d1", entry("s1", task="segment", label=label))
+    kept = connection.execute(select(samples.c.label).where(samples.c.id == "s1")).scalar_one()
+    assert [row.get("polygons", "none") for row in kept] == [[part], "none"]
+
+
 def test_who_else_said_something_is_kept(connection: Connection) -> None:
     said = [
         {"who": "mid", "status": "labelled", "confidence": 0.4, "label": []},

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from edged.engines.outline import NOTHING, PIECES_MAX, mask_polygon, trace
+from edged.engines.outline import NOTHING, PIECES_MAX, mask_polygon, simplified, trace
 from tests.support.exports import covered
 
 SIZE = (32, 48)  # of a model's input: height, width
@@ -72,3 +72,23 @@ def test_a_mask_is_where_the_weighted_prototypes_are_positive(
 def test_an_empty_mask_has_no_outline(box: tuple[float, ...]) -> None:
     polygon = mask_polygon(ramp(), np.ones(1, np.float32), np.array(box, np.float32), SIZE)
     assert polygon is NOTHING
+
+
+@pytest.mark.parametrize(
+    ("radius", "points_max", "iou_min"), [(6, 64, 0.85), (40, 64, 0.97), (200, 64, 0.98), (200, 12, 0.9)]
+)
+def test_a_simplified_outline_has_few_points_and_nearly_the_same_pixels(
+    radius: int, points_max: int, iou_min: float
+) -> None:
+    side = 2 * radius + 9
+    y, x = np.mgrid[:side, :side] - radius - 4
+    mask = (np.hypot(x, 1.6 * y) <= radius).astype(np.uint8)
+    found = simplified(trace(mask), points_max)
+    assert 3 <= len(found) <= points_max < len(trace(mask)) or len(trace(mask)) <= points_max
+    again = covered(found, side)
+    assert (again & mask).sum() / (again | mask).sum() >= iou_min
+
+
+def test_what_has_no_area_has_no_simplified_outline() -> None:
+    line = np.array([[0, 0], [5, 5], [9, 9]], np.float32)
+    assert len(simplified(NOTHING, 64)) == len(simplified(line, 64)) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,15 +41,18 @@ def test_it_is_the_same_part_of_a_frame_of_another_resolution() -> None:
 def test_answers_speak_of_the_frame() -> None:
     found = Detections(
         np.array([[1, 2, 3, 4]], np.float32), np.array([0.5], np.float32), np.array([0]),
-        (np.array([[1, 2], [3, 4]], np.float32),),
+        (np.array([[1, 2], [3, 2], [3, 4], [1, 4]], np.float32),),
     )  # fmt: skip
     shifted = regions.shifted(found, (25, 30))
     assert shifted.boxes.tolist() == [[26, 32, 28, 34]]
     assert shifted.outlines is not None
-    assert shifted.outlines[0].tolist() == [[26, 32], [28, 34]]
+    assert shifted.outlines[0].tolist() == [[26, 32], [28, 32], [28, 34], [26, 34]]
     assert found.boxes.tolist() == [[1, 2, 3, 4]]
     # A verdict speaks of the part; whoever asked sent the frame.
-    assert moved(boxes(found, ["cat"]), (25, 30))[0].box == boxes(shifted, ["cat"])[0].box
+    (told,) = moved(boxes(found, ["cat"]), (25, 30))
+    assert told == boxes(shifted, ["cat"])[0]
+    assert told.polygons == [[26, 32, 28, 32, 28, 34, 26, 34]]
+    assert boxes(replace(found, outlines=None), ["cat"])[0].polygons is None
 
 
 def test_what_is_kept_of_a_part_is_exactly_its_pixels() -> None:
