@@ -93,7 +93,7 @@ def test_metrics_status_and_diag_tell_of_what_a_device_did(tmp_path: Path, broke
         assert until("the page knows", lambda: scrape(port)[("edged_broker_connected", ())] == 0)
         broker.start()
     rows = [json.loads(line) for line in device.log().splitlines()]
-    assert any(row["logger"] == "edged.pipeline" and "broken.png" in row["message"] for row in rows)
+    assert any(row["logger"] == "edged.refusals" and "broken.png" in row["message"] for row in rows)
     assert {row["level"] for row in rows} <= {"info", "warning", "error"}
 
 
