@@ -111,7 +111,7 @@ def test_l18_every_change_of_a_training_and_its_rollout_is_told(tmp_path: Path, 
     world.rollouts.tick()
     world.window(canary, "digits@1.1", 5)
     other = "d2" if canary == "d1" else "d1"
-    world.window(other, "digits@1.0", 5)
+    world.window(other, "digits@1.0", 50)
     for _ in range(3):
         world.rollouts.tick()
     for device in ("d1", "d2"):

@@ -40,7 +40,7 @@ NOTICED = {
     "edged/trust.py:write_durably:sync(path.parent)": ("repairs", 400),
     "trainer/ceremony.py:create:sync_folder(beside)": ("ceremonies", 40),
     "trainer/ceremony.py:create:sync_folder(folder.parent)": ("ceremonies", 40),
-    'trainer/database.py:_configure:"synchronous = FULL"': ("rollouts", 400),
+    'trainer/dialects.py:_configure:"synchronous = FULL"': ("rollouts", 400),
     "trainer/files.py:make_folder:sync_folder(path.parent)": ("repairs", 400),
     "trainer/files.py:sync_tree:sync_folder(path)": ("folders", 200),
     "trainer/files.py:sync_tree:sync_folder(folder)": ("folders", 200),

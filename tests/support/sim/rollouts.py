@@ -23,7 +23,7 @@ from tests.support.sim.world import Inbox, Violation, World
 from trainer import coordinator as module
 from trainer import worker
 from trainer.config import Broker as BrokerConfig
-from trainer.config import Rollout, TrainerConfig
+from trainer.config import Drift, Rollout, TrainerConfig
 from trainer.coordinator import Coordinator
 from trainer.core.placement import HostFacts
 from trainer.core.rollout import Phase
@@ -71,7 +71,12 @@ class Trainer:
         )
         worker.host_facts = lambda name, _folder: HostFacts(name, 2, 8 << 30, 4 << 30, 90 << 30, ())
         config = TrainerConfig(
-            name="trainer", site="sim", data_dir=story.folder, rollout=story.rules, broker=ONE_CONNECTION
+            name="trainer",
+            site="sim",
+            data_dir=story.folder,
+            rollout=story.rules,
+            broker=ONE_CONNECTION,
+            drift=Drift(enabled=False),
         )
         self.coordinator = Coordinator(config, story.folder / "trainer.toml")
         self.database, self.link = self.coordinator.host.database, self.coordinator.link
