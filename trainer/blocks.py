@@ -60,7 +60,7 @@ class Blocks:
         )  # fmt: skip
         self._orders: queue.Queue[tuple[str, str, int]] = queue.Queue()
         self._unknown: dict[str, float] = {}
-        self._documents: dict[str, bytes] = {}  # SHA-256 -> a metadata file, as it was announced
+        self._documents: dict[str, bytes] = {}  # SHA-256 -> a metadata file, as it was announced last or before that
         self._announced: dict[str, str] | None = None  # name -> SHA-256
         self._looked = -1e9
         self._stopping = threading.Event()
@@ -220,7 +220,11 @@ class Blocks:
         files = {n: messages.MetadataFile(sha256=hashes[n], bytes=len(data)) for n, data in found.items()}
         message = messages.Metadata(**self._envelope(), files=files)
         if link.publish(topics.METADATA(trainer=self._config.name), messages.encode(message)):
-            self._announced, self._documents = hashes, {hashes[name]: data for name, data in found.items()}
+            # Whoever has not heard of the new ones yet asks for those before: an answer that is old is better than none.
+            before = {
+                each: self._documents[each] for each in (self._announced or {}).values() if each in self._documents
+            }
+            self._announced, self._documents = hashes, before | {hashes[name]: data for name, data in found.items()}
 
     def _say(self, address: topics.Address, message: messages.AskBlocks) -> bool:
         return self._link is not None and self._link.publish(address, messages.encode(message))

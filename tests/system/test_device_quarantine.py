@@ -123,7 +123,7 @@ def test_a_release_that_dies_of_every_item_is_put_back_and_its_items_are_answere
     tmp_path: Path, broker: Broker, bus: Bus, toy: Path, toy2: Path, files: FileServer
 ) -> None:
     files.publish(toy2, reference(toy2))
-    plan = tables(tmp_path, "dev1", broker, toy, host={"url": files.url}, slots={"eye": {"probation_s": 30.0}})
+    plan = tables(tmp_path, "dev1", broker, toy, host={"url": files.url}, slots={"eye": {"probation_s": 120.0}})
     with Supervised(tmp_path, plan, {"toy@1.1": [FINE]}) as device:
         bus.online("dev1")
         bus.desire("dev1", 1, {"eye": reference(toy2)})
