@@ -19,6 +19,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 NICE = 5
+LOOK_S = 0.5  # between two looks whether a process has ended
 NONE_FOUND = 5  # pytest's exit status when no test is left
 STOP_S_MAX = 60.0  # for a pytest that was asked to stop to end what it has started
 
@@ -30,7 +31,7 @@ class Part:
         at = given.index("-m") + 1 if "-m" in given else 0
         marks = f"({given[at]}) and {mark}" if at else mark
         rest = [*given[: at - 1], *given[at + 1 :]] if at else given
-        self.name, self._began = name, time.monotonic()
+        self.name, self._began, self.took_s = name, time.monotonic(), 0.0
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, *rest, *where]
         self._process = subprocess.Popen(
             ["nice", "-n", str(NICE), *command] if nice else command,
@@ -40,11 +41,18 @@ class Part:
             start_new_session=True,  # a group of its own: it can be ended with all that it has started
         )
 
+    def ended(self) -> bool:
+        """Whether it has ended; when it did is noted at the first look after that."""
+        over = self._process.poll() is not None
+        if over and not self.took_s:
+            self.took_s = time.monotonic() - self._began
+        return over
+
     def wait(self) -> int:
         """Its exit status."""
-        status = self._process.wait()
-        self.took_s = time.monotonic() - self._began
-        return 0 if status == NONE_FOUND else status
+        while not self.ended():
+            time.sleep(LOOK_S)
+        return 0 if self._process.returncode == NONE_FOUND else self._process.returncode
 
     def signal(self, number: int) -> None:
         """Tell it and everything that it has started."""
@@ -77,6 +85,8 @@ def main(given: list[str]) -> int:
                 Part("tests/system", given, "not alone", ["tests/system"], nice=False, out=None),
                 Part("the others", given, "not alone", others, nice=True, out=said),
             ]
+            while [part for part in parts if not part.ended()]:
+                time.sleep(LOOK_S)
             statuses = [part.wait() for part in parts]
             said.seek(0)
             print("\n=== the others, which ran beside tests/system ===", flush=True)
