@@ -22,7 +22,7 @@ def drift(
 ) -> None:
     """Live accuracy of each release with its 95 % interval, the last look at each stream, and the drift that was found.
 
-    Reads only: the looks are taken by `trainer serve`, as [drift] says.
+    Reads only: the looks are taken by `trainer serve`, as the table `drift` of the configuration says.
     """
     from trainer.drift import report
     from trainer.host import Host
