@@ -148,8 +148,9 @@ def _correction(sample: Any, word: Record, size: Callable[[str], Size | None]) -
 def _as_device_has_it(word: Record, size: Size) -> list[Row]:
     if word.task == "classify":
         return [{"label": row["label"], "box": [0.0, 0.0, float(size[0]), float(size[1])]} for row in word.label]
-    rows = _plain(word.label)
-    return [{**row, "polygons": carried(row["polygons"])} if "polygons" in row else row for row in rows]
+    rows = [{**row, "polygons": carried(row.get("polygons", []))} for row in _plain(word.label)]
+    # Of an outline so thin that no part of it is left, the box is told.
+    return [{key: value for key, value in row.items() if key != "polygons" or value} for row in rows]
 
 
 def _plain(label: Any) -> list[Row]:

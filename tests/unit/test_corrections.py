@@ -155,6 +155,13 @@ def test_outlines_are_told_to_those_who_have_them(world: World) -> None:
     assert 6 <= len(row["polygons"][0]) <= 2 * POINTS_MAX < len(drawn["polygons"][0])
 
 
+def test_of_an_outline_that_is_nothing_when_it_is_simplified_the_box_is_told(world: World) -> None:
+    there = [value for n in range(300) for value in (float(n % 6), 2.0)]
+    thread = {"label": "cat", "box": [0, 2, 5, 6], "polygons": [there]}
+    world.say(said_by(world.record(task="segment", label=(thread,)), "ann"))
+    assert world.told() == [("labelled", [{"label": "cat", "box": (0, 2, 5, 6)}])]
+
+
 def test_who_is_away_is_told_when_he_is_back_and_who_does_not_listen_not_for_ever(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
