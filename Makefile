@@ -23,7 +23,7 @@ deb: ## build the Debian packages edged and edged-llm in build/deb; options: mak
 
 test-long: setup ## the tests that take minutes: the demo and its ablations, booted Debians, kills in the middle of work
 	@packaging/setup.sh tests
-	$(TRAINER)/python -m pytest -m long tests
+	$(TRAINER)/python -m tests.support.beside -m long
 
 mutants: setup ## leave each fsync out of the product, one at a time: the simulation must notice every one
 	$(TRAINER)/python -m pytest -m long tests/sim

@@ -26,6 +26,7 @@ MODULES = {
     "delivery": "bench.delivery",
     "labels": "bench.labels",
     "loop": "bench.loop",
+    "fleet": "bench.fleet",
 }
 
 

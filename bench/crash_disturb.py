@@ -71,21 +71,22 @@ class Clock:
     def __init__(self, file: Path, chance: random.Random) -> None:
         self._file, self._chance = file, chance
         self.jumps = 0
-        self._write(0)
+        self.set(0)
         self.env = {"LD_PRELOAD": str(_shim()), "CLOCK_OFFSET_FILE": str(file)}
 
-    def _write(self, offset_s: int) -> None:
+    def set(self, offset_s: int) -> None:
+        """To this many seconds more than everybody else has."""
         with self._file.open("r+b" if self._file.exists() else "wb") as file:  # in place: it is mapped
             file.write(struct.pack("=q", offset_s))
 
     def jump(self) -> None:
         """To another time, earlier or later."""
         self.jumps += 1
-        self._write(self._chance.choice((-1, 1)) * self._chance.choice(JUMPS_S))
+        self.set(self._chance.choice((-1, 1)) * self._chance.choice(JUMPS_S))
 
     def right(self) -> None:
         """To what everybody else has."""
-        self._write(0)
+        self.set(0)
 
 
 def _shim() -> Path:

@@ -24,8 +24,8 @@ from edged.wire.manifest import ReleaseRef
 from tests.support.slow_link import SlowLink
 from tests.system.broker import Broker
 from trainer.blocks import Blocks
-from trainer.config import Broker as BrokerConfig
 from trainer.config import TrainerConfig
+from trainer.config_network import Broker as BrokerConfig
 from trainer.releases import MANIFEST, Registry, build_manifest, canonical_bytes
 
 MIB = 1 << 20

@@ -24,6 +24,7 @@ from bench.vision import ROOT, models, peer, write_pictures
 from edged.wire.manifest import Thresholds
 from trainer.core.parity import Exported
 from trainer.evaluate import Labelled, evaluate_release
+from trainer.export.golden_images import part
 from trainer.export.vision import export_vision, vision_manifest
 
 THREADS = 1  # of ONNX Runtime, as a slot has by default
@@ -63,12 +64,12 @@ def accuracy(
     scratch = Path(tempfile.mkdtemp(prefix=".bench-", dir=ROOT / "build"))
     found: dict[str, float] = {}
     thresholds = Thresholds(score=SCORE)
-    images = [item.image for item in calibration]
+    parts = part([item.image for item in calibration], golden_max=GOLDEN)
     try:
         for precision in ("fp32", "int8"):
             exported = export_vision(
-                checkpoint, scratch / precision, precision, golden=images[:: max(1, len(images) // GOLDEN)],
-                calibration=images, imgsz=SIZE, thresholds=thresholds,
+                checkpoint, scratch / precision, precision, golden=parts.golden, calibration=parts.ranges,
+                imgsz=SIZE, thresholds=thresholds,
             )  # fmt: skip
             manifest = vision_manifest(
                 scratch / precision, "bench@1", "detect", labels=LABELS, imgsz=SIZE, thresholds=thresholds

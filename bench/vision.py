@@ -21,7 +21,8 @@ import cv2
 from bench.kept import kept
 from bench.photos import CACHE, LABELS, overfit, photos, pieces
 from edged.engines.letterbox import Letterboxer
-from trainer.candidate import GOLDEN_IMAGES, MODEL_FILE, detector
+from trainer.candidate import MODEL_FILE, detector
+from trainer.export.golden_images import GOLDEN_IMAGES
 from trainer.export.quantize import quantize_static_int8
 from trainer.export.uint8 import take_uint8
 from trainer.files import write_whole

@@ -37,6 +37,7 @@ class Bulk:
         self._wanted: dict[str, list[str]] = {}  # the same -> subscriptions
         self._idle_at = 0.0
         self._closing = False
+        self.connection = 0  # how often it was made: what was asked for on an earlier one may be lost
         self.state = NOT_YET
 
     @property
@@ -72,11 +73,12 @@ class Bulk:
             if self._link is not None:
                 self._link.subscribe([topic for each in self._wanted.values() for topic in each])
 
-    def publish(self, address: topics.Address, payload: bytes) -> bool:
-        """Hand a message over; false when that is not possible now."""
-        link = self._link
+    def publish(self, address: topics.Address, payload: bytes) -> int:
+        """Hand a message over: the `connection` that it went to, 0 when that is not possible now."""
+        link, connection = self._link, self.connection
         # A link is connected a moment before it has subscribed: what is asked for then would come to nobody.
-        return link is not None and self.state == CONNECTED and link.publish(address, payload)
+        possible = link is not None and self.state == CONNECTED and link.publish(address, payload)
+        return connection if possible else 0
 
     def close(self) -> None:
         """End the connection; nobody can use it any more."""
@@ -110,6 +112,7 @@ class Bulk:
                 else:
                     box.put(event)
             elif isinstance(event, Connected):
+                self.connection += 1
                 self.state = CONNECTED
                 for box in list(self._boxes.values()):
                     box.put(event)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edged import check_server
+from edged import check_agents, check_server
 from edged.check_broker import broker, certificates
 from edged.check_machine import clock, disk, memory, permissions, service_user
 from edged.check_profile import profile
@@ -69,10 +69,13 @@ def configuration(look: Look) -> Iterator[Finding]:
     settings = look.settings
     counts = f"{len(settings.slots)} slots, {len(settings.pipelines)} pipelines, {len(settings.responders)} responders"
     yield Finding("configuration", "ok", f"{look.config or 'the configuration'} is valid: {counts}")
-    if not settings.pipelines and not settings.responders:
-        fix = "add a [pipelines.NAME] or a [responders.NAME] table"
-        yield Finding("configuration", "warning", "no pipeline and no responder: this device has nothing to do", fix)
+    if not settings.pipelines and not settings.responders and not settings.agents:
+        fix = "add a [pipelines.NAME], a [responders.NAME] or an [agents.NAME] table"
+        yield Finding(
+            "configuration", "warning", "no pipeline, no responder and no agent: this device has nothing to do", fix
+        )
     users = {p.slot for p in settings.pipelines.values()} | {r.slot for r in settings.responders.values()}
+    users |= {agent.slot for agent in settings.agents.values()}
     for name in settings.slots.keys() - users:
         text = "no pipeline and no responder uses it: its model only takes memory"
         yield Finding(f"slots.{name}", "warning", text, f"use it, or remove [slots.{name}]")
@@ -207,5 +210,5 @@ def _seed(title: str, slot: Slot, seed: Path, proving: bool) -> Finding:
 # In the order in which people mend things.
 PARTS: tuple[Callable[[Look], Iterator[Finding]], ...] = (
     configuration, environment, profile, memory, permissions, service_user, disk, clock, running, sources, certificates,
-    broker, trust, slots,
+    broker, trust, slots, check_agents.agents,
 )  # fmt: skip

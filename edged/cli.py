@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edged import cli_enroll, cli_orders, cli_profile, cli_requests, cli_samples
+from edged import cli_agents, cli_enroll, cli_orders, cli_profile, cli_requests, cli_samples
 from edged.cli_options import DEFAULT_CONFIG, Config, Json, fail, settings_of, settings_to_start, store_of
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ cli_enroll.register(app)
 app.add_typer(models_app, name="models")
 cli_orders.register(app, models_app)
 app.add_typer(cli_requests.app, name="requests")
+app.add_typer(cli_agents.app, name="agent")
 app.add_typer(cli_profile.app, name="profile")
 
 Prove = Annotated[bool, typer.Option(help="Let each seed answer its golden inputs, which may take minutes.")]

@@ -20,6 +20,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from edged.config_agents import Agent, Peer, wrong
 from edged.config_host import Host
 from edged.config_server import SERVED_TASK
 from edged.config_sources import Name, Seconds, Section
@@ -218,6 +219,8 @@ class Settings(BaseSettings):
     slots: dict[Name, Slot] = {}
     pipelines: dict[Name, Pipeline] = {}
     responders: dict[Name, Responder] = {}
+    agents: dict[Name, Agent] = {}
+    peers: dict[Name, Peer] = {}
     _profile: Any = None
 
     @model_validator(mode="after")
@@ -240,6 +243,12 @@ class Settings(BaseSettings):
                         f"{kind}.{name}.task={entry.task!r}: slots.{entry.slot} asks a server, which labels no images: "
                         f'boxes of a chat have neither scores nor coordinates to rely on; use task = "{SERVED_TASK}"'
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _agents_fit(self) -> Settings:
+        if why := wrong(self.agents, self.peers, self.slots, self.device.id):
+            raise ValueError(why)
         return self
 
     @property

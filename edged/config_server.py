@@ -38,6 +38,7 @@ class Server(Section):
     instructions: Annotated[str, Field(max_length=8192)] = ""  # before every conversation, as its system's turn
     tokens_max: Annotated[int, Field(ge=1, le=65536)] = 1024  # of an answer for which nobody set a limit
     tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    schema_form: Literal["json_schema", "json_object"] = "json_schema"  # of OpenAI; of llama-cpp-python's own server
     logprobs: bool = True  # ask for log-probabilities; some servers refuse such a question
     confidence: Annotated[float, Field(gt=0, le=1)] = 0.5
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0  # of one try, to the answer's last byte

@@ -27,6 +27,10 @@ def subscriptions(settings: Settings) -> list[str]:
     ]
     if device.group:
         listens.append(topics.GROUP_DESIRED.filter(site=device.site, group=device.group))
+    if any(agent.callers for agent in settings.agents.values()):
+        listens.append(topics.INVOKE.filter(**own))
+    if settings.peers:
+        listens.append(topics.INVOKED.filter(**own))
     asked = [p.escalate_to for p in settings.pipelines.values()] + [r.escalate_to for r in settings.responders.values()]
     for tier in sorted(set().union(*asked)):
         listens.append(topics.RESPONDER.filter(tier=tier))

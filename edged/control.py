@@ -70,6 +70,8 @@ class Control:
         self.health: Callable[[], dict[str, Any]] = dict  # set by the composition root: how the device is
         self.machine: Callable[[], dict[str, Any]] = dict  # likewise: the fields of wire.measured.Machine
         self.at_tick: dict[str, Callable[[], None]] = {}  # what else is done several times a second, by its name
+        # What else is heard on the control loop, by its topic; set by the composition root.
+        self.also: dict[topics.Route, Callable[[Inbound, dict[str, str], Any], None]] = {}
         self.wall = clock.now  # the time by which what waits is given up
         self._settings, self._store, self._link, self._outgoing = settings, store, link, outgoing
         self._clock, self._window, self._pipelines = clock, window, pipelines
@@ -335,7 +337,7 @@ class Control:
             self._questions.on_invalid(message, str(error))
             self._link.acknowledge(message)
             return
-        handler = self._handlers.get(route)
+        handler = self._handlers.get(route) or self.also.get(route)
         if handler is None:
             self._link.acknowledge(message)
         else:

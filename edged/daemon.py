@@ -15,6 +15,7 @@ from typing import Any
 from edged import connection, facts
 from edged.acts import THREAD as UPDATER
 from edged.acts import Carrier
+from edged.agency import Agency
 from edged.beats import Beats
 from edged.carried import carried
 from edged.clock import Clock, SystemClock
@@ -34,6 +35,7 @@ from edged.notify import Herald, Notifier
 from edged.orders import Orders
 from edged.pace import Pace
 from edged.pipeline import Pipeline
+from edged.recent import Recent
 from edged.releases import Releases
 from edged.reload import Reloader
 from edged.services import Services
@@ -102,6 +104,7 @@ class Daemon:
             wake=lambda: self.control.wake(),
             publish=self.link.publish,
             beats=self.beats, pace=self.pace, in_hand=self.in_hand, tallies=self.tallies,
+            recent=Recent() if settings.agents else None,
         )  # fmt: skip
         self.pipelines = {name: self.make_pipeline(name, settings) for name in settings.pipelines}
         self.responders = {(r.tier, r.task): self.make_responder(n, settings) for n, r in settings.responders.items()}
@@ -120,6 +123,7 @@ class Daemon:
             post=inbox.put, report=self.control.report, say=self.control.say, retry_s=settings.host.fetch_retry_s,
             beats=self.beats, memory=memory, tallies=self.tallies,
         )  # fmt: skip
+        self.agency = Agency(self, config, self._services.recent)
         self.orders = self.control.orders = Orders(state, self.store, self.updater, self.control.tell_command)
         self.sources: dict[str, Source] = {}  # by pipeline; one that takes requests has none
         for name in settings.pipelines:
@@ -135,7 +139,7 @@ class Daemon:
         self.storage = StorageWatch(opened, self.clock, self._tell)
         # Of parts that know themselves what is wrong.
         self.problem_reports: list[Callable[[], Iterable[Problem]]] = [
-            lambda: live.problems(dict(self.sources)), self.storage.problems,
+            lambda: live.problems(dict(self.sources)), self.storage.problems, self.agency.problems,
         ]  # fmt: skip
         self.vitals = Vitals(self)
         self.herald = Herald(notifier, self.vitals.look, self.control.report)
@@ -192,6 +196,7 @@ class Daemon:
             self.metering.start()
             for pipeline in (*self.pipelines.values(), *self.responders.values()):
                 pipeline.start()
+            self.agency.start()
             self.link.start()
             for source in self.sources.values():
                 source.start()
@@ -228,6 +233,8 @@ class Daemon:
         pipelines = (*self.pipelines.values(), *self.responders.values())
         for pipeline in pipelines:
             pipeline.finish()
+        if not self.agency.stop():
+            self.left_running.append("agents")
         for slot in self.slots.values():
             slot.stop()
         for name, source in self.sources.items():
@@ -275,6 +282,7 @@ class Daemon:
             "orders": self.orders.status(),
             "bad": [bad.model_dump(mode="json") for bad in self.updater.known_bad()],
             **facts.more(self),
+            **self.agency.status(),
         }
 
 

@@ -17,11 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edged.files import sync
-from edged.store import LanguageRequest, Sample
+from edged.store import AgentRun, LanguageRequest, Sample
 from edged.store.records import Json
 
 TOOL = "generate"  # the step of every language request
 ESCALATE = "escalate"  # the step of those that somebody else has answered too
+RESPOND = "final_response"  # the step of an agent's run that gives its response
+GOOD_FROM = 0.5  # of a person's score: from here on a response is one to learn, below it one to avoid
+FEEDBACK = "feedback"  # the reason of samples that somebody's word about an agent made
 UNLABELLED = ("captured", "escalated", "unresolved", "rejected")
 _RESULT = ("release", "adapter", "confidence", "finish_reason", "prompt_tokens", "answer_tokens", "latency_ms", "ts")
 
@@ -56,7 +59,60 @@ def example(request: LanguageRequest, sample: Sample | None = None, device: str 
         if text.strip() != request.answer.strip():
             line["execution"][0]["status"] = "failure"
         line["summary"] = text
+    elif sample is not None and sample.reason == FEEDBACK and sample.state == "unresolved":
+        line["execution"][0]["status"] = "failure"  # a person has said that it is wrong, and not what is right
     return line
+
+
+def run_line(run: AgentRun, device: str = "") -> Json | None:
+    """The line for a run of an agent: its steps, its response, and what people said of that last; None where it has no
+    response and nobody has said what it should have been.
+
+    The response of a run that nobody has judged is the agent's own, as that of a language request is: readers that learn
+    only from what somebody stands behind leave it out.
+    """
+    record, goal = run.record, run.record["goal"]
+    corrected = bool(run.feedback) and not {"correction", "preference"}.isdisjoint(run.feedback[-1])
+    if not goal.strip() or not (record["summary"].strip() or corrected):
+        return None
+    steps = [dict(step) for step in record["execution"]]
+    plan = [dict(step) for step in record["plan"]]
+    if not steps and not record["error"]:
+        plan.append({"tool": RESPOND, "arguments": {}})
+        steps.append({"tool": RESPOND, "status": "success", "output": record["summary"]})
+    if record["error"]:
+        plan.append({"tool": RESPOND, "arguments": {}})
+        steps.append({"tool": RESPOND, "status": "failure", "output": "", "error": record["error"]})
+    of = {"run": run.id, "agent": run.agent, "release": record["release"], "adapter": record["adapter"], "ts": run.ts}
+    steps[-1] |= {**of, **({"device": device} if device else {})}
+    line: Json = {
+        "goal": goal, "context_summary": record["context_summary"], "plan": plan, "execution": steps,
+        "summary": record["summary"],
+    }  # fmt: skip
+    if run.feedback:
+        _judge(line, run.feedback[-1])
+    return line
+
+
+def _judge(line: Json, said: Json) -> None:
+    """Put somebody's word about a run into its line."""
+    last, text = line["execution"][-1], line["summary"]
+    if "score" in said and said["score"] < GOOD_FROM:
+        last["status"] = "failure"
+        return
+    right = said.get("correction", said.get("preference", {}).get("chosen"))
+    if right is not None:
+        line["summary"] = right if isinstance(right, str) else json.dumps(right, ensure_ascii=False)
+        last["status"] = "success" if line["summary"] == text else "failure"
+    line["plan"].append({"tool": ESCALATE, "arguments": {"reason": FEEDBACK}})
+    line["execution"].append({"tool": ESCALATE, "status": "success", "output": line["summary"], "kind": "person",
+                              "who": said["who"], "confidence": 1.0})  # fmt: skip
+
+
+def run_lines(runs: Iterable[AgentRun], device: str = "") -> list[str]:
+    """The lines of runs, in their order, each with its end of line."""
+    found = (run_line(run, device) for run in runs)
+    return [json.dumps(row) + "\n" for row in found if row is not None]
 
 
 def _verdict(sample: Sample | None) -> str | None:

@@ -201,6 +201,10 @@ class Link:
     def start(self, *, resume: bool = False) -> None:
         """Connect in the background and keep trying; returns at once. `resume`: take up the session that the broker has,
         even where ours is to end with the connection."""
+        self._aim(resume=resume)
+        self._client.loop_start()
+
+    def _aim(self, *, resume: bool = False) -> None:
         self._started = True
         properties = _properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = self.options.session_expiry_s
@@ -212,7 +216,6 @@ class Link:
             clean_start=self.options.session_expiry_s == 0 and not resume,
             properties=properties,
         )
-        self._client.loop_start()
 
     def stop(self) -> None:
         """Disconnect and end the network thread. The Will is not sent: publish `offline` before."""

@@ -98,7 +98,7 @@ class MqttCarrier:
     def _transfer(self, digest: str, missing: Iterable[int], accept: Accept, cancelled: Cancelled) -> None:
         """Fetch these blocks; `accept` says whether the bytes of one are right. Raises FetchError."""
         now = self._clock.monotonic()
-        transfer, heard = Transfer(missing, now), now
+        transfer, heard, asked_on = Transfer(missing, now), now, 0
         key = topics.BLOCK(sha256=digest, n="0").topic.rpartition("/")[0]
         with self._bulk.listen(key) as box:
             while not transfer.done:
@@ -110,23 +110,26 @@ class MqttCarrier:
                         f"blob {digest[:12]}: no block over MQTT for {SILENT_S_MAX:.0f} s, "
                         f"{len(transfer.missing)} are missing (bulk connection: {self._bulk.state})"
                     )
-                self._ask(key, digest, transfer, now)
+                asked_on = self._ask(key, digest, transfer, now) or asked_on
                 for event in _waiting(box, min(LOOK_S, transfer.patience_s(now) or LOOK_S)):
-                    if isinstance(event, Connected):
+                    if isinstance(event, Connected) and asked_on != self._bulk.connection:
                         transfer.unasked()
                     elif isinstance(event, Inbound) and self._take(event, transfer, accept):
                         heard = self._clock.monotonic()
 
-    def _ask(self, key: str, digest: str, transfer: Transfer, now: float) -> None:
+    def _ask(self, key: str, digest: str, transfer: Transfer, now: float) -> int:
+        """Ask for what is due: on which connection, 0 when nothing was or could be asked for."""
         numbers = transfer.ask(now)
         if not numbers:
-            return
+            return 0
         self._bulk.subscribe(key, [topics.BLOCK(sha256=digest, n=str(n)).topic for n in sorted(transfer.outstanding)])
         address = topics.WANT(**self._own, sha256=digest)
-        if not self._bulk.publish(address, messages.encode(messages.Want(**self._stamp(), blocks=numbers))):
+        connection = self._bulk.publish(address, messages.encode(messages.Want(**self._stamp(), blocks=numbers)))
+        if connection:
+            self._count("blocks_asked", len(numbers))
+        else:
             transfer.unasked()
-            return
-        self._count("blocks_asked", len(numbers))
+        return connection
 
     def _take(self, event: Inbound, transfer: Transfer, accept: Accept) -> bool:
         """Take in what was published as a block; true when it is one that was missing."""

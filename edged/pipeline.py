@@ -28,6 +28,7 @@ from edged.engines.base import Detections, EngineError, Prepared
 from edged.in_hand import PREPARER, WORKER
 from edged.outgoing import boxes
 from edged.prompts import Prompts
+from edged.recent import Seen
 from edged.refusals import Refusals
 from edged.services import Services
 from edged.slot import Loaded, Slot, SlotStopped
@@ -294,7 +295,7 @@ class Pipeline:
         if kept.suppressed == "too_large" and case:
             self._say_too_large(item.name, len(case.content))
         manifest = answer.loaded.manifest
-        local = {
+        local: dict[str, Any] = {
             "prediction": boxes(regions.shifted(answer.answered, answer.corner), manifest.labels),
             "confidence": answer.judged.confidence.p,
             "release": manifest.release,
@@ -315,6 +316,11 @@ class Pipeline:
             suppressed=kept.suppressed, unheard=kept.asked and item.request is not None and not waits,
         )  # fmt: skip
         self._tally(answer)
+        if s.recent is not None:
+            seen = Seen(
+                item.name, s.clock.now(), local["prediction"], local["confidence"], decision.action, manifest.release
+            )
+            s.recent.add(self.name, seen)
         if waits:
             self._wait(item, reply, answer.corner)
         else:

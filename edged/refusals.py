@@ -55,7 +55,8 @@ class Refusals:
         live = self._slot.live
         release = live.ref.release if live else ""
         s.store.count(f"items_{counter}")
-        s.window.error(self._name, release)
+        # As answers are counted (edged.prompts): an adapter's errors are its own.
+        s.window.error(self._name, live.adapter.release if live and live.adapter else release)
         about = {"pipeline": self._name, "slot": self._slot.name, "release": release, "item": item.name}
         log.warning("pipeline %s: %s: %s", self._name, item.name, reason, extra=about)
         if item.asked is not None:

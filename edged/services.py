@@ -11,6 +11,7 @@ from edged.in_hand import InHand
 from edged.metrics import Window
 from edged.outgoing import Outgoing
 from edged.pace import Pace
+from edged.recent import Recent
 from edged.sources import Unsure, Waiting
 from edged.store import Store
 from edged.tallies import Tallies
@@ -33,4 +34,5 @@ class Services:
     beats: Beats  # the loops of this pipeline move
     pace: Pace  # how much of the time its worker may work
     tallies: Tallies = field(default_factory=Tallies)  # what each release did, for its probation
+    recent: Recent | None = None  # the newest answers, where somebody looks at them
     in_hand: InHand = field(default_factory=InHand)  # which item is in hand, should this process crash

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from edged.config import ANSWERS_MAX
-from edged.core.probation import DOUBTS, Signs
+from edged.core.probation import DOUBTS, UNCALIBRATED, Signs
 
 RELEASES_MAX = 4  # of a slot, those that answered last
 P95 = 0.95
@@ -16,7 +16,7 @@ P95 = 0.95
 
 @dataclass(slots=True)
 class _Tally:
-    answers: deque[tuple[float, bool, bool]] = field(default_factory=lambda: deque(maxlen=ANSWERS_MAX))
+    answers: deque[tuple[float, str, bool]] = field(default_factory=lambda: deque(maxlen=ANSWERS_MAX))
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Tallies:
             of = self._slots.setdefault(slot, _Slot()).releases
             tally = of.pop(release, None) or _Tally()
             of[release] = tally
-            tally.answers.append((latency_ms, reason in DOUBTS, empty))
+            tally.answers.append((latency_ms, reason, empty))
             while len(of) > RELEASES_MAX:
                 del of[next(iter(of))]
 
@@ -78,9 +78,10 @@ def _signs(tally: _Tally, errors: int, ends: int) -> Signs:
     latencies = sorted(latency for latency, _, _ in answers)
     return Signs(
         items=shown,
-        doubtful=sum(doubtful for _, doubtful, _ in answers),
+        doubtful=sum(reason in DOUBTS for _, reason, _ in answers),
         empty=sum(empty for _, _, empty in answers),
         errors=errors,
         engine_ends=ends,
         latency_ms_p95=latencies[math.ceil(P95 * shown) - 1],
+        uncalibrated=sum(reason == UNCALIBRATED for _, reason, _ in answers),
     )

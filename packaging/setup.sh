@@ -44,7 +44,7 @@ system_packages() {
     "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted >/dev/null
 }
 
-# What the tests need besides: a booted Debian, a real RTSP server (GStreamer's, run by Debian's own Python), PostgreSQL. Missing
+# What the tests need besides: a booted Debian, a real RTSP server (GStreamer's, run by Debian's own Python), PostgreSQL, Chromium. Missing
 # packages are no error here: the tests that need them say what this machine lacks.
 test_packages() {
     local missing=()
@@ -54,6 +54,7 @@ test_packages() {
 Gst.init(None); assert all(map(Gst.ElementFactory.find, ("openh264enc", "h264parse", "rtph264pay")))' 2>/dev/null ||
         missing+=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad)
     compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
+    command -v chromium >/dev/null || missing+=(chromium)
     install_if_root "${missing[@]}"
 }
 
@@ -108,8 +109,8 @@ system_packages
 mkdir -p $BUILD
 for name in "$@"; do
     case $name in
-        device) environment device llm,rtsp ;;
-        trainer) environment trainer llm,rtsp,trainer,demo,dev ;;
+        device) environment device llm,rtsp,agents ;;
+        trainer) environment trainer llm,rtsp,trainer,demo,dev,browser ;;
         tests) test_packages ;;
         powercut) powercut_packages ;;
         *) die "unknown environment '$name': device, trainer, tests or powercut" ;;

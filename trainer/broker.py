@@ -40,12 +40,16 @@ class BrokerTls:
 
 @dataclass(frozen=True, slots=True)
 class BrokerLimits:
-    """What one broker takes. A packet holds any message of ours; queues are a device's window and no store: what must not
-    be lost waits in outboxes."""
+    """What one broker takes. A packet holds any message of ours; queues are a subscriber's window and no store: what must
+    not be lost waits in outboxes. Beyond them the broker drops without a word to whoever published.
+
+    The largest is the trainer's, who hears everybody: when it comes, two retained states of each of 10 000 devices are
+    handed to it at once.
+    """
 
     packet_bytes_max: int = 1 << 20
-    queued_messages_max: int = 200
-    queued_bytes_max: int = 1 << 20
+    queued_messages_max: int = 50_000
+    queued_bytes_max: int = 64 << 20
     connections_max: int = 25_000  # 10 000 devices have two each
 
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edged.engines.base import Detector, EngineOptions, Image, open_engine
+from edged.engines.base import Detector, EngineOptions, open_engine
 from edged.wire.manifest import Calibration, ReleaseManifest
 from trainer.core.parity import Exported
-from trainer.evaluate import Labelled
+from trainer.export.golden_images import Parts
 from trainer.files import write_whole
 from trainer.golden import write_detect_golden
 from trainer.jobfile import TrainJob
 from trainer.releases import MANIFEST, ReleaseError, build_manifest, canonical_bytes
 
 MODEL_FILE = "model.onnx"
-GOLDEN_IMAGES = 8
 QUANTISE_IMAGES_MAX = 128  # enough to see the activations' ranges
 
 
@@ -67,15 +66,15 @@ def export_int8(
     single: Path,
     out: Path,
     manifest: Callable[[Path], ReleaseManifest],
-    calibration: Sequence[Labelled],
+    images: Parts,
     *,
     imgsz: int,
     seed: int,
 ) -> Exported:
     """Export `checkpoint` to `model.onnx` in the folder `single` (float32) and in the folder `out` (int8, takes uint8).
 
-    `manifest` describes a folder with a `model.onnx`; `calibration` shows the activations' ranges. What is returned says
-    how far both files are off, on what will be the golden images. Raises EngineError, ValueError without an image.
+    `manifest` describes a folder with a `model.onnx`. What is returned says how far both files are off, on what will be the
+    golden images. Raises EngineError, ValueError without an image.
     """
     from trainer.export.onnx import export_onnx
     from trainer.export.parity import image_parity
@@ -84,28 +83,21 @@ def export_int8(
 
     export_onnx(checkpoint, single / MODEL_FILE, imgsz)
     # A fixed draw: the folder may be sorted by kind, and every kind shapes the activations' ranges.
-    order = np.random.default_rng(seed).permutation(len(calibration))[:QUANTISE_IMAGES_MAX]
+    order = np.random.default_rng(seed).permutation(len(images.ranges))[:QUANTISE_IMAGES_MAX]
     with detector(single, manifest(single)) as engine:
-        inputs = [engine.prepare(calibration[index].image).tensor[None] for index in order]
+        inputs = [engine.prepare(images.ranges[index]).tensor[None] for index in order]
     take_uint8(quantize_static_int8(single / MODEL_FILE, out / MODEL_FILE, inputs), out / MODEL_FILE)
-    golden = golden_images(calibration)
     reports = [
-        image_parity(checkpoint, folder, manifest(folder), golden, precision)
+        image_parity(checkpoint, folder, manifest(folder), images.golden, precision)
         for folder, precision in ((single, "fp32"), (out, "int8"))
     ]
     return Exported({"model": MODEL_FILE}, tuple(reports))
 
 
-def golden_images(calibration: Sequence[Labelled]) -> list[Image]:
-    """A few images spread over the calibration set, for the golden set."""
-    step = max(1, len(calibration) // GOLDEN_IMAGES)
-    return [item.image for item in calibration[::step][:GOLDEN_IMAGES]]
-
-
 def complete_candidate(
     job: TrainJob,
     manifest: ReleaseManifest,
-    calibration: Sequence[Labelled],
+    images: Parts,
     *,
     evaluation: dict[str, Any],
     lineage: dict[str, Any],
@@ -113,7 +105,7 @@ def complete_candidate(
     """Make `candidate/` of the run a release: the golden set, then release.json."""
     folder = job.run / "candidate"
     with detector(folder, manifest) as engine:
-        roles = write_detect_golden(folder, engine, golden_images(calibration), manifest.thresholds.score)
+        roles = write_detect_golden(folder, engine, images.golden, manifest.thresholds.score)
     whole = candidate_manifest(
         job, folder, calibration=manifest.calibration, roles=roles, evaluation=evaluation, lineage=lineage
     )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import Connection, select, update
 
 from trainer.database import commands, parts, samples
-from trainer.fleet import ENDED
+from trainer.fleet import UNFINISHED
 from trainer.host import Host
 
 
@@ -38,15 +38,20 @@ def refused(connection: Connection, owner: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for row in connection.execute(select(commands.c.detail, commands.c.body).where(commands.c.job == owner)):
         if row.body["action"] == "claim":
-            found.update(dict.fromkeys(row.detail.get("unknown", ()), "the device does not have it"))
+            found.update(dict.fromkeys(_names(row.detail.get("unknown")), "the device does not have it"))
             given = row.detail.get("refused", {})
-            found.update(given if isinstance(given, dict) else dict.fromkeys(given, "refused"))
+            found.update(given if isinstance(given, dict) else dict.fromkeys(_names(given), "refused"))
     return found
+
+
+def _names(said: Any) -> list[str]:
+    """The texts of what should be a list of them: rows of earlier versions may hold anything."""
+    return [each for each in said if isinstance(each, str)] if isinstance(said, list) else []
 
 
 def end_claims(connection: Connection, owner: str) -> None:
     """No claim is sent any more: a device that comes back late must not keep its samples for nobody."""
-    query = select(commands.c.id, commands.c.body).where(commands.c.job == owner, commands.c.state.notin_(ENDED))
+    query = select(commands.c.id, commands.c.body).where(commands.c.job == owner, commands.c.state.in_(UNFINISHED))
     claims = [row.id for row in connection.execute(query) if row.body["action"] == "claim"]
     for part in parts(claims):
         connection.execute(update(commands).where(commands.c.id.in_(part)).values(state="expired"))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from trainer import (
+    cli_archive,
     cli_drift,
     cli_enroll,
     cli_export,
@@ -17,19 +18,23 @@ from trainer import (
     cli_hands,
     cli_pull,
     cli_ready,
+    cli_remove,
     cli_report,
     cli_review,
     cli_samples,
+    cli_simulate,
     cli_tools,
     cli_train,
+    cli_virtual,
     cli_worker,
 )
+from trainer.cli_db import db_app
 from trainer.cli_gate import gate_app
 from trainer.cli_holdout import holdout_app
 from trainer.cli_keys import keys_app
 from trainer.cli_release import release_app
-from trainer.cli_rollout import ANSWER_S, Wait, order, rollout_app
-from trainer.terminal import CONFIG, Config, Json, fail, load, show
+from trainer.cli_rollout import rollout_app
+from trainer.terminal import ANSWER_S, CONFIG, Config, Json, Wait, fail, load, open_database, order, show
 
 app = typer.Typer(
     name="trainer",
@@ -46,18 +51,23 @@ app.add_typer(rollout_app, name="rollout")
 app.add_typer(fleet_app, name="fleet")
 app.add_typer(cli_samples.samples_app, name="samples")
 app.add_typer(holdout_app, name="holdout")
+app.add_typer(db_app, name="db")
 app.add_typer(cli_enroll.app)
 cli_hands.register(fleet_app)
 cli_fleet.register(app, fleet_app)
 cli_tools.register(app)
 cli_drift.register(fleet_app)
+cli_remove.register(fleet_app)
 cli_review.register(cli_samples.samples_app)
 cli_pull.register(cli_samples.samples_app)
+cli_archive.register(cli_samples.samples_app)
 cli_report.register(cli_samples.samples_app)
 app.command()(cli_train.train)
 app.command()(cli_ready.ready)
 app.command()(cli_worker.worker)
 cli_export.register(app)
+cli_virtual.register(app)
+cli_simulate.register(app)
 
 
 @app.command()
@@ -112,7 +122,9 @@ def fleet_set(
         adapters[slot] = release or None
     if not models and not adapters:
         fail("nothing to set: use --model or --adapter")
-    answer = order(load(config), "desire", {"device": device, "models": models, "adapters": adapters}, wait)
+    answer = order(
+        open_database(load(config)), "desire", {"device": device, "models": models, "adapters": adapters}, wait
+    )
     show(answer, as_json)
 
 

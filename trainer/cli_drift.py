@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
+from trainer.terminal import CONFIG, Config, Json, configured, fail, load, open_database, show
 
 
 def register(fleet_app: typer.Typer) -> None:
@@ -17,6 +17,15 @@ def register(fleet_app: typer.Typer) -> None:
 
 def drift(
     model: Annotated[str, typer.Option(help="Only this model.")] = "",
+    group_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A label, as `site` or `line`: figures for each of its values. Repeatable; default: as configured."
+        ),
+    ] = None,
+    selector: Annotated[
+        str, typer.Option("--selector", "-l", help="Figures of these devices only, as site=plant1,line in (a,b).")
+    ] = "",
     config: Config = CONFIG,
     as_json: Json = False,
 ) -> None:
@@ -24,6 +33,7 @@ def drift(
 
     Reads only: the looks are taken by `trainer serve`, as the table `drift` of the configuration says.
     """
+    from trainer.core.selectors import BadSelector
     from trainer.drift import report
     from trainer.host import Host
     from trainer.releases import Registry, ReleaseError
@@ -31,9 +41,11 @@ def drift(
     settings = load(config)
     try:
         host = Host(settings, config.resolve(), open_database(settings), Registry(settings.releases))
-        found = report(host, model)
-    except (ReleaseError, OSError) as error:
+        found = report(host, model, group_by=group_by, selector=selector)
+    except (BadSelector, ReleaseError, OSError) as error:
         fail(str(error))
+    if model and not any(found[key] for key in ("releases", "looks", "detections")):
+        configured(settings, model)
     if as_json:
         show(found, as_json)
         return
@@ -49,8 +61,7 @@ def drift(
 
 def _figures(release: dict[str, Any]) -> list[dict[str, Any]]:
     parts = [("fleet", release["fleet"])]
-    parts += [(f"group {name}", part) for name, part in release["groups"].items()]
-    parts += list(release["devices"].items())
+    parts += [*release["groups"].items(), *release["devices"].items()]
     return [
         {
             "release": release["release"],

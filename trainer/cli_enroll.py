@@ -16,8 +16,9 @@ import typer
 from trainer.terminal import fail, load, open_database, show
 
 if TYPE_CHECKING:
+    from edged.link import LinkOptions
     from trainer.config import TrainerConfig
-    from trainer.core.access import Role
+    from trainer.core.access import Identity, Role
     from trainer.enrolment import Enrolment
 
 RELOAD_S_MAX = 60.0
@@ -112,6 +113,9 @@ def enroll(
     group: Annotated[str | None, typer.Option(help="Group whose desired state it follows.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the bundles.")] = Path(),
     responder: Annotated[bool, typer.Option("--responder", help="It answers other devices' questions.")] = False,
+    peer: Annotated[
+        bool, typer.Option("--peer", help="Its agents may ask those of other devices, and answer.")
+    ] = False,
     unsigned: Annotated[
         bool, typer.Option("--unsigned", help="Without a TUF root: it takes unsigned releases.")
     ] = False,
@@ -130,7 +134,8 @@ def enroll(
 
     if (device is None) == (names is None):
         fail("give one DEVICE, or --from FILE with one name a line")
-    roles: tuple[Role, ...] = ("device", "responder") if responder else ("device",)
+    more: list[Role] = [role for role, wanted in (("responder", responder), ("peer", peer)) if wanted]  # type: ignore[misc]
+    roles: tuple[Role, ...] = ("device", *more)
     with _enrolment(config, passphrase) as (settings, enrolment):
         root = None if unsigned else newest_root(settings.trust.folder)
         broker = _broker_address(settings)
@@ -177,8 +182,11 @@ def revoke(
             *_try("the broker's reload", lambda: _reload(settings.enrolment.broker_reload)),
             *_try("the broker's client", lambda: _tell(settings, dismissals(identity), wait)),
         ]
-    if undone:
-        fail("\n".join([*undone, f"mend that, and give `trainer revoke {name}` again: until then a part lets it in"]))
+        if undone:
+            fail(
+                "\n".join([*undone, f"mend that, and give `trainer revoke {name}` again: until then a part lets it in"])
+            )
+        _forget(settings, identity, wait)
     typer.echo(f"{identity.name}: the broker has ended its connections and refuses new ones")
 
 
@@ -319,22 +327,44 @@ def _reload(command: str) -> None:
         raise OSError(f"enrolment.broker_reload {command!r} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
 
 
+def _admin(settings: TrainerConfig) -> LinkOptions:
+    from edged.link import LinkOptions
+    from trainer.enrolment import ADMIN
+
+    issued, broker = settings.enrolment.folder / "issued", settings.broker
+    return LinkOptions(
+        broker.host, broker.port, ADMIN, settings.enrolment.folder / "ca.crt",
+        issued / f"{ADMIN}.crt", issued / f"{ADMIN}.key", reconnect_s_max=1,
+    )  # fmt: skip
+
+
+def _forget(settings: TrainerConfig, identity: Identity, wait: float) -> None:
+    """What the broker retains of a device would still be shown to whoever looks; it lets nobody in, so that it is said and
+    no failure when it cannot be emptied."""
+    from edged.link import BadCredentials
+    from edged.wire import topics
+    from trainer.broker_control import ControlError, empty
+
+    if "device" not in identity.roles:
+        return
+    kept = [route(site=identity.site, dev=identity.name) for route in (topics.STATE, topics.REPORTED)]
+    try:
+        wrong = empty(_admin(settings), kept, wait)
+    except (BadCredentials, ControlError, OSError) as error:
+        wrong = [str(error)]
+    if wrong:
+        fix = "`trainer broker config` and a restart of the broker give edged-admin the right to"
+        typer.echo(f"the broker still shows what {identity.name} last said: {'; '.join(wrong)}; {fix}", err=True)
+
+
 def _tell(settings: TrainerConfig, commands: list[dict[str, Any]], wait: float) -> None:
-    from edged.link import BadCredentials, LinkOptions
+    from edged.link import BadCredentials
     from trainer.broker_control import ControlError, command
     from trainer.core.dynsec import tolerated
     from trainer.enrolment import ADMIN
 
-    issued, broker = settings.enrolment.folder / "issued", settings.broker
     try:
-        answers = command(
-            LinkOptions(
-                broker.host, broker.port, ADMIN, settings.enrolment.folder / "ca.crt",
-                issued / f"{ADMIN}.crt", issued / f"{ADMIN}.key", reconnect_s_max=1,
-            ),
-            commands,
-            wait,
-        )  # fmt: skip
+        answers = command(_admin(settings), commands, wait)
     except BadCredentials as error:
         raise ControlError(f"{error}; `trainer ca init` makes {ADMIN}'s") from None
     refused = [f"{answer['command']}: {answer['error']}" for answer in answers if not tolerated(answer)]

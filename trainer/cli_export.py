@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +40,10 @@ def export(
     ] = None,
     golden: Annotated[
         Path | None,
-        typer.Option(help="What parity is judged on: a folder of images, or of .txt and .jsonl (`prompt`) files."),
+        typer.Option(
+            help="What parity is judged on: a folder of images, or of .txt and .jsonl (`prompt`) files. Default: built-in "
+            "texts; of --calibration images that set no ranges."
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="gguf-lora: the base's folder. Default: what the adapter says.")
@@ -55,12 +58,12 @@ def export(
     """
     if form not in FORMATS:
         fail(f"--format {form}: use {', '.join(FORMATS)}")
+    _check_place(checkpoint, out)
     chosen = precision or FORMATS[form]
     from edged.engines.base import EngineError
     from trainer.checkpoints import CheckpointError
     from trainer.export.gguf_architectures import ExportError
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         beside = Path(scratch) / "out"
         try:
@@ -75,7 +78,10 @@ def export(
         except (ExportError, EngineError, CheckpointError, ValueError, OSError) as error:
             fail(str(error))
         if exported.passed:
-            _keep(exported, beside, out)
+            try:
+                _keep(exported, beside, out)
+            except OSError as error:
+                fail(f"--out {out}: {error.strerror}")
     _tell(exported, out, as_json)
 
 
@@ -84,16 +90,45 @@ def register(app: typer.Typer) -> None:
     app.command("export")(export)
 
 
+def _check_place(checkpoint: str, out: Path) -> None:
+    """Say at once what is wrong with the folder, not after the export."""
+    source = Path(checkpoint)
+    if source.exists() and out.resolve() in (source.resolve(), source.resolve().parent):
+        fail(f"--out {out}: the checkpoint lies there; choose another folder")
+    if out.exists() and not out.is_dir():
+        fail(f"--out {out}: a file; name a folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        fail(f"--out {out}: Not a directory on the way there; name a folder")
+    except OSError as error:
+        fail(f"--out {out}: {error.strerror}")
+    if not os.access(out if out.is_dir() else out.parent, os.W_OK):
+        fail(f"--out {out}: nothing can be written there")
+
+
 def _keep(exported: Exported, beside: Path, out: Path) -> None:
     from trainer.files import write_json
 
     write_json(beside / PARITY_FILE, {"files": dict(exported.roles), "parity": exported.lineage()})
-    if (out / PARITY_FILE).is_file():
-        shutil.rmtree(out)
     out.mkdir(exist_ok=True)
+    # Of what is there only the files of an earlier export are ours to take away.
+    earlier = _earlier(out)
+    (out / PARITY_FILE).unlink(missing_ok=True)
+    for name in earlier:
+        (out / name).unlink(missing_ok=True)
     # The word that all is there comes last.
     for path in sorted(beside.iterdir(), key=lambda path: path.name == PARITY_FILE):
         path.replace(out / path.name)
+
+
+def _earlier(out: Path) -> list[str]:
+    """The names of the files that an earlier export left in the folder."""
+    try:
+        told = json.loads((out / PARITY_FILE).read_bytes())
+        return [name for name in told["files"].values() if Path(name).name == name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []
 
 
 def _tell(exported: Exported, out: Path, as_json: bool) -> None:
@@ -129,30 +164,32 @@ def _vision(
     score: float,
 ) -> Exported:  # fmt: skip
     from edged.wire.manifest import Thresholds
+    from trainer.export.golden_images import Parts, part
     from trainer.export.vision import CALIBRATION_MAX, export_vision
 
-    given = read_images(calibration, CALIBRATION_MAX) if calibration is not None else []
-    judged = read_images(golden, GOLDEN_MAX) if golden is not None else given[:: max(1, len(given) // GOLDEN_MAX)]
-    if precision == "int8" and not given:
+    if precision == "int8" and calibration is None:
         raise ValueError("--precision int8 needs --calibration FOLDER, images of the work that trained nothing")
-    if not judged:
+    given = read_images(calibration, CALIBRATION_MAX + GOLDEN_MAX) if calibration is not None else []
+    if golden is not None:
+        parts = Parts(tuple(given), tuple(read_images(golden, GOLDEN_MAX)))
+    elif given:
+        parts = part(given, int8=precision == "int8", golden_max=GOLDEN_MAX)
+    else:
         raise ValueError("parity needs --golden FOLDER (or --calibration FOLDER) with images that the model answers")
     return export_vision(
-        checkpoint, beside, precision, golden=judged[:GOLDEN_MAX], calibration=given, imgsz=imgsz,
+        checkpoint, beside, precision, golden=parts.golden, calibration=parts.ranges, imgsz=imgsz,
         thresholds=Thresholds(score=score),
     )  # fmt: skip
 
 
 def _phi(checkpoint: str, beside: Path, precision: str, golden: Path | None) -> Exported:
     from trainer.checkpoints import find_checkpoint
-    from trainer.core.parity import Exported
     from trainer.export.onnx_phi import export_phi_as
 
     # Language models have no static int8: their activations' ranges differ from token to token.
-    roles, report = export_phi_as(
+    return export_phi_as(
         find_checkpoint(checkpoint), beside, "int8-dynamic" if precision == "int8" else precision, read_texts(golden)
     )
-    return Exported(roles, (report,))
 
 
 def _gguf(checkpoint: str, beside: Path, precision: str, golden: Path | None) -> Exported:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import datetime
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
+from trainer.terminal import ANSWER_S, CONFIG, Config, Json, Wait, configured, fail, load, open_database, order, show
 
-ANSWER_S = 15.0
+if TYPE_CHECKING:
+    from trainer.config import TrainerConfig
+
 JOBS_SHOWN = 20
 
 
@@ -23,20 +26,31 @@ def fleet_status(
     selector: Annotated[
         str, typer.Option("--selector", "-l", help="Devices, as site=plant1,profile!=pi4,line in (a,b). Default: all.")
     ] = "",
+    removed: Annotated[bool, typer.Option("--removed", help="Those that were taken out, and when and why.")] = False,
     config: Config = CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Every device that was ever seen, what it is called, and what it runs."""
+    """Every device that was ever seen, what it is called, and what it runs; on standard error what cannot go on."""
+    import time
+
+    from trainer.core.presence import lately
     from trainer.core.selectors import BadSelector
     from trainer.inventory import fleet
+    from trainer.status import faults
     from trainer.status import fleet_status as rows_of
 
     settings = load(config)
+    if removed:
+        _show_removed(settings, as_json)
+        return
     with open_database(settings).read() as connection:
         try:
-            rows = fleet(connection, rows_of(connection), settings.site, selector)
+            heard = lately(time.time(), settings.silent_s_max)
+            rows = fleet(connection, rows_of(connection, heard), settings.site, selector)
         except BadSelector as error:
             fail(str(error))
+        for text in faults(connection, time.time()):
+            typer.echo(text, err=True)
     if as_json:
         show(rows, as_json)
         return
@@ -44,7 +58,7 @@ def fleet_status(
     flat = [
         {
             "device": row["device"],
-            "online": "revoked" if row["revoked"] else row["online"],
+            "online": "revoked" if row["revoked"] else "silent" if row["silent"] else row["online"],
             "tier": row["tier"],
             "profile": row["profile"],
             "labels": ",".join(f"{key}={value}" for key, value in row["labels"].items() if key not in own),
@@ -60,28 +74,33 @@ def fleet_status(
     show(flat, as_json=False)
 
 
+def _show_removed(settings: TrainerConfig, as_json: bool) -> None:
+    from trainer.removed import listed
+
+    with open_database(settings).read() as connection:
+        rows = listed(connection)
+    if not as_json:
+        rows = [{**row, "removed_at": datetime.datetime.fromtimestamp(row["removed_at"]).isoformat(" ", "seconds")}
+                for row in rows]  # fmt: skip
+    show(rows, as_json)
+
+
 def fleet_label(
     device: Annotated[str, typer.Argument(help="The device, as `trainer fleet status` names it.")],
     labels: Annotated[list[str], typer.Argument(help="KEY=VALUE, or KEY- to take it away; several.")],
     config: Config = CONFIG,
     as_json: Json = False,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")] = ANSWER_S,
+    wait: Wait = ANSWER_S,
 ) -> None:
     """Call a device by labels; they go before what the device says of itself."""
     from trainer.core.selectors import BadLabel, parse_label
-    from trainer.orders import await_answer, place
 
     settings = load(config)
     try:
         changes = dict(map(parse_label, labels))
     except BadLabel as error:
         fail(str(error))
-    database = open_database(settings)
-    answer = await_answer(database, place(database, "label", {"device": device, "labels": changes}), wait)
-    if answer is None:
-        fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will set them when it does.")
-    if "error" in answer:
-        fail(answer["error"])
+    answer = order(open_database(settings), "label", {"device": device, "labels": changes}, wait)
     show(answer, as_json)
 
 
@@ -102,6 +121,8 @@ def jobs(
     query = select(table).order_by(table.c.created.desc()).limit(limit)
     with open_database(settings).read() as connection:
         found = connection.execute(query.where(table.c.model == model) if model else query).all()
+        if model and not found:
+            configured(settings, model)
         rows = [job_status(connection, settings, row) for row in found]
     if as_json:
         show(rows if long else [promised(row) for row in rows], as_json)

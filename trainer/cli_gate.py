@@ -78,6 +78,8 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         told = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         fail(f"{path}: {error}")
+    if not isinstance(told, dict) or not isinstance(told.get("evaluation") or {}, dict):
+        fail(f"{path}: not what a run or a release writes; it was changed by hand, or is another program's")
     evaluation = dict(told.get("evaluation") or {})
     if "release" in told:
         name, verdict = told["release"], evaluation.pop("gate", None)
@@ -88,7 +90,17 @@ def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
             told.get("reason") or "a first release was packed from a checkpoint, and there was nothing to judge it by"
         )
         fail(f"{name}: no verdict in {path}: {reason}")
+    if not _is_verdict(verdict):
+        fail(f"{path}: its verdict is damaged: {json.dumps(verdict)[:80]}; run the training again")
     return name, verdict, evaluation
+
+
+def _is_verdict(verdict: Any) -> bool:
+    """Whether it has what `report` shows."""
+    if not isinstance(verdict, dict) or not isinstance(verdict.get("checks"), list) or "passed" not in verdict:
+        return False
+    shown = {"name", "value", "bound", "passed", "reason"}
+    return all(isinstance(check, dict) and shown <= check.keys() for check in verdict["checks"])
 
 
 def report(name: str, verdict: dict[str, Any], evaluation: dict[str, Any], reasons: bool = False) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.terminal import fail, load, open_database, show
+from trainer.terminal import fail, load, open_database, order, show
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
@@ -70,14 +70,8 @@ def forget(
 
 def _pass_on(settings: TrainerConfig, kind: str, body: dict[str, Any], wait: float, as_json: bool) -> None:
     """Have the running `trainer serve` send it, and say how the device answered."""
-    from trainer.orders import await_answer, place
-
     database = open_database(settings)
-    answer = await_answer(database, place(database, kind, body), wait)
-    if answer is None:
-        fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will pass the order on when it does.")
-    if "error" in answer:
-        fail(answer["error"])
+    answer = order(database, kind, body, wait)
     state, reason = _ended(lambda: _state(database, answer["command"]), wait)
     if state == "refused":
         fail(f"{body['device']}: {reason}")

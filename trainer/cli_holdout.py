@@ -19,11 +19,19 @@ holdout_app = typer.Typer(
 )
 
 ModelName = Annotated[str, typer.Argument(help="The model, as configured under models.NAME.", metavar="MODEL")]
-Set = Annotated[str, typer.Option("--set", help="target (`holdout`), base (`holdout_clean`) or test (`holdout_test`).")]
+Set = Annotated[
+    str,
+    typer.Option(
+        "--set",
+        help="target (`holdout`), base (`holdout_clean`; of texts `holdout_base`), test (`holdout_test`); calibration.",
+    ),
+]
 From = Annotated[
     Path | None,
     typer.Option(
-        "--from", help="A labelled folder whose images are offered. Without it: what lies in the set's own folder."
+        "--from",
+        help="A labelled folder whose images are offered, or a dataset.jsonl of texts. Without it: what lies in the set's "
+        "own folder or file.",
     ),
 ]
 
@@ -40,8 +48,27 @@ def freeze(
 def extend(
     model: ModelName, name: Set = "target", source: From = None, config: Config = CONFIG, as_json: Json = False
 ) -> None:
-    """Add images to a frozen set; what is in it stays as it is."""
+    """Add images or texts to a frozen set; what is in it stays as it is."""
     _take(load(config), model, name, source, first=False, as_json=as_json)
+
+
+@holdout_app.command("retire")
+def retire_set(
+    model: ModelName,
+    reason: Annotated[str, typer.Option(help="Why, for whoever asks later.")],
+    name: Set = "target",
+    config: Config = CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Put a frozen set aside whose labels turned out wrong. Its ledger is kept; correct the folder and freeze it anew."""
+    from trainer.config import ConfigError
+    from trainer.datasets import DatasetError
+    from trainer.holdout_retired import retire
+
+    try:
+        show(retire(load(config), model, name, reason, time.time()), as_json)
+    except (ConfigError, DatasetError, OSError) as error:
+        fail(str(error))
 
 
 @holdout_app.command("show")
@@ -62,6 +89,7 @@ def verify(model: ModelName, config: Config = CONFIG, as_json: Json = False) -> 
         return
     from trainer import holdout
     from trainer.datasets import read_folder
+    from trainer.holdout_retired import retired
     from trainer.releases import Registry
 
     wrong = []
@@ -70,9 +98,11 @@ def verify(model: ModelName, config: Config = CONFIG, as_json: Json = False) -> 
         folder = holdout.folder_of(settings.model(model), name)
         if entries and folder is not None:
             releases = Registry(settings.releases).list(model)
+            put_aside = {each for row in retired(settings, model, name) for each in row["identities"]}
+            known = holdout.states(entries, read_folder(folder)) | put_aside
             wrong += [
                 f"{release} was judged on a {name} set that this ledger never was"
-                for release in holdout.check_releases(entries, read_folder(folder), name, releases)
+                for release in holdout.check_releases(known, name, releases)
             ]
     if wrong:
         fail("; ".join(wrong) + ". The ledger or the folder was replaced: restore both from a copy")
@@ -108,6 +138,9 @@ def _take(settings: TrainerConfig, model: str, name: str, source: Path | None, *
     from trainer.sketches import SketchError
     from trainer.trained import LedgerError
 
+    if _is_text(settings, model):
+        _take_texts(settings, model, name, source, first=first, as_json=as_json)
+        return
     try:
         offered = read_folder(source) if source is not None else []
         taken = take(settings, model, name, offered, time.time(), first=first)
@@ -119,6 +152,39 @@ def _take(settings: TrainerConfig, model: str, name: str, source: Path | None, *
     counts = {reason: len(items) for reason, items in taken.refused.items()}
     found = {"set": name, "added": taken.added, "images": taken.entries, "identity": taken.identity}
     show({**found, "refused": taken.refused if as_json else counts}, as_json)
+
+
+def _is_text(settings: TrainerConfig, model: str) -> bool:
+    from trainer.config import ConfigError
+
+    try:
+        return settings.any_model(model).kind == "llm"
+    except ConfigError as error:
+        fail(str(error))
+
+
+def _take_texts(
+    settings: TrainerConfig, model: str, name: str, source: Path | None, *, first: bool, as_json: bool
+) -> None:
+    from trainer.datasets import DatasetError
+    from trainer.kinds.texts import read
+    from trainer.text_holdout import take
+
+    bad: list[str] = []
+    try:
+        offered = None
+        if source is not None:
+            offered, bad, _ = read(source, "lora" if name == "base" else settings.text(model).strategy)
+        taken = take(settings, model, name, offered, time.time(), first=first)
+    except (DatasetError, OSError) as error:
+        fail(str(error))
+    refused = taken.refused | ({"bad_line": bad} if bad else {})
+    counts = {reason: len(rows) for reason, rows in refused.items()}
+    if not taken.entries:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none was offered"
+        fail(f"holdout {model}/{name}: no text was frozen: {reasons}")
+    found = {"set": name, "added": taken.added, "texts": taken.entries, "identity": taken.identity}
+    show({**found, "refused": refused if as_json else counts}, as_json)
 
 
 def _described(settings: TrainerConfig, model: str) -> dict[str, dict[str, Any]]:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer.cli_options import PROBLEMS_SHOWN, OnlyClass, OnlyDevice, OnlyModel, SureMax, SureMin, progress
-from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
+from trainer.terminal import ANSWER_S, CONFIG, Config, Json, fail, load, open_database, order, show
 
 if TYPE_CHECKING:
     from trainer.database import Database
 
-ANSWER_S = 15.0
 LOOK_S = 0.25
 
 
@@ -40,7 +39,6 @@ def samples_pull(
     Samples by id, or the newest labelled ones that the options mean. The devices keep theirs. Status 1: not all came.
     """
     from trainer.fleet import find_samples
-    from trainer.orders import await_answer, place
 
     settings = load(config)
     database = open_database(settings)
@@ -56,11 +54,7 @@ def samples_pull(
         wanted = [row["id"] for row in found if row["job"] is None]
         if not wanted:
             fail("no device has told of a labelled sample like that; see `trainer samples counts`")
-    answer = await_answer(database, place(database, "pull", {"samples": wanted, "seconds": seconds}), ANSWER_S)
-    if answer is None:
-        fail(f"no answer within {ANSWER_S:.0f} s: is `trainer serve` running? It will pull when it does.")
-    if "error" in answer:
-        fail(answer["error"])
+    answer = order(database, "pull", {"samples": wanted, "seconds": seconds}, ANSWER_S)
     if not wait:
         show(answer, as_json)
         return

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
+from trainer.terminal import ANSWER_S, CONFIG, Config, Json, Wait, fail, load, open_database, order, show
 
-ANSWER_S = 15.0
 SHOWN_CHARS_MAX = 100  # of an error in the table; --json shows all of it
 
 
@@ -24,25 +23,19 @@ def registrations(
     ] = None,
     config: Config = CONFIG,
     as_json: Json = False,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")] = ANSWER_S,
+    wait: Wait = ANSWER_S,
 ) -> None:
     """Which servers ([[registration]]) were told of which release, with the last error of those that were not."""
     settings = load(config)
     if retry is not None:
         from edged.wire.manifest import ReleaseId
-        from trainer.orders import await_answer, place
 
         try:
             release = str(ReleaseId(retry))
         except ValueError as error:
             fail(f"--retry: {error}")
-        database = open_database(settings)
-        order = place(database, "registration_retry", {"release": release, "target": target})
-        answer = await_answer(database, order, wait)
-        if answer is None:
-            fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will send it when it does.")
-        if "error" in answer:
-            fail(answer["error"])
+        body = {"release": release, "target": target}
+        answer = order(open_database(settings), "registration_retry", body, wait)
         show(answer, as_json)
         return
     from trainer.registration import listing

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer import cli_registration
+from trainer import cli_mirror, cli_registration
 from trainer.checkpoints import MODEL_ID
 from trainer.terminal import CONFIG, Config, Json, fail, load, show
 
+if TYPE_CHECKING:
+    from edged.wire.manifest import ReleaseManifest
+
 release_app = typer.Typer(help="The registry of releases.", no_args_is_help=True)
 release_app.command("registrations")(cli_registration.registrations)
+release_app.command("mirror")(cli_mirror.mirror)
 
 
 @release_app.command("add")
@@ -43,13 +47,17 @@ def release_make(
     out: Annotated[Path, typer.Argument(help="Folder to write, made anew.")],
     version: Annotated[str, typer.Option(help="The release's version.")] = "1.0",
     config: Config = CONFIG,
+    as_json: Json = False,
 ) -> None:
     """Make the first release of a model from its checkpoint: ONNX, int8, calibration, golden set.
 
     Labels, size, thresholds and the calibration images come from models.NAME. Register it with `release add`.
     """
+    from edged.engines.base import EngineError
+    from trainer.calibrate import ITEMS_MIN
     from trainer.config import ConfigError
     from trainer.datasets import DatasetError, read_folder
+    from trainer.export.gguf_architectures import ExportError
     from trainer.package import package_vision
 
     settings = load(config)
@@ -66,9 +74,14 @@ def release_make(
             thresholds=chosen.thresholds(),
             seed=chosen.seed,
         )
-    except (ConfigError, DatasetError, ValueError, OSError) as error:
+    except (ConfigError, DatasetError, ExportError, EngineError, ValueError, OSError) as error:
         fail(str(error))
-    typer.echo(f"{manifest.release}: {out}, calibrated on {manifest.calibration.items} images")
+    items = manifest.calibration.items
+    if manifest.calibration.method == "uncalibrated":
+        told = f"NOT calibrated: of {items} images {ITEMS_MIN} are needed, and devices accept none of its answers"
+    else:
+        told = f"calibrated on {items} images"
+    _made(manifest, out, f"{manifest.release}: {out}, {told}", as_json)
 
 
 @release_app.command("make-phi")
@@ -85,6 +98,7 @@ def release_make_phi(
         Path | None,
         typer.Option(help='Questions that trained nothing, {"prompt": ..., "answer": ...} a line: how sure it may be.'),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Make the first release of a language model from its checkpoint: GGUF, quantised, golden set, calibration."""
     from edged.engines.base import EngineError
@@ -103,9 +117,38 @@ def release_make_phi(
         fail(str(error))
     fitted = manifest.calibration
     sure = fitted.method if fitted.method == "uncalibrated" else f"calibrated on {fitted.items} answers"
-    typer.echo(
-        f"{manifest.release}: {out}, {manifest.files['model'].bytes} bytes ({quantization}) of {model_id}, {sure}"
-    )
+    told = f"{manifest.release}: {out}, {manifest.files['model'].bytes} bytes ({quantization}) of {model_id}"
+    _made(manifest, out, f"{told}, {_near(manifest)}, {sure}", as_json)
+
+
+def _made(manifest: ReleaseManifest, out: Path, text: str, as_json: bool) -> None:
+    """Say what was made: for people in a line, for programs also its files and how they were judged."""
+    from trainer.core.parity import PARITY_KEY
+    from trainer.releases import reference
+
+    if not as_json:
+        typer.echo(text)
+        return
+    fitted, entries = manifest.calibration, manifest.files.items()
+    said = {
+        **reference(out).model_dump(mode="json"),
+        "path": str(out),
+        "kind": manifest.kind,
+        "calibration": fitted.method,
+        "items": fitted.items,
+        "bytes": manifest.files["model"].bytes,
+        "files": {role: {"path": each.path, "bytes": each.bytes, "sha256": each.sha256} for role, each in entries},
+        "parity": manifest.lineage[PARITY_KEY],
+    }
+    show(said, as_json=True)
+
+
+def _near(manifest: ReleaseManifest) -> str:
+    """On what the files were compared with their checkpoint."""
+    from trainer.core.parity import PARITY_KEY
+
+    reports = manifest.lineage[PARITY_KEY]
+    return f"as its checkpoint on {reports[-1]['items']} texts ({', '.join(each['format'] for each in reports)})"
 
 
 @release_app.command("list")
@@ -128,7 +171,9 @@ def release_list(
 
 @release_app.command("sign")
 def release_sign(
-    release: Annotated[str, typer.Argument(help="name@version, registered")], config: Config = CONFIG
+    release: Annotated[str, typer.Argument(help="name@version, registered")],
+    config: Config = CONFIG,
+    as_json: Json = False,
 ) -> None:
     """Let devices install a release that was registered before there were keys. Idempotent."""
     from trainer.keys import TrustError
@@ -143,7 +188,10 @@ def release_sign(
         sign(repository, Registry(settings.releases).get(release))
     except (ReleaseError, TrustError, OSError) as error:
         fail(str(error))
-    typer.echo(f"{release} is signed")
+    if as_json:
+        show({"release": release, "signed": True}, as_json=True)
+    else:
+        typer.echo(f"{release} is signed")
 
 
 @release_app.command("revoke")
@@ -151,6 +199,7 @@ def release_revoke(
     release: Annotated[str, typer.Argument(help="name@version")],
     reason: Annotated[str, typer.Option(help="Why, for whoever meets it later.")],
     config: Config = CONFIG,
+    as_json: Json = False,
 ) -> None:
     """Let no device install a release any more, for good. Devices that run it go on until they are told another."""
     from edged.wire.manifest import ReleaseId
@@ -165,6 +214,9 @@ def release_revoke(
         signed = repository.revoke(str(ReleaseId(release)), reason)
     except (TrustError, ValueError, OSError) as error:
         fail(str(error))
+    if as_json:
+        show({"release": release, "revoked": True, "was_signed": signed}, as_json=True)
+        return
     was = "is not signed any more" if signed else "was not signed, and will not be"
     typer.echo(f"{release} {was}; give devices that run it another: `trainer fleet status`, `trainer fleet set`")
 

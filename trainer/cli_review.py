@@ -76,6 +76,8 @@ def samples_review(
             for problem in reviewed.problems[:PROBLEMS_SHOWN]:
                 typer.echo(f"{problem.place}: {problem.reason}", err=True)
             show(reviewed.to_dict() if as_json else {**reviewed.to_dict(), "named": "see above"}, as_json)
+            if reviewed.problems and not (reviewed.accepted or reviewed.corrected or reviewed.rejected):
+                fail(f"{take}: nothing could be taken: {reviewed.problems[0].reason}")
         else:
             show(judge(pool, accept or [], reject or [], name, time.time()).to_dict(), as_json)
     except (FormatError, PoolError) as error:

@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.terminal import CONFIG, Config, Json, fail, load, open_database, show
+from trainer.terminal import ANSWER_S, CONFIG, Config, Json, Wait, fail, load, open_database, order, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from trainer.config import TrainerConfig
 
-ANSWER_S = 15.0
 REFRESH_S = 1.0
 _ENDED = ("done", "aborted")
 _NEEDS_A_PERSON = ("held", "paused")
 
 rollout_app = typer.Typer(help="Bring a release to the fleet: canary first, then everybody.", no_args_is_help=True)
 
-Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 Which = Annotated[
     str,
     typer.Argument(metavar="ROLLOUT", help="Its id, or the release or the model that it brings; see `rollout status`."),
@@ -39,7 +37,7 @@ def start(
 ) -> None:  # fmt: skip
     """Bring a release to its fleet: step by step, each watched against the others, then everybody."""
     settings = load(config)
-    answer = order(settings, "rollout_start", {"release": release, "unjudged": unjudged}, wait)
+    answer = order(open_database(settings), "rollout_start", {"release": release, "unjudged": unjudged}, wait)
     if follow:
         _follow(settings, answer["rollout"], as_json)
     else:
@@ -49,25 +47,25 @@ def start(
 @rollout_app.command("pause")
 def pause(rollout: Which, config: Config = CONFIG, as_json: Json = False, wait: Wait = ANSWER_S) -> None:
     """Nobody else is given the release and no watch ends; what fails or is surely worse goes back all the same."""
-    show(order(load(config), "rollout_pause", {"rollout": rollout}, wait), as_json)
+    _say("rollout_pause", rollout, load(config), wait, as_json)
 
 
 @rollout_app.command("resume")
 def resume(rollout: Which, config: Config = CONFIG, as_json: Json = False, wait: Wait = ANSWER_S) -> None:
-    """Go on where it was paused."""
-    show(order(load(config), "rollout_resume", {"rollout": rollout}, wait), as_json)
+    """Go on where it was paused; one that is held is watched once more."""
+    _say("rollout_resume", rollout, load(config), wait, as_json)
 
 
 @rollout_app.command("promote")
 def promote(rollout: Which, config: Config = CONFIG, as_json: Json = False, wait: Wait = ANSWER_S) -> None:
     """Go on to everybody on your own judgement, when a rollout is held or being watched."""
-    show(order(load(config), "rollout_promote", {"rollout": rollout}, wait), as_json)
+    _say("rollout_promote", rollout, load(config), wait, as_json)
 
 
 @rollout_app.command("abort")
 def abort(rollout: Which, config: Config = CONFIG, as_json: Json = False, wait: Wait = ANSWER_S) -> None:
     """Give every device its previous release back."""
-    show(order(load(config), "rollout_abort", {"rollout": rollout}, wait), as_json)
+    _say("rollout_abort", rollout, load(config), wait, as_json)
 
 
 @rollout_app.command("status")
@@ -100,17 +98,16 @@ def status(
         show([{key: row[key] for key in job_keys} for row in trained], as_json=False)
 
 
-def order(settings: TrainerConfig, kind: str, body: dict[str, Any], wait: float) -> dict[str, Any]:
-    """Have the running `trainer serve` do something; its answer. Ends the program when there is none, or an error."""
-    from trainer.orders import await_answer, place
+def _say(kind: str, name: str, settings: TrainerConfig, wait: float, as_json: bool) -> None:
+    """Say something to the rollout that is meant now: carried out late, it must not hit another one."""
+    from trainer.rollouts import find_rollout, no_rollout
 
     database = open_database(settings)
-    answer = await_answer(database, place(database, kind, body), wait)
-    if answer is None:
-        fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will carry the order out when it does.")
-    if "error" in answer:
-        fail(answer["error"])
-    return answer
+    with database.read() as connection:
+        row = find_rollout(connection, name)
+        if row is None:
+            fail(no_rollout(connection, name))
+    show(order(database, kind, {"rollout": row.id}, wait), as_json)
 
 
 def _read(settings: TrainerConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -193,6 +190,7 @@ def _picture(row: dict[str, Any], now: float) -> RenderableType:
         parts += [Text(f"the watch ends in {left:.0f} s; extended {row['extended']} times")]
     parts += [Text(row["reason"])] if row["reason"] else []
     parts += [Text(f"away: {', '.join(row['away'])}")] if row["away"] else []
+    parts += [Text(f"too late: {', '.join(row['stalled'])}")] if row["stalled"] else []
     judged = row["judged"]
     if judged.get("findings"):
         table = Table(box=None, pad_edge=False)

@@ -125,10 +125,15 @@ def samples_import(
         Path | None,
         typer.Option(help="A new labelled folder instead of the pool: for a holdout, calibration or replay."),
     ] = None,
+    allow_incomplete: Annotated[
+        bool,
+        typer.Option(help="Take pictures with unusable rows too: what their other rows leave open counts as empty."),
+    ] = False,
     config: Config = CONFIG,
     as_json: Json = False,
 ) -> None:
-    """Take own labelled data into the pool. Bad records are named and left out; what is known changes nothing."""
+    """Take own labelled data into the pool. What cannot be used is named, and its picture left out; what is known changes
+    nothing."""
     from trainer.exchange import KINDS, Source, convert, import_all, read
     from trainer.formats.base import FormatError
     from trainer.pool import PoolError
@@ -143,7 +148,7 @@ def samples_import(
     try:
         reading = read(
             format_, path, task=task_of(settings, model, task, format_), known=allowed, rename=_renames(rename),
-            images=images,
+            images=images, incomplete=allow_incomplete,
         )  # fmt: skip
         with progress(f"import of {path.name}", reading.total) as step:
             if to is not None:
@@ -188,8 +193,11 @@ def samples_export(
         confidence_max,
     )  # fmt: skip
     pool = open_pool(settings)
+    found = len(pool.records(wanted))
+    if not found:
+        fail(f"--model {model}: the pool has no such label to write; `trainer samples list --pool` shows what is there")
     try:
-        with progress(f"export to {out.name}", len(pool.records(wanted))) as step:
+        with progress(f"export to {out.name}", found) as step:
             summary = export_all(pool, wanted, format_, out, known or [], val_share=val_share, step=step)
     except FormatError as error:
         fail(str(error))
@@ -214,6 +222,8 @@ def samples_manifest(
     as_json: Json = False,
 ) -> None:
     """Write which labels of the pool to train on; `trainer train --manifest OUT --samples FOLDER` takes it."""
+    from dataclasses import replace
+
     from trainer.config import ConfigError
     from trainer.files import write_whole
     from trainer.pool import PoolError, Wanted
@@ -229,7 +239,7 @@ def samples_manifest(
             fail(f"--model {model}: no release of it is registered (`trainer release add`); give --source")
         source = source or stored[-1].ref.release
         wanted = Wanted(
-            model, "", device, label, kind, "labelled", confidence_min, 1.0, frozenset(ids) if ids else None
+            model, own.kind, device, label, kind, "labelled", confidence_min, 1.0, frozenset(ids) if ids else None
         )
         pool = open_pool(settings)
         listed = training_manifest(
@@ -237,6 +247,9 @@ def samples_manifest(
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), config=own.model_dump(mode="json"),
             labels=own.labels, confidence_floor=own.label_confidence_min,
         )  # fmt: skip
+        others = [each for each in pool.records(replace(wanted, task="")) if each.task != own.kind]
+        if others:
+            listed.left_out["other_task"] = len(others)
         if not listed.manifest.samples:
             fail(f"--model {model}: the pool has no label to train on{_reasons(listed.left_out)}")
         write_whole(out, listed.manifest.model_dump_json(indent=2).encode())

@@ -9,15 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.terminal import CONFIG, Config, fail, load, open_database
-
-WAIT_S = 15.0
+from trainer.terminal import ANSWER_S, CONFIG, Config, Wait, fail, load, open_database
 
 tool_app = typer.Typer(
     help="The five tools of agents, as commands: JSON on standard output. What no agent may do is refused here too.",
     no_args_is_help=True,
 )
-Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 OnDevices = Annotated[str, typer.Option(help="Devices, as site=plant1,profile!=pi4,line in (a,b). Default: all.")]
 
 
@@ -27,7 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command("mcp")(mcp)
 
 
-def mcp(config: Config = CONFIG, wait: Wait = WAIT_S) -> None:
+def mcp(config: Config = CONFIG, wait: Wait = ANSWER_S) -> None:
     """Serve the tools to an agent by the Model Context Protocol, on standard input and output."""
     from trainer.mcp_tools import serve
     from trainer.tools import Tools
@@ -55,7 +52,7 @@ def collect_samples(
     limit: Annotated[int, typer.Option(help="At most this many are pulled.")] = 100,
     seconds: Annotated[float, typer.Option(help="How long devices may take.")] = 3600.0,
     config: Config = CONFIG,
-    wait: Wait = WAIT_S,
+    wait: Wait = ANSWER_S,
 ) -> None:
     """Count samples by model, device, state and class; with --pull fetch pixels."""
     asked = {"model": model, "selector": selector, "state": state, "pull": pull, "limit": limit, "seconds": seconds}
@@ -66,7 +63,7 @@ def collect_samples(
 def request_training(
     model: Annotated[str, typer.Option(help="The model, as it is configured.")],
     config: Config = CONFIG,
-    wait: Wait = WAIT_S,
+    wait: Wait = ANSWER_S,
 ) -> None:
     """Train on the new samples, if rules allow it; `trainer train` is an operator's, who goes before them."""
     _use("request_training", {"model": model}, config, wait)
@@ -76,7 +73,7 @@ def request_training(
 def deploy_model(
     release: Annotated[str, typer.Argument(help="name@version, registered")],
     config: Config = CONFIG,
-    wait: Wait = WAIT_S,
+    wait: Wait = ANSWER_S,
 ) -> None:
     """Bring a release that passed the gate to the fleet."""
     _use("deploy_model", {"release": release}, config, wait)
@@ -86,11 +83,13 @@ def deploy_model(
 def query_metrics(
     model: Annotated[str, typer.Option(help="Only this model.")] = "",
     selector: OnDevices = "",
-    hours: Annotated[float, typer.Option(help="How far to look back.")] = 24.0,
+    hours: Annotated[float, typer.Option(help="How far to look back, at most 4320.")] = 24.0,
+    group_by: Annotated[list[str] | None, typer.Option(help="A label: figures for each of its values too.")] = None,
     config: Config = CONFIG,
 ) -> None:
-    """Figures by release, trainings, rollouts and drift."""
-    _use("query_metrics", {"model": model, "selector": selector, "hours": hours}, config, WAIT_S)
+    """Answers, live accuracy and errors by release, trainings, rollouts and drift."""
+    asked = {"model": model, "selector": selector, "hours": hours, "group_by": group_by or []}
+    _use("query_metrics", asked, config, ANSWER_S)
 
 
 @tool_app.command("notify")
@@ -99,7 +98,7 @@ def notify(
     title: Annotated[str, typer.Option()] = "",
     level: Annotated[str, typer.Option(help="info, warning or error")] = "info",
     config: Config = CONFIG,
-    wait: Wait = WAIT_S,
+    wait: Wait = ANSWER_S,
 ) -> None:
     """Tell the people who look after the fleet something."""
     _use("notify", {"text": text, "title": title, "level": level}, config, wait)

@@ -12,15 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainer.terminal import CONFIG, EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_FEW, Config, fail, load, open_database, show
+from trainer.terminal import (
+    ANSWER_S,
+    CONFIG,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_TOO_FEW,
+    Config,
+    Wait,
+    fail,
+    load,
+    open_database,
+    order,
+    show,
+)
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
     from trainer.jobfile import TrainJob
 
-WAIT_S = 15.0
+SHOWN_MAX = 5  # of what is wrong with a manifest
 SHOWN = ("job", "model", "strategy", "source", "target", "outcome", "reason", "summary", "timings_s")
-Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
 
 
 def train(
@@ -57,7 +69,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and do nothing; needs no heavy package.")
     ] = False,
-    wait: Wait = WAIT_S,
+    wait: Wait = ANSWER_S,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Fine-tune a model: a JSON summary on stdout, logs and progress on stderr.
@@ -79,25 +91,18 @@ def train(
         return
     if manifest is not None and dataset is not None:
         fail("--manifest and --dataset: give one of them")
+    if dataset is not None and samples is not None:
+        fail(f"--samples {samples}: only with --manifest; a --dataset has its pixels with it")
     if parent is not None:
         die_with(parent)
     from trainer.watched import logged
 
     logged()
-    settings = _ablated(settings, name, ablate)
-    job = _job(settings, name, chosen, manifest, dataset, samples, output_dir)
+    job = _job(_ablated(settings, name, ablate), name, chosen, manifest, dataset, samples, output_dir)
     if parent is None:
         _train_here(job, samples_min, dry_run, activate)
-        return
-    from trainer.child import EXIT_BUSY, LOCK
-    from trainer.locks import Held, held
-
-    try:
-        with held(job.run / LOCK) as lock:
-            _train_here(job, samples_min, dry_run, activate, lock)
-    except Held as error:
-        typer.echo(f"trainer: {error}", err=True)
-        raise typer.Exit(EXIT_BUSY) from None
+    else:
+        _train_alone(job, samples_min, dry_run, activate)
 
 
 def _ablated(settings: TrainerConfig, name: str, ablate: str) -> TrainerConfig:
@@ -121,22 +126,36 @@ def _job(
 
     from edged.wire.manifest import TrainingManifest
     from trainer.datasets import DatasetError
-    from trainer.jobfile import JobError, TrainJob, dataset_job
+    from trainer.jobfile import JobError, TrainJob, continued, dataset_job
     from trainer.releases import ReleaseError
 
     now = datetime.datetime.now(datetime.UTC)
     run = output_dir or _new_folder(settings.runs, f"{name}-{now.strftime('%Y%m%dT%H%M%SZ')}")
     run = run.absolute()
+    if run.exists() and not run.is_dir():
+        fail(f"--output-dir {output_dir}: a file; name a folder")
     try:
         if dataset is not None:
             created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
-            return dataset_job(settings, name, strategy, dataset.absolute(), run, created=created, job=run.name)
+            job = dataset_job(settings, name, strategy, dataset.absolute(), run, created=created, job=run.name)
+            return job if output_dir else continued(job)
         assert manifest is not None
         parsed = TrainingManifest.model_validate_json(manifest.read_bytes())
     except (JobError, ReleaseError, DatasetError) as error:
         fail(str(error))
-    except (OSError, ValidationError) as error:
-        fail(f"{manifest or dataset}: {error}")
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg']}" for each in error.errors()]
+        more = f"; and {len(wrong) - SHOWN_MAX} more" if len(wrong) > SHOWN_MAX else ""
+        fail(
+            f"--manifest {manifest}: no manifest of a training: {'; '.join(wrong[:SHOWN_MAX])}{more}; write one with "
+            "`trainer samples manifest`"
+        )
+    except OSError as error:
+        fail(f"{manifest or dataset}: {error.strerror}")
+    if parsed.model != name:
+        fail(
+            f"--manifest {manifest}: it is for model {parsed.model}, not {name}; write one with `trainer samples manifest`"
+        )
     return TrainJob(settings, name, parsed, samples or settings.samples, run, strategy)
 
 
@@ -168,6 +187,8 @@ def _train_here(
             show({**said, "needed": least, "outcome": "too_few_samples"}, as_json=True)
             raise typer.Exit(EXIT_TOO_FEW)
         show(said, as_json=True)
+        if said["problems"]:
+            fail("; ".join(said["problems"]))
         return
     if activate is not None and job.kind != "llm":
         fail("--activate: only adapters of language models are activated by an overrides file")
@@ -199,6 +220,19 @@ def _train_here(
     raise typer.Exit({"passed": 0, "refused": EXIT_REFUSED}.get(result["outcome"], EXIT_FAILED))
 
 
+def _train_alone(job: TrainJob, samples_min: int | None, dry_run: bool, activate: Path | None) -> None:
+    """Train as the child of `trainer serve` or a worker; ends with EXIT_BUSY where another one does in the same folder."""
+    from trainer.child import EXIT_BUSY, LOCK
+    from trainer.locks import Held, held
+
+    try:
+        with held(job.run / LOCK) as lock:
+            _train_here(job, samples_min, dry_run, activate, lock)
+    except Held as error:
+        typer.echo(f"trainer: {error}", err=True)
+        raise typer.Exit(EXIT_BUSY) from None
+
+
 def _activate(job: TrainJob, overrides: Path) -> dict[str, str]:
     """Register what passed the gate, and record it as what an `edged` here shall use; ends the program when it cannot."""
     from trainer.keys import TrustError
@@ -220,20 +254,12 @@ def _order(
     settings: TrainerConfig, model: str, given: dict[str, Any], samples_min: int | None, dry_run: bool, wait: float
 ) -> None:
     """Have the running `trainer serve` train, when there is enough to train on."""
-    from trainer.orders import await_answer, place
-
     for option, value in given.items():
         if value is not None:
             fail(f"{option} {value}: needs --manifest or --dataset; without, `trainer serve` trains as configured")
     if samples_min is not None or dry_run:
         _check_counts(settings, model, samples_min, dry_run)
-    database = open_database(settings)
-    answer = await_answer(database, place(database, "train", {"model": model}), wait)
-    if answer is None:
-        fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will carry the order out when it does.")
-    if "error" in answer:
-        fail(answer["error"])
-    show(answer, as_json=True)
+    show(order(open_database(settings), "train", {"model": model}, wait), as_json=True)
 
 
 def _check_counts(settings: TrainerConfig, model: str, samples_min: int | None, dry_run: bool) -> None:
@@ -242,9 +268,10 @@ def _check_counts(settings: TrainerConfig, model: str, samples_min: int | None, 
     from trainer.fleet import training_counts
     from trainer.jobfile import needed
 
-    own = settings.any_model(model)
-    with open_database(settings).read() as connection:
-        new, usable = training_counts(connection, model, own.label_confidence_min, own_names(model, own))
+    own, new, usable = settings.any_model(model), 0, 0
+    if not isinstance(settings.database_at, Path) or settings.database_at.is_file():  # to look is not to make one
+        with open_database(settings).read() as connection:
+            new, usable = training_counts(connection, model, own.label_confidence_min, own_names(model, own))
     least = needed(own, samples_min if samples_min is not None and samples_min > 0 else None)
     found = {"model": model, "samples_new": new, "samples_usable": usable, "needed": least}
     if samples_min is not None and new < least:

@@ -20,9 +20,10 @@ from trainer.claims import by_device, end_claims, forget_pixels, give_back, refu
 from trainer.core.labels import Row, Task, best
 from trainer.database import parts, pulls, samples
 from trainer.exchange import KINDS, Source, record_of
-from trainer.formats.base import Example, Problem, examine
+from trainer.formats.base import Asked, Example, Problem, examine
 from trainer.host import Host, new_id
 from trainer.pool import Pool, PoolError, Record
+from trainer.removed import GONE, removed_names
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +52,13 @@ class Collect:
         with host.database.write() as connection:
             rows = _rows(connection, wanted)
             missing = {each: "no device has told of it" for each in wanted if each not in rows}
-            claimed = []
+            claimed, out = [], removed_names(connection)
             for row in rows.values():
                 if self._pool.path(row.sha256).is_file():
                     continue  # its pixels are here; only what is said of them is to be kept
+                if row.device in out:
+                    missing[row.id] = GONE
+                    continue
                 if row.state != "labelled" or row.job is not None:
                     missing[row.id] = f"it is {row.state}" + (f", in {row.job}" if row.job else "")
                 else:
@@ -167,10 +171,11 @@ def record_of_sample(sample: Any, data: bytes, kind: str) -> Record | str:
     said = sample.provenance or {}
     place = f"device {sample.device}, sample {sample.id}"
     example: Example | None = None
-    for item in examine(data, task, rows, None, place, "box", captured=sample.captured, device=sample.device):
+    reason, asked = "", Asked(task, None, {})
+    for item in examine(data, task, rows, asked, place, "box", captured=sample.captured, device=sample.device):
         if isinstance(item, Problem):
             log.warning("%s: %s", item.place, item.reason)
-            reason = item.reason
+            reason = reason or item.reason
         else:
             example = item
     if example is None:

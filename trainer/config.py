@@ -10,9 +10,9 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, fiel
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from edged.wire.manifest import Thresholds
-from edged.wire.messages import MIRRORS_MAX
 from trainer.config_drift import Drift
-from trainer.config_fleet import Cron, DatabaseAt, Notify, Triggers
+from trainer.config_fleet import Cron, DatabaseAt, Notify, Storage, Triggers
+from trainer.config_network import Broker, Http
 from trainer.config_parts import Days, LoraTable, Name, Seconds, Section, Share, make_rules
 from trainer.config_registration import TARGETS_MAX, Registration
 from trainer.config_rollout import Rollout
@@ -23,74 +23,9 @@ from trainer.core.split import SplitRules
 from trainer.core.triggers import TriggerRules
 from trainer.tuners.settings import DEVICE, LoraSettings
 
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the key, the value and the fix, a line each."""
-
-
-class Tls(Section):
-    """Our certificate and key, and the authority that the other side's certificate must come from."""
-
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Tls:
-        given = {"ca": self.ca, "certificate": self.certificate, "key": self.key}
-        missing = [name for name, path in given.items() if path is None]
-        if missing and len(missing) < len(given):
-            raise ValueError(f"{', '.join(missing)} missing: set all of ca, certificate and key, or none of them")
-        return self
-
-
-class Broker(Tls):
-    """Where the MQTT broker is. Without `ca` the connection is plain TCP, which is refused off loopback."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65535)] = 8883
-    keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 30
-    session_expiry_s: Annotated[int, Field(ge=0, le=30 * 86400)] = 86400
-    bulk_certificate: Path | None = None  # of `{name}~blk`, the second connection, which carries blocks of files
-    bulk_key: Path | None = None
-
-    @model_validator(mode="after")
-    def _encrypted(self) -> Broker:
-        if self.ca is None and self.host not in _LOOPBACK:
-            raise ValueError(
-                f"host {self.host!r} without `ca`: traffic off this machine is encrypted; set ca, certificate, key"
-            )
-        return self
-
-
-class Http(Tls):
-    """The address that devices fetch releases from and upload samples to. `url` is what they are told: by default
-    https (http without certificates) with `host` and the port that was bound."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8443  # 0: any free port
-    url: str = ""
-    crl: Path | None = None  # certificates that are revoked; by default crl.pem beside `ca`, where there is one
-    mirrors: Annotated[list[str], Field(max_length=MIRRORS_MAX)] = []  # further addresses that serve the releases
-    sample_bytes_max: Annotated[int, Field(gt=0)] = 64 << 20
-
-    @model_validator(mode="after")
-    def _reachable(self) -> Http:
-        if self.host in {"0.0.0.0", "::"} and not self.url:
-            raise ValueError(
-                f"host {self.host!r} without `url`: set url to the address that devices reach this host at"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _encrypted(self) -> Http:
-        if self.ca is None and self.host not in _LOOPBACK:
-            raise ValueError(
-                f"host {self.host!r} without `ca`: only this machine may connect unencrypted; set ca, certificate, key"
-            )
-        return self
 
 
 class Trust(Section):
@@ -168,6 +103,7 @@ class Model(Section):
     cron: Cron | None = None  # the model's own schedule, "" for none; without it [triggers] says
     label_confidence_min: Share = 0.5
     samples_max: Annotated[int, Field(ge=1)] = 5000  # of one job
+    archive: bool = False  # what trained a release that the fleet runs is archived on its devices
     claim_s_max: Seconds = 3600.0  # how long devices may take to hand samples over
     training_s_estimate: Seconds = 900.0  # until a job has shown how long it takes
     needs: dict[
@@ -270,10 +206,12 @@ class TrainerConfig(BaseSettings):
     triggers: Triggers = Triggers()
     notify: Notify = Notify()
     database: DatabaseAt = DatabaseAt()
+    storage: Storage = Storage()
     enrolment: Enrolment = Enrolment()
     registration: Annotated[list[Registration], Field(max_length=TARGETS_MAX)] = []  # servers that are told of releases
     command_resend_s: Seconds = 30.0
     catalogue_refresh_s: Seconds = 3600.0  # ask every device for its whole catalogue this often
+    silent_s_max: Seconds = 7200.0  # of which nothing was heard for longer does not count as online
 
     @field_validator("registration")
     @classmethod
@@ -282,6 +220,16 @@ class TrainerConfig(BaseSettings):
         if len(set(names)) != len(names):
             raise ValueError("two of them have the same name: give each its own")
         return value
+
+    @model_validator(mode="after")
+    def _heard(self) -> TrainerConfig:
+        # A device that has nothing to do says nothing but the answer to that question.
+        if self.silent_s_max <= self.catalogue_refresh_s:
+            raise ValueError(
+                f"silent_s_max = {self.silent_s_max:g} is not above catalogue_refresh_s = {self.catalogue_refresh_s:g}, "
+                "in which every device says something: use twice of that"
+            )
+        return self
 
     @property
     def database_at(self) -> Path | str:

@@ -8,22 +8,27 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from trainer.config_parts import Seconds, Section, Share
+from trainer.core.selectors import WORD
 
 if TYPE_CHECKING:
     from trainer.core.drift import Rules
 
 WEEK_S = 7 * 86400.0
+GROUP_BY_MAX = 8
+Label = Annotated[str, Field(pattern=f"^{WORD}$")]
 
 
 class Drift(Section):
     """`check_s`: between two looks; `window_s`: what is compared with the baseline, each device's first `baseline_s` on a
-    release; `cycle_s`: what repeats with this period is no change. The others are `core.drift.Rules`."""
+    release; `cycle_s`: what repeats with this period is no change. `group_by`: labels whose values are looked at each for
+    itself, beside the fleet as a whole. The others are `core.drift.Rules`."""
 
     enabled: bool = True
     check_s: Seconds = WEEK_S
     window_s: Seconds = WEEK_S
     baseline_s: Seconds = WEEK_S
     cycle_s: Seconds = WEEK_S
+    group_by: Annotated[list[Label], Field(max_length=GROUP_BY_MAX)] = ["group"]
     items_min: Annotated[int, Field(ge=1)] = 100
     escalation_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
     accuracy_drop: Share = 0.05

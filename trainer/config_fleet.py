@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
 from pydantic import AfterValidator, Field, SecretStr, field_validator
@@ -71,13 +71,30 @@ class DatabaseAt(Section):
         return url.replace("postgresql:", "postgresql+psycopg:", 1) if url else data_dir / "trainer.sqlite"
 
 
+class Storage(Section):
+    """An object store that has the releases too, for devices to fetch them from: its URL as fsspec takes it (`s3://`, `gs://`,
+    `abfs://`, `file://`), and what its driver takes. Keys belong in the environment, where the driver looks for them."""
+
+    mirror: str = ""
+    options: dict[str, Any] = {}
+
+    @field_validator("mirror")
+    @classmethod
+    def _whole(cls, value: str) -> str:
+        if value and "://" not in value:
+            raise ValueError("this is no URL: use s3://bucket/prefix, or file:///folder")
+        return value
+
+
 class Notify(Section):
     """Who is told of changes: addresses as apprise takes them (mail, chat, webhooks). They hold secrets and are never
-    shown. `kinds`: of events, with `*` at the end for all that begin so; at most `per_hour` messages are sent an hour,
-    and what is more is told in one sum. A message that cannot be sent is tried again `tries_max` times."""
+    shown. `kinds`: of events, with `*` at the end for all that begin so, and `device:` before those of devices; at most
+    `per_hour` messages about ours and `devices_per_hour` about devices' are sent an hour, and what is more is told in one
+    sum. A message that cannot be sent is tried again `tries_max` times."""
 
     urls: Annotated[list[SecretStr], Field(max_length=URLS_MAX)] = []
     kinds: list[str] = ["training_*", "rollout_*", "drift*", "notice", "*_expires", "metadata_not_renewed"]
     per_hour: Annotated[int, Field(ge=1, le=3600)] = 60
+    devices_per_hour: Annotated[int, Field(ge=1, le=3600)] = 10
     tries_max: Annotated[int, Field(ge=1, le=100)] = 8
     retry_s: Seconds = 10.0  # before the first try again; doubled with each, up to an hour

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
@@ -41,5 +42,8 @@ def make_rules(rules: type[Rules], value: dict[str, float]) -> Rules:
     unknown = sorted(value.keys() - defaults.keys())
     if unknown:
         raise ValueError(f"unknown rule {', '.join(unknown)}; known: {', '.join(defaults)}")
+    for name, number in value.items():
+        if not math.isfinite(number):
+            raise ValueError(f"{name} = {number}: use a finite number")
     # Counts come as floats out of a table of numbers.
     return rules(**{name: type(defaults[name])(number) for name, number in value.items()})

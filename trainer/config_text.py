@@ -13,7 +13,8 @@ from trainer.core.gate_text import Rules
 from trainer.core.placement import Needs
 from trainer.core.split import SplitRules
 from trainer.core.triggers import TriggerRules
-from trainer.tuners.settings import LoraSettings
+from trainer.tuners.dpo.settings import DpoSettings
+from trainer.tuners.settings import LoraSettings, parse_settings
 
 
 class TextModel(Section):
@@ -36,6 +37,8 @@ class TextModel(Section):
     threads: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: all cores
     # A dataset.jsonl that judges, frozen at its first use; None: `holdout_share` of what is new in each data set.
     holdout: Path | None = None
+    # Of answers that must not be forgotten, frozen the same way; None: what `trainer holdout freeze --set base` froze.
+    holdout_base: Path | None = None
     holdout_share: Share = 0.3
     calibration_share: Share = 0.15  # of what is new: confidence is fitted on it, it does not train
     calibration_max: Annotated[int, Field(ge=1)] = 500  # the newest of them: each is answered once
@@ -53,6 +56,7 @@ class TextModel(Section):
     strategy: Literal["lora", "dpo"] = "lora"
     minimum_interval_s: Annotated[float, Field(ge=0)] = 3600.0
     samples_max: Annotated[int, Field(ge=1)] = 5000  # of one job
+    archive: bool = False  # what trained an adapter is archived on its devices
     claim_s_max: Seconds = 3600.0  # how long devices may take to hand samples over
     training_s_estimate: Seconds = 900.0  # until a job has shown how long it takes
     needs: dict[
@@ -69,6 +73,22 @@ class TextModel(Section):
     def _gate(cls, value: dict[str, float]) -> dict[str, float]:
         make_rules(Rules, value)
         return value
+
+    @field_validator("tuning")
+    @classmethod
+    def _paths(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # As a path it is resolved with the others of the file.
+        return value | ({"adapter": Path(value["adapter"])} if isinstance(value.get("adapter"), str) else {})
+
+    @model_validator(mode="after")
+    def _tunes(self) -> TextModel:
+        # Of the strategy that has the most settings: the other one is told of a key that is not its own by its job.
+        told = parse_settings(DpoSettings, self.asked(), "tuning").lora
+        if told.bias != "none":
+            raise ValueError(
+                f'lora.bias = "{told.bias}": an adapter that devices run (GGUF) holds no biases; use "none"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _split(self) -> TextModel:

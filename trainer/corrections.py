@@ -19,11 +19,13 @@ from edged.link import TooLarge
 from edged.wire import messages, topics
 from edged.wire.messages import Provenance, Verdict
 from trainer.core.labels import IMAGE_TASKS, Row, Task, canonical, check, last_word
+from trainer.core.presence import Lately
 from trainer.database import devices, samples
 from trainer.database import pool as pool_table
 from trainer.formats.base import size_of
 from trainer.host import Host
 from trainer.pool import Pool, PoolError, Record, record_of
+from trainer.presence import there
 from trainer.shapes import carried
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class Corrections:
             return
         self._looked = now
         with self._host.database.read() as connection:
-            due = list(corrections(connection, self._size))
+            due = list(corrections(connection, self._size, self._host.lately()))
         self._sent = {each: self._sent[each] for each in due if each in self._sent}
         sent = 0
         for each in due:
@@ -105,14 +107,14 @@ class Corrections:
         )  # fmt: skip
 
 
-def corrections(connection: Connection, size: Callable[[str], Size | None]) -> Iterator[Correction]:
+def corrections(connection: Connection, size: Callable[[str], Size | None], heard: Lately) -> Iterator[Correction]:
     """What online devices do not say of their samples yet although a person did; `size` of the picture with this hash."""
     query = (
         select(samples, *(column.label(f"pool_{column.name}") for column in pool_table.c))
         .join(pool_table, (pool_table.c.sha256 == samples.c.sha256) & (pool_table.c.model == samples.c.model))
         .join(devices, devices.c.device == samples.c.device)
         .where(pool_table.c.kind == "person", samples.c.job.is_(None), samples.c.state.in_(OPEN_STATES))
-        .where(devices.c.online.is_(True))
+        .where(there(heard))
         .order_by(samples.c.id, pool_table.c.id)
     )
     found: dict[str, tuple[Any, list[Record]]] = {}

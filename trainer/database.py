@@ -9,12 +9,12 @@ from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer,
 from sqlalchemy.util import OrderedSet
 
 from trainer.schema import String, metadata
-from trainer.sql import SCHEMA_VERSION, Database, DatabaseError, Served, parts, put
+from trainer.sql import SCHEMA_VERSION, Changed, Database, DatabaseError, Served, note_changed, parts, put, put_all
 from trainer.tables_live import detections, judged, looks, measured
 
 __all__ = [
-    "SCHEMA_VERSION", "Database", "DatabaseError", "Served", "detections", "judged", "looks", "measured", "metadata",
-    "parts", "put",
+    "SCHEMA_VERSION", "Changed", "Database", "DatabaseError", "Served", "detections", "judged", "looks", "measured",
+    "metadata", "note_changed", "parts", "put", "put_all",
 ]  # fmt: skip
 
 devices = Table(
@@ -31,6 +31,16 @@ devices = Table(
     Column("health", JSON, nullable=False, default=dict),
     Column("seen_at", Float, nullable=False, default=0.0),
     Column("listed_at", Float, nullable=False, default=0.0),  # when its whole catalogue was last asked for
+    Index("devices_by_listing", "online", "listed_at"),
+)
+
+removed = Table(  # devices that an operator took out for good; see trainer/removed.py
+    "removed",
+    metadata,
+    Column("device", String, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("reason", String, nullable=False, default=""),
+    Column("known", JSON, nullable=False),  # its row in `devices`, for taking it back
 )
 
 desired = Table(
@@ -97,6 +107,7 @@ windows = Table(
     Column("errors", Integer, nullable=False),
     Column("body", JSON, nullable=False),
     Index("windows_by_release", "release", "start"),
+    Index("windows_by_device", "device", "start"),
 )
 
 jobs = Table(
@@ -168,7 +179,7 @@ commands = Table(
     Column("detail", JSON, nullable=False, default=dict),
     Column("created", Float, nullable=False),
     Column("job", String, nullable=False, default=""),
-    Index("commands_by_state", "state"),
+    Index("commands_in_order", "state", "created", "id"),
 )
 
 events = Table(
@@ -182,6 +193,7 @@ events = Table(
     Column("detail", JSON, nullable=False, default=dict),
     Column("published", Boolean, nullable=False, default=True),
     Index("events_by_ts", "ts"),
+    Index("events_by_published", "published", "ts"),
 )
 
 requests = Table(
@@ -212,6 +224,7 @@ identities = Table(  # who has certificates; written by the command line
     Column("enrolled", Float, nullable=False),
     Column("revoked", Float),  # null: he may connect
     Column("reason", String, nullable=False, default=""),
+    Index("identities_by_revoked", "revoked"),
 )
 
 certificates = Table(

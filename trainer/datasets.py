@@ -24,7 +24,7 @@ import numpy as np
 from edged.wire.manifest import Kind, TrainingManifest, TrainingSample
 from trainer.core.labels import best
 from trainer.core.neighbours import groups, members, near
-from trainer.core.provenance import is_disputed, is_own, taken_at
+from trainer.core.provenance import is_disputed, is_own, sureness, taken_at
 from trainer.core.split import SplitRules, Times, held_back, side, unit
 from trainer.evaluate import Labelled
 from trainer.files import write_whole
@@ -221,7 +221,7 @@ def select_samples(
     for sample in manifest.samples:
         item: LabelledImage | None = None
         path = folder / sample.sha256
-        reason = _refused(manifest.model, sample, confidence_min, kind)
+        reason = may_not_train(manifest.model, sample, confidence_min, kind)
         if reason:
             pass
         elif sample.sha256 in held_out:
@@ -243,10 +243,13 @@ def select_samples(
     return _keep_apart(usable, apart or Apart(guard_s=rules.guard_s), rules, thin, left_out)
 
 
-def _refused(model: str, sample: TrainingSample, confidence_min: float, kind: Kind) -> str:
+def may_not_train(model: str, sample: TrainingSample, confidence_min: float, kind: Kind) -> str:
     """Why a label may not train, whatever its pixels; "" when it may."""
-    confidence = sample.label.get("confidence", 0.0)
-    if not confidence >= confidence_min:  # written so that NaN is below
+    told = sample.label.get("confidence", 0.0)
+    confidence = sureness(told)
+    if (
+        confidence < confidence_min or confidence != told
+    ):  # what is no number from 0 to 1 is no word, also at a floor of 0
         return "below_label_confidence"
     if is_own(model, sample.provenance, sample.device):
         return "own_prediction"

@@ -35,7 +35,7 @@ def gather(
     weights_sha256: str,
     calibration_ece: float | None = None,
     export_before: float | None = None,
-    parity: Sequence[Parity] | None = None,
+    parity: Sequence[Parity] = (),
     profiles: Sequence[Profile] = (),
     options: EngineOptions | None = None,
 ) -> Evidence:

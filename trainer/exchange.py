@@ -76,14 +76,14 @@ class Summary:
 
 def read(
     format_: str, path: Path, *, task: Task | None, known: Collection[str] | None, rename: Mapping[str, str],
-    images: Path | None = None,
+    images: Path | None = None, incomplete: bool = False,
 ) -> Reading:  # fmt: skip
-    """A data set in one of FORMATS; raises FormatError."""
+    """A data set in one of FORMATS, as Asked has it; raises FormatError."""
     if format_ not in READERS:
         raise FormatError(f"--format {format_}: use one of {', '.join(FORMATS)}")
     if task is not None and task not in HOLD[format_]:
         raise FormatError(f"--format {format_} cannot hold task {task!r}: it holds {', '.join(HOLD[format_])}")
-    return READERS[format_](path, Asked(task, known, rename, images))
+    return READERS[format_](path, Asked(task, known, rename, images, incomplete))
 
 
 def import_all(pool: Pool, reading: Reading, source: Source, now: float, step: Step = lambda _n: None) -> Summary:
@@ -139,7 +139,9 @@ def _taken(reading: Reading, source: Source, summary: Summary, step: Step) -> It
     summary.skipped = reading.skipped
 
 
-_WHOLE = frozenset({"image_bad", "image_missing", "image_unreadable", "label_missing"})  # no example follows these
+_WHOLE = frozenset(
+    {"image_bad", "image_missing", "image_unreadable", "label_incomplete", "label_missing"}
+)  # no example follows these
 
 
 def _put(pool: Pool, batch: list[tuple[Record, bytes]], now: float, summary: Summary, step: Step) -> None:

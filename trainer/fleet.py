@@ -5,40 +5,49 @@ Every function works inside the caller's transaction, so that a message is ackno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, case, delete, func, insert, or_, select, update
 
 from edged.wire.messages import CommandState, Event, Message, Metrics, Reported, SampleEntry, State, Text
-from trainer import live
+from trainer import intake, live
+from trainer.core.believed import REV_MAX
+from trainer.core.presence import ALWAYS, Lately, present
 from trainer.core.rollout import Outcome
 from trainer.database import (
     commands,
     desired,
     devices,
     events,
+    identities,
+    note_changed,
     opinions,
     parts,
     predictions,
     pulls,
     put,
+    removed,
     samples,
     seen,
     windows,
 )
-from trainer.inventory import take_labels
+from trainer.retention import forget
 
-SEEN_S_MAX = 2 * 86400.0  # longer than any message lives in the broker
-EVENTS_MAX = 10_000
+SEEN_S_MAX = 2 * 86400.0  # since its receipt: longer than any message lives in the broker
 WINDOWS_S_MAX = 14 * 86400.0  # as they came; added up by the hour they live longer (trainer/live.py)
 COMMAND_S_MAX = 7 * 86400.0
-ENDED = ("done", "expired", "refused")  # command states
+UNFINISHED = ("open", "accepted", "failed")  # command states, of what is sent again
+ENDED = ("done", "expired", "refused")  # and all others
+OPEN = ("open", "accepted", "failed")  # all others
 ORDERS = ("rollback", "pin", "unpin", "forget")  # commands of people: what a device refuses is not sent again
 SETTLED = frozenset({"idle", "committed"})  # update states in which what is active is meant to stay
 FAILED = frozenset({"failed", "reverted"})
+
+# Made once: every message asks for them, and SQLAlchemy takes longer to build a statement than SQLite to run it.
+_KNOWN = select(samples.c.entry_ts, samples.c.state, samples.c.device).where(samples.c.id == bindparam("of"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,48 +62,29 @@ class Member:
     reason: str
     desired_rev: int
     pinned: str | None = None
+    base: str | None = None  # of a member of an adapter's fleet: what the slot runs, `active` is the adapter on it
 
 
-def is_new(connection: Connection, message: Message) -> bool:
+def is_new(connection: Connection, message: Message, now: float) -> bool:
     """Note the message's id; false when it was taken in before."""
-    if connection.execute(select(seen.c.id).where(seen.c.id == message.id)).first() is not None:
-        return False
-    connection.execute(insert(seen).values(id=message.id, ts=message.ts))
-    return True
+    return intake.news(connection, [message], now)[0]
 
 
-def take_state(connection: Connection, device: str, state: State, now: float) -> bool:
+def take_state(connection: Connection, device: str, state: State, now: float, *, retained: bool = False) -> bool:
     """A birth or a Will. True for a birth of a boot that was not known: the device has just started."""
-    row = connection.execute(select(devices.c.boot).where(devices.c.device == device)).first()
-    if state.state == "offline":
-        if row is not None and row.boot == state.boot:  # else it is older than the last birth
-            put(connection, devices, {"device": device}, {"online": False, "seen_at": now})
-        return False
-    values = {
-        "online": True,
-        "boot": state.boot,
-        "tier": state.tier,
-        "profile": state.profile,
-        "capabilities": state.capabilities,
-        "seen_at": now,
-    }
-    put(connection, devices, {"device": device}, values)
-    take_labels(connection, device, state.labels)
-    return row is None or row.boot != state.boot
+    return bool(intake.take_states(connection, [(device, state)], now, {device} if retained else ()))
 
 
-def take_reported(connection: Connection, device: str, reported: Reported, now: float) -> None:
+def take_reported(
+    connection: Connection, device: str, reported: Reported, now: float, *, retained: bool = False
+) -> None:
     """What a device runs now."""
-    models = {slot: report.model_dump(mode="json") for slot, report in reported.models.items()}
-    values = {"desired_rev": reported.desired_rev, "models": models, "health": reported.health, "seen_at": now}
-    put(connection, devices, {"device": device}, values)
+    intake.take_reports(connection, [(device, reported)], now, {device} if retained else ())
 
 
 def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None:
     """A catalogue entry; one that is older than what is known, or another device's sample, changes nothing."""
-    row = connection.execute(
-        select(samples.c.entry_ts, samples.c.state, samples.c.device).where(samples.c.id == entry.sample)
-    ).first()
+    row = connection.execute(_KNOWN, {"of": entry.sample}).first()
     if row is not None and (row.device != device or row.entry_ts > entry.ts):
         return
     values = {
@@ -103,8 +93,8 @@ def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None
         "pipeline": entry.pipeline,
         "release": entry.release,
         # The confirmation of a training is ours to say: an entry sent before the device heard of it does not undo it.
-        "state": "used"
-        if row is not None and row.state == "used" and entry.state in ("labelled", "claimed")
+        "state": row.state
+        if row is not None and row.state in ("used", "archived") and entry.state in ("labelled", "claimed")
         else entry.state,
         "sha256": entry.sha256,
         "bytes": entry.bytes,
@@ -126,37 +116,30 @@ def take_sample(connection: Connection, device: str, entry: SampleEntry) -> None
 
 def take_metrics(connection: Connection, device: str, metrics: Metrics) -> None:
     """One closed window of a pipeline; one that came before changes nothing."""
-    if connection.execute(select(windows.c.id).where(windows.c.id == metrics.id)).first() is not None:
-        return
-    live.take_window(connection, device, metrics)
-    values = {
-        "device": device,
-        "body": metrics.model_dump(mode="json"),
-        **metrics.model_dump(
-            include={"pipeline", "release", "start", "end", "items", "accepted", "audited", "escalated", "errors"}
-        ),
-    }
-    connection.execute(insert(windows), {"id": metrics.id, **values})
+    intake.take_windows(connection, [(device, metrics)])
 
 
 def take_event(connection: Connection, device: str, event: Event) -> None:
-    """Something that a person should see."""
-    values = {"ts": event.ts, "source": device, "kind": event.kind, "text": event.text, "detail": event.detail}
-    put(connection, events, {"id": event.id}, values)
+    """Something that a person should see; one that is known stays as it is."""
+    if connection.execute(select(events.c.id).where(events.c.id == event.id)).first() is None:
+        values = {"ts": event.ts, "source": device, "kind": event.kind, "text": event.text, "detail": event.detail}
+        connection.execute(insert(events).values(id=event.id, **values))
 
 
-def take_command_state(connection: Connection, command: str, state: CommandState) -> None:
-    """How far a command is; what is done stays done. One that failed is sent again, unless it is a person's: the reason may
-    pass."""
-    found = connection.execute(select(commands).where(commands.c.id == command)).first()
-    told = "refused" if state.state == "failed" and found is not None and found.type in ORDERS else state.state
+def take_command_state(connection: Connection, device: str, command: str, state: CommandState) -> None:
+    """How far a command of this device is; what is done stays done. One that failed is sent again, unless it is a person's:
+    the reason may pass."""
+    found = connection.execute(select(commands).where(commands.c.id == command, commands.c.device == device)).first()
+    if found is None:
+        return
+    told = "refused" if state.state == "failed" and found.type in ORDERS else state.state
     connection.execute(
         update(commands)
         .where(commands.c.id == command, commands.c.state.notin_(ENDED))
         .values(state=told, reason=state.reason, detail=state.detail)
     )
-    if found is not None and found.body.get("action") == "release" and state.state == "done":
-        _given_back(connection, found.device, state)
+    if found.body.get("action") == "release" and state.state == "done":
+        _given_back(connection, device, state)
 
 
 def _given_back(connection: Connection, device: str, state: CommandState) -> None:
@@ -169,39 +152,64 @@ def _given_back(connection: Connection, device: str, state: CommandState) -> Non
         connection.execute(update(samples).where(*where, *held).values(state="labelled", entry_ts=state.ts))
 
 
-def prune(connection: Connection, now: float) -> None:
-    """Forget what nobody needs any more, so that nothing grows for ever."""
+def prune(connection: Connection, now: float, own: str = "") -> None:
+    """Forget what nobody needs any more, so that nothing grows for ever. `own`: the trainer's name."""
     connection.execute(delete(seen).where(seen.c.ts < now - SEEN_S_MAX))
     connection.execute(delete(windows).where(windows.c.end < now - WINDOWS_S_MAX))
     live.prune(connection, now)
     connection.execute(delete(commands).where(commands.c.state.in_(ENDED), commands.c.created < now - COMMAND_S_MAX))
     old = select(commands.c.id, commands.c.body).where(
-        commands.c.state.notin_(ENDED), commands.c.created < now - COMMAND_S_MAX
+        commands.c.state.in_(UNFINISHED), commands.c.created < now - COMMAND_S_MAX
     )
     # What ends a claim is sent until it is heard, however long the device is away: else its samples stay claimed.
     given_up = [row.id for row in connection.execute(old) if row.body.get("action") not in ("release", "used")]
     connection.execute(update(commands).where(commands.c.id.in_(given_up)).values(state="expired"))
     connection.execute(delete(pulls).where(pulls.c.state == "done", pulls.c.created < now - COMMAND_S_MAX))
-    newest = select(events.c.id).order_by(events.c.ts.desc()).limit(EVENTS_MAX)
-    connection.execute(delete(events).where(events.c.id.notin_(newest)))
+    forget(connection, now, own)
 
 
-def members(connection: Connection, slot: str, tier: str = "") -> list[Member]:
-    """The fleet of a model: the devices that report this slot (of `tier` only, when one is given), by name."""
+def members(
+    connection: Connection, slot: str, tier: str = "", part: str = "models", *, names: Sequence[str] | None = None,
+    heard: Lately = ALWAYS,
+) -> list[Member]:  # fmt: skip
+    """The fleet of a model: the devices that report this slot (of `tier` only, when one is given), by name, without revoked
+    ones. `part`: with "adapters" what is active and pinned is the adapter in the slot. `names`: only these, in order.
+    `heard`: who is online by it; else whoever sent no will message."""
+    table, out = devices.c, revoked(connection)
+    columns = (table.device, table.online, table.seen_at, table.tier, table.desired_rev, table.models)
+    query = select(*columns).order_by(table.device)
+    asked = [query] if names is None else [query.where(table.device.in_(some)) for some in parts(names)]
     found = []
-    for row in connection.execute(select(devices).order_by(devices.c.device)):
-        report = row.models.get(slot)
+    for row in (row for each in asked for row in connection.execute(each)):
+        report = row.models.get(slot) if row.device not in out else None
         if report is not None and (not tier or row.tier == tier):
             member = Member(
-                row.device, row.online, report.get("active"), report.get("adapter"), report.get("update", "idle"),
-                report.get("reason", ""), row.desired_rev, report.get("pinned"),
+                row.device, present(row.online, row.seen_at, heard), report.get("active"), report.get("adapter"),
+                report.get("update", "idle"), report.get("reason", ""), row.desired_rev, report.get("pinned"),
             )  # fmt: skip
+            if part == "adapters":
+                member = replace(
+                    member, active=member.adapter, pinned=report.get("adapter_pinned"), base=member.active
+                )  # fmt: skip
             found.append(member)
     return found
 
 
+def revoked(connection: Connection) -> frozenset[str]:
+    """Who may not connect any more."""
+    return frozenset(connection.execute(select(identities.c.name).where(identities.c.revoked > 0)).scalars())
+
+
+def gone(connection: Connection, names: Sequence[str]) -> set[str]:
+    """Those of these devices that are revoked, or that nobody knows any more."""
+    known: set[str] = set()
+    for part in parts(names):
+        known.update(connection.execute(select(devices.c.device).where(devices.c.device.in_(part))).scalars())
+    return {name for name in names if name not in known} | (revoked(connection) & frozenset(names))
+
+
 def outcome(member: Member, release: str | None, rev: int) -> Outcome:
-    """How far a device is with running `release`, which desired state `rev` told it to."""
+    """How far a device is with running `release` (None: no adapter), which desired state `rev` told it to."""
     if member.active == release and member.update not in FAILED and member.update in SETTLED:
         return Outcome.RUNNING
     if member.pinned is not None and release not in (member.pinned, member.active):
@@ -216,6 +224,15 @@ def current_release(fleet: Sequence[Member]) -> str | None:
     """The release that most devices run; None when none runs any."""
     running = [member.active for member in fleet if member.active]
     return max(sorted(set(running)), key=running.count) if running else None
+
+
+def running_release(connection: Connection, slot: str, tier: str = "") -> str | None:
+    """`current_release` of a model's fleet, counted by the database: for who asks often."""
+    active = devices.c.models[(slot, "active")].as_string()
+    query = select(active.label("active"), func.count().label("count")).where(active.is_not(None)).group_by(active)
+    query = query.where(devices.c.device.notin_(select(identities.c.name).where(identities.c.revoked > 0)))
+    rows = connection.execute(query.where(devices.c.tier == tier) if tier else query).all()
+    return min(rows, key=lambda row: (-int(row._mapping["count"]), row.active)).active if rows else None
 
 
 def find_samples(
@@ -248,16 +265,14 @@ def training_counts(
 ) -> tuple[int, int]:
     """(new, usable) labelled samples of a model that are sure enough to train, as `core.triggers.decide` takes them."""
     usable = trainable(model, confidence_min, names)
-    new = connection.execute(
-        select(func.count()).select_from(samples).where(*usable, samples.c.tried == 0)
-    ).scalar_one()
-    both = connection.execute(select(func.count()).select_from(samples).where(*usable)).scalar_one()
-    return int(new), int(both)
+    counts = select(func.count(), func.sum(case((samples.c.tried == 0, 1), else_=0)))
+    both, new = connection.execute(counts.select_from(samples).where(*usable)).one()
+    return int(new or 0), int(both)
 
 
 def trainable(model: str, confidence_min: float, names: Sequence[str] = ()) -> list[Any]:
-    """The condition on a sample row: labelled, sure enough, in no job, and not by the model itself (core.provenance), under
-    whichever of its `names`."""
+    """The condition on a sample row: labelled, sure enough, in no job, of no device that was removed, and not by the model
+    itself (core.provenance), under whichever of its `names`."""
     kind, release = (samples.c.provenance[key].as_string() for key in ("kind", "release"))
     ours = [func.coalesce(release, "").startswith(f"{name}@", autoescape=True) for name in names or (model,)]
     own = (func.coalesce(kind, "") == "model") & or_(*ours)
@@ -267,6 +282,7 @@ def trainable(model: str, confidence_min: float, names: Sequence[str] = ()) -> l
         samples.c.state == "labelled",
         samples.c.job.is_(None),
         samples.c.label_confidence >= confidence_min,
+        samples.c.device.notin_(select(removed.c.device)),
     ]
 
 
@@ -304,12 +320,36 @@ def desire(
     policy: dict[str, dict[str, Any]] | None = None,
 ) -> int:
     """Change a device's desired state (None removes a slot's entry; `policy` replaces all of it) and return its `rev`;
-    without a difference the old.
+    without a difference the old. Nothing is desired of a device that was removed (`trainer.removed`): 0.
 
     `start_from` (`models`, `adapters`) is what a device that was never told anything runs, so that the first word to
     it does not take anything away.
     """
+    if connection.execute(select(removed.c.device).where(removed.c.device == device)).first() is not None:
+        return 0
     row = desired_of(connection, device)
+    reported = connection.execute(select(devices.c.desired_rev).where(devices.c.device == device)).scalar()
+    after = desired_after(
+        row, int(reported or 0), models=models, adapters=adapters, start_from=start_from, policy=policy
+    )
+    if after is None:
+        return int((row or {"rev": 0})["rev"])
+    note_changed(connection, desired, [device])
+    put(connection, desired, {"device": device}, after)
+    return int(after["rev"])
+
+
+def desired_after(
+    row: dict[str, Any] | None,
+    reported: int,
+    *,
+    models: Mapping[str, Mapping[str, str] | None] | None = None,
+    adapters: Mapping[str, Mapping[str, str] | None] | None = None,
+    start_from: Mapping[str, Any] | None = None,
+    policy: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any] | None:
+    """The columns of a desired state after a change of `row` (None: the device was never told anything), as `desire` makes
+    it; None without a difference. `reported`: the highest `rev` that the device says it has seen."""
     base = row or {"rev": 0, "models": {}, "adapters": {}, **(start_from or {})}
     told = (row or {}).get("policy", {})
     after: dict[str, Any] = {"models": dict(base["models"]), "adapters": dict(base["adapters"])}
@@ -319,11 +359,8 @@ def desire(
             if ref is None:
                 after[name].pop(slot, None)
             else:
-                after[name][slot] = ref
+                after[name][slot] = dict(ref)
     if row is not None and all(after[name] == row[name] for name in after):
-        return int(row["rev"])
-    reported = connection.execute(select(devices.c.desired_rev).where(devices.c.device == device)).scalar()
+        return None
     # Above what the device has seen, too: a trainer that lost its database must still be heard.
-    rev = max(int(base["rev"]), int(reported or 0)) + 1
-    put(connection, desired, {"device": device}, {"rev": rev, **after})
-    return rev
+    return {"rev": max(int(base["rev"]), reported if reported <= REV_MAX else 0) + 1, **after}

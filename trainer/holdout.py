@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -175,20 +175,23 @@ def remember(config: TrainerConfig, model: str, items: Sequence[LabelledImage]) 
         return add_images(ledger_of(config, model), items)
 
 
-def check_releases(
-    entries: Sequence[Entry], items: Sequence[LabelledImage], name: str, releases: Sequence[StoredRelease]
-) -> list[str]:
-    """The releases whose judges were not what the ledger says the set was at some time: it was replaced."""
+def states(entries: Sequence[Entry], items: Sequence[LabelledImage]) -> set[str]:
+    """The identity of the set after each freezing."""
     there = {item.sha256: item for item in items}
     upto, identities = [], set()
     for index, entry in enumerate(entries):
         upto.append(there[entry.sha256])
         if index + 1 == len(entries) or entries[index + 1].batch != entry.batch:
             identities.add(frozen_hash(upto))
+    return identities
+
+
+def check_releases(known: Set[str], name: str, releases: Sequence[StoredRelease]) -> list[str]:
+    """The releases whose judges were in none of the states `known` of the set: it was replaced."""
     wrong = []
     for stored in releases:
         judged = (stored.manifest.evaluation.get("holdout_sha256") or {}).get(name)
-        if judged is not None and judged not in identities:
+        if judged is not None and judged not in known:
             wrong.append(stored.ref.release)
     return wrong
 

@@ -7,12 +7,12 @@ A label is said by the device (`[device] labels`, its birth) or by an operator (
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, select
 
-from trainer.core.selectors import BadLabel, BadSelector, Selector, check_labels, parse
+from trainer.core.selectors import BadLabel, BadSelector, Selector, Term, check_labels, parse
 from trainer.database import devices, identities, labels, put
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,8 @@ OWN = ("device", "site", "profile", "tier")  # facts, not labels: nobody gives o
 LABELS_MAX = 64  # of one device
 
 
-def take_labels(connection: Connection, device: str, born: Mapping[str, str]) -> None:
-    """The labels that a birth says; what is none is left out and logged, the others count."""
+def good_labels(device: str, born: Mapping[str, str]) -> dict[str, str]:
+    """Those of a birth that are labels; what is none is left out and logged, the others count."""
     good: dict[str, str] = {}
     for key, value in list(born.items())[:LABELS_MAX]:
         try:
@@ -31,7 +31,7 @@ def take_labels(connection: Connection, device: str, born: Mapping[str, str]) ->
             log.warning("%s: %s", device, error)
         else:
             good[key] = value
-    put(connection, labels, {"device": device}, {"born": good})
+    return good
 
 
 def give_labels(connection: Connection, device: str, changes: Mapping[str, str | None]) -> dict[str, str] | str:
@@ -88,6 +88,11 @@ def check_keys(selector: Selector, known: Mapping[str, Mapping[str, str]]) -> No
             raise BadSelector(
                 f"selector {str(selector)!r}: no device has a label {term.key!r}; there are {', '.join(sorted(keys))}"
             )
+
+
+def known_labels(connection: Connection, site: str, keys: Iterable[str]) -> None:
+    """Raises BadSelector for a label that no device has."""
+    check_keys(Selector(tuple(map(Term, keys))), labels_of(connection, site))
 
 
 def _merged(born: Mapping[str, str], given: Mapping[str, str | None]) -> dict[str, str]:

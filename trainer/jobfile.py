@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edged.wire.manifest import ReleaseId, TrainingManifest, TrainingSample
+from trainer.child import METADATA
 from trainer.config import Model, TrainerConfig
-from trainer.config_text import TextModel
+from trainer.config_text import TextModel, own_names
+from trainer.core.provenance import is_own, sureness
 from trainer.releases import Registry, ReleaseError
+from trainer.tuners.settings import parse_settings
 
 LATEST = "latest.json"  # beside the runs: how the last one that came to its end went
 STRATEGIES = {"vision": ("yolo",), "text": ("lora", "dpo")}  # the first is what is taken unless another one is named
+MANIFEST, SCRATCH = "manifest.json", "scratch"  # of a run: what it trains on; its checkpoints, gone when it has trained
 _LABELS, _IMAGES = "labels.jsonl", "images"
 
 
@@ -76,6 +81,9 @@ def strategies(settings: Model | TextModel) -> tuple[str, ...]:
 
 def choose_model(config: TrainerConfig, name: str | None, strategy: str | None) -> tuple[str, str]:
     """The model and the strategy that a command line means, where that is clear. Raises JobError, ConfigError."""
+    every = [each for known in STRATEGIES.values() for each in known]
+    if strategy is not None and strategy not in every:
+        raise JobError(f"--strategy {strategy}: no such strategy; use one of {', '.join(every)}")
     if name is None:
         fitting = [each for each, settings in config.models.items() if strategy in (None, *strategies(settings))]
         if len(fitting) != 1:
@@ -121,6 +129,29 @@ def dataset_job(
     return TrainJob(config, model, manifest, run / "samples", run, strategy, dataset)
 
 
+def continued(job: TrainJob) -> TrainJob:
+    """The same job in the folder of a run that a kill has left half done, the newest one; the job itself without such.
+
+    The same: on these samples with who labelled them, from this release to this one, as it is configured.
+    """
+
+    def same(folder: Path) -> bool:
+        try:
+            told = TrainingManifest.model_validate_json((folder / MANIFEST).read_bytes())
+        except (OSError, ValueError):
+            return False
+        here = job.manifest.model_copy(update={"job": told.job, "created": told.created})
+        return told == here
+
+    runs = [each for each in job.run.parent.glob(f"{job.model}-*") if (each / SCRATCH).is_dir()]
+    for folder in sorted((each for each in runs if not (each / METADATA).exists()), reverse=True):
+        if same(folder):
+            manifest = job.manifest.model_copy(update={"job": folder.name})
+            samples = folder / "samples" if job.samples == job.run / "samples" else job.samples
+            return replace(job, run=folder, samples=samples, manifest=manifest)
+    return job
+
+
 def bring_samples(job: TrainJob) -> None:
     """Put the pixels of a labelled folder where the job expects them; raises OSError."""
     if job.dataset is None or job.kind == "llm":
@@ -150,39 +181,97 @@ def plan(job: TrainJob) -> dict[str, Any]:
     if isinstance(settings, TextModel):
         return said | _text_plan(job, settings)
     here = {sample.sha256 for sample, image in _labelled(job.dataset) if image.is_file()} if job.dataset else set()
-    there = [each for each in job.manifest.samples if each.sha256 in here or (job.samples / each.sha256).is_file()]
-    sure = [each for each in there if each.label.get("confidence", 0.0) >= settings.label_confidence_min]
+    there = {each.sha256 for each in job.manifest.samples if each.sha256 in here or _lies(job, each)}
+    refused = refusals(job)
+    checkpoint = job.config.checkpoint(job.manifest.source, job.model)
     return said | {
         "samples": len(job.manifest.samples),
         "samples_here": len(there),
-        "samples_usable": len(sure),
-        "checkpoint": str(job.config.checkpoint(job.manifest.source, job.model)),
+        "samples_usable": len(there - refused.keys()),
+        "left_out": dict(sorted(Counter(refused.values()).items())),
+        "problems": _absent(job, {"checkpoint": checkpoint, "calibration": settings.calibration / _LABELS,
+                                  "holdout": settings.holdout / _LABELS,
+                                  "holdout_clean": settings.holdout_clean / _LABELS}),
+        "checkpoint": str(checkpoint),
         "epochs": settings.epochs,
         "lora": settings.lora.model_dump(mode="json"),
-    }
+    }  # fmt: skip
+
+
+def refusals(job: TrainJob) -> dict[str, str]:
+    """The samples (SHA-256) of a job that may not train, whatever else is there, each with the reason.
+
+    What only the whole set tells (near-duplicates, what lies beside a holdout) is known when the training reads it.
+    """
+    settings = job.settings
+    if isinstance(settings, TextModel):
+        from trainer.kinds.texts import may_not_train, read
+
+        names = own_names(job.model, settings)
+        if job.dataset is None:
+            return {}
+        found = {
+            each.identity: may_not_train(each, names, settings.label_confidence_min)
+            for each in read(job.dataset, job.strategy)[0]
+        }
+    else:
+        from trainer.datasets import may_not_train as refused
+
+        found = {
+            each.sha256: refused(job.model, each, settings.label_confidence_min, settings.kind)
+            for each in job.manifest.samples
+        }
+    return {sample: reason for sample, reason in found.items() if reason}
+
+
+def _lies(job: TrainJob, sample: TrainingSample) -> bool:
+    return (job.samples / sample.sha256).is_file()
+
+
+def _absent(job: TrainJob, paths: Mapping[str, Path]) -> list[str]:
+    """What the training would miss: the keys of models.NAME with the files that are not there."""
+    return [f"models.{job.model}.{key}: {path} is not there" for key, path in paths.items() if not path.is_file()]
 
 
 def _text_plan(job: TrainJob, settings: TextModel) -> dict[str, Any]:
     from trainer.kinds.tuning import reader, tuner_for
 
-    tuning = tuner_for(job.strategy, "llm").settings.model_validate(settings.asked())
+    tuning = parse_settings(tuner_for(job.strategy, "llm").settings, settings.asked(), f"models.{job.model}.tuning")
+    paths = {"checkpoint": settings.checkpoint / "config.json"}
+    paths |= {"holdout": settings.holdout} if settings.holdout is not None else {}
+    paths |= {"holdout_base": settings.holdout_base} if settings.holdout_base is not None else {}
+    problems = _absent(job, paths)
     if job.dataset is None:  # a manifest: what devices kept, as far as it is here
-        here = sum((job.samples / each.sha256).is_file() for each in job.manifest.samples)
+        names, least = own_names(job.model, settings), settings.label_confidence_min
+        reasons = [_manifest_refusal(each, names, least) for each in job.manifest.samples if _lies(job, each)]
         return {
             "samples": len(job.manifest.samples),
-            "samples_usable": here,
+            "samples_usable": reasons.count(""),
+            "left_out": dict(sorted(Counter(filter(None, reasons)).items())),
+            "problems": problems,
             "checkpoint": str(settings.checkpoint),
             "settings": tuning.model_dump(mode="json"),
         }
-    examples, bad = reader(job.strategy)(job.dataset)
+    examples, bad, unpaired = reader(job.strategy)(job.dataset)
+    refused = refusals(job)
+    usable = {each.sha256 for each in job.manifest.samples} - refused.keys()
     return {
         "dataset": str(job.dataset),
         "samples": len(examples) + len(bad),
-        "samples_usable": len(examples),
+        "samples_usable": len(usable),
+        "left_out": unpaired | dict(sorted(Counter(refused.values()).items())),
+        "problems": problems,
         "bad_lines": [f"line {number}: {reason}" for number, reason in bad],
         "checkpoint": str(settings.checkpoint),
         "settings": tuning.model_dump(mode="json"),
     }
+
+
+def _manifest_refusal(sample: TrainingSample, names: Sequence[str], confidence_min: float) -> str:
+    """Why a text of a manifest may not train; "" when it may."""
+    if any(is_own(name, sample.provenance, sample.device) for name in names):
+        return "own_prediction"
+    return "below_label_confidence" if sureness(sample.label.get("confidence", 0.0)) < confidence_min else ""
 
 
 def _examples(dataset: Path, strategy: str) -> list[TrainingSample]:

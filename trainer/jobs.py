@@ -25,6 +25,7 @@ from trainer.config_text import own_names
 from trainer.core.rollout import Phase, Rollout
 from trainer.core.triggers import Fire, Wait, Wish
 from trainer.database import jobs, parts, rollouts, samples
+from trainer.faults import Faults
 from trainer.fleet import answers_of, current_release, members, opinions_of, trainable
 from trainer.host import Host, new_id
 from trainer.keys import TrustError
@@ -43,23 +44,31 @@ class Jobs:
     def __init__(self, host: Host, worker: Worker | None = None) -> None:
         """`worker`: trains in this process's own child; None: others lease the jobs."""
         self._host, self._worker = host, worker
+        self.faults = Faults(host, "job")
         self._waits: dict[str, str] = {}  # model -> why it does not train; said once
 
     def tick(self) -> None:
         """Start what a trigger asks for, and move every open job on by what has happened."""
         for model in self._host.config.models:
-            self._trigger(model)
+            with self.faults.of(model):
+                self._trigger(model)
         if self._worker is not None:
-            self._worker.tick()
+            with self.faults.of("worker"):
+                self._worker.tick()
         with self._host.database.read() as connection:
             rows = [dict(row._mapping) for row in connection.execute(select(jobs).where(jobs.c.status.in_(OPEN)))]
+        self.faults.keep(["worker", *self._host.config.models, *(row["id"] for row in rows)])
         for row in sorted(rows, key=lambda row: row["created"]):
-            if row["status"] == "claiming":
-                self._claiming(row)
-            elif row["status"] == "training":
-                self._training(row)
-            else:
-                self._deploying(row)
+            with self.faults.of(row["id"]):
+                self._go_on(row)
+
+    def _go_on(self, row: dict[str, Any]) -> None:
+        if row["status"] == "claiming":
+            self._claiming(row)
+        elif row["status"] == "training":
+            self._training(row)
+        else:
+            self._deploying(row)
 
     def stop(self) -> None:
         """End the training child; its job is leased again, by another worker or with the next `trainer serve`."""
@@ -126,6 +135,7 @@ class Jobs:
                 created=_iso(now),
                 config=settings.model_dump(mode="json"),
                 samples=[_training_sample(row, said.get(row.id), own.get(row.id)) for row in rows],
+                adapter=_adapter_on(connection, model, settings.tier, source),
             )
             for part in parts([row.id for row in rows]):
                 connection.execute(update(samples).where(samples.c.id.in_(part)).values(job=job))
@@ -230,8 +240,7 @@ class Jobs:
         try:
             # All are idempotent: after a crash before the commit they are done again.
             ref = register(host.config, host.registry, run / "candidate")
-            adapter = host.registry.get(ref.release).manifest.kind == "lora"
-            if not adapter:
+            if host.registry.get(ref.release).manifest.kind != "lora":  # an adapter's weights are the release itself
                 host.config.checkpoints.mkdir(parents=True, exist_ok=True)
                 beside = host.config.checkpoints / f".{row['target']}.pt"
                 shutil.copyfile(run / "model.pt", beside)
@@ -241,12 +250,6 @@ class Jobs:
                 self._end(connection, row, "failed", f"the release could not be registered: {error}", outcome.summary)
             return
         with host.database.write() as connection:
-            if adapter:
-                _set(connection, row["id"], finished=host.now(), result=outcome.summary)
-                leases.drop(connection, row["id"])
-                told = f"{ref.release} is released; `trainer fleet set DEVICE --adapter {row['model']}={ref.release}`"
-                self._confirm(connection, row, told)
-                return
             started = start_rollout(host, connection, ref)
             if isinstance(started, str):
                 self._end(
@@ -275,7 +278,7 @@ class Jobs:
                 self._end(connection, row, "rolled_back", rollout.reason)
 
     def _confirm(self, connection: Connection, row: dict[str, Any], told: str) -> None:
-        """The release is there to stay (an adapter), or the fleet runs it: its samples are used up."""
+        """The fleet runs the release: its samples are used up."""
         manifest = TrainingManifest.model_validate(row["manifest"])
         used = {"state": "used", "used_by": row["target"], "job": None}
         for part in parts([each.id for each in manifest.samples]):
@@ -328,6 +331,13 @@ def _training_sample(row: Any, opinions: list[dict[str, Any]] | None, answered: 
         **({"opinions": opinions} if opinions else {}),
     }
     return TrainingSample(id=row.id, device=row.device, sha256=row.sha256, label=label, provenance=provenance)
+
+
+def _adapter_on(connection: Connection, model: str, tier: str, source: str) -> str:
+    """The adapter that most devices run on this release; "" where most run the bare one."""
+    fleet = [each for each in members(connection, model, tier, "adapters") if each.base == source]
+    adapted = current_release(fleet)
+    return adapted if adapted and 2 * sum(each.active == adapted for each in fleet) > len(fleet) else ""
 
 
 def _set(connection: Connection, job: str, **values: Any) -> None:

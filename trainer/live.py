@@ -5,64 +5,40 @@ Every function works inside the caller's transaction. Responders' windows count 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Select, delete, func, select
 
 from edged.wire.manifest import ReleaseId
 from edged.wire.measured import added, latency_quantile
-from edged.wire.messages import Box, Label, Metrics, SampleEntry
+from edged.wire.messages import Box, Label, SampleEntry
+from trainer.config import TrainerConfig
+from trainer.config_text import TextModel
 from trainer.core.accuracy import Accuracy, Checked, Totals, live_accuracy
+from trainer.core.believed import INCLUSION_MIN
 from trainer.core.provenance import agree, is_own
+from trainer.core.selectors import Term
 from trainer.core.streams import Block, Verdict
-from trainer.database import detections, identities, judged, looks, measured, put
+from trainer.database import detections, judged, looks, measured, put
+from trainer.inventory import labels_of
+
+log = logging.getLogger(__name__)
 
 HOUR_S = 3600.0
 KEEP_S = 180 * 86400.0
 DETECTIONS_S_MAX = 2 * 365 * 86400.0
 LABELLED = frozenset({"labelled", "claimed", "used", "archived"})
+GROUPS_MAX = 64  # of one label
 RESPONDER = "responder-"  # so the pipelines of responders begin in metrics: their items are other devices' questions
-
-# Made once: many windows come every second, and SQLAlchemy takes longer to build a statement than SQLite to run it.
-_KEY = ("device", "pipeline", "release", "start")
-_THIS_HOUR = [measured.c[name] == bindparam(f"of_{name}") for name in _KEY]
-_FIND, _ADD, _CHANGE = select(measured).where(*_THIS_HOUR), insert(measured), update(measured).where(*_THIS_HOUR)
-
-
-def take_window(connection: Connection, device: str, window: Metrics) -> None:
-    """Add a window to its hour; the caller sees to it that each comes once."""
-    try:
-        model = ReleaseId(window.release).name
-    except ValueError:
-        return  # errors before any release was loaded
-    key = {
-        "device": device, "pipeline": window.pipeline, "release": window.release,
-        "start": window.start // HOUR_S * HOUR_S,
-    }  # fmt: skip
-    hour = {f"of_{name}": value for name, value in key.items()}
-    row = connection.execute(_FIND, hour).first()
-    before: dict[str, Any] = dict(row._mapping) if row is not None else {}
-    now = {name: getattr(window, name) for name in ("items", "audited", "escalated", "errors")}
-    now["suppressed"] = sum(window.suppressed.values())
-    values: dict[str, Any] = {name: int(before.get(name, 0)) + count for name, count in now.items()}
-    values["reasons"] = dict(Counter(before.get("reasons", {})) + Counter(window.reasons))
-    values["confidence"] = added(before.get("confidence", []), window.confidence_histogram)
-    values["latency"] = added(before.get("latency", []), window.latency_histogram)
-    for name in ("memory_mib_max", "temperature_c_max"):
-        known = [value for value in (before.get(name), getattr(window.machine, name)) if value is not None]
-        values[name] = max(known, default=None)
-    if row is None:
-        connection.execute(_ADD, {**key, "model": model, **values})
-    else:
-        connection.execute(_CHANGE, {**hour, **values})
 
 
 def take_entry(connection: Connection, device: str, entry: SampleEntry) -> None:
     """What a catalogue entry says of the answer: how it was chosen, and whether whoever labelled it agrees."""
-    if entry.decision not in ("audit", "escalate") or not 0 < entry.inclusion_probability <= 1:
+    if entry.decision not in ("audit", "escalate") or not INCLUSION_MIN <= entry.inclusion_probability <= 1:
         return
     said_by = entry.provenance.model_dump(mode="json") if entry.provenance else None
     values = {
@@ -83,7 +59,9 @@ def _right(device: str, entry: SampleEntry) -> bool | None:
     """Whether the answer is what the label says; None without a label by somebody else than the model itself."""
     if entry.state not in LABELLED or entry.provenance is None:
         return None
-    if is_own(entry.model, entry.provenance.model_dump(mode="json"), device):
+    said_by = entry.provenance.model_dump(mode="json")
+    # An adapter answers under its own name, in the slot of its base.
+    if any(is_own(name, said_by, device) for name in {entry.model, entry.release.partition("@")[0]}):
         return None
     answer, truth = _of_task(entry.task, entry.prediction), _of_task(entry.task, entry.label)
     return agree([part.model_dump() for part in answer], [part.model_dump() for part in truth])
@@ -106,12 +84,37 @@ def prune(connection: Connection, now: float) -> None:
     connection.execute(delete(detections).where(detections.c.found_at < now - DETECTIONS_S_MAX))
 
 
-def groups(connection: Connection) -> dict[str, list[str]]:
-    """Group -> its devices, as they were enrolled; devices without a group are in none."""
-    found: dict[str, list[str]] = {}
-    for row in connection.execute(select(identities.c.name, identities.c.group).where(identities.c.group != "")):
-        found.setdefault(row.group, []).append(row.name)
+def groups(connection: Connection, site: str, keys: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Selector -> the devices it means, for every value of each of these labels (`line=a`); devices without a label are in
+    no group of it. A label with more than GROUPS_MAX values makes none: that is no group but a name."""
+    known = labels_of(connection, site)
+    found: dict[str, frozenset[str]] = {}
+    for key in dict.fromkeys(keys):
+        members: dict[str, set[str]] = {}
+        for device, its in known.items():
+            if key in its:
+                members.setdefault(its[key], set()).add(device)
+        if len(members) > GROUPS_MAX:
+            log.warning(
+                "%d values of the label %r, at most %d make groups: none is looked at", len(members), key, GROUPS_MAX
+            )
+            continue
+        found |= {str(Term(key, (value,))): frozenset(each) for value, each in sorted(members.items())}
     return found
+
+
+def confidence_min(config: TrainerConfig, release: str) -> float:
+    """The least confidence of a label of this release's model that counts."""
+    name = ReleaseId(release).name
+    for model, settings in config.models.items():
+        if name == model or (isinstance(settings, TextModel) and settings.adapter_name(model) == name):
+            return settings.label_confidence_min
+    return 0.0
+
+
+def device_of(place: str) -> str:
+    """The device of a place, DEVICE/PIPELINE."""
+    return place.rpartition("/")[0]
 
 
 def releases(connection: Connection, since: float) -> list[str]:
@@ -127,36 +130,34 @@ def blocks(
     until: float | None = None,
 ) -> list[Block]:  # fmt: skip
     """A release's hours of devices' own pipelines that began from `since` on and before `until`."""
-    query = _between(select(measured).where(*_own(release, "")), measured.c.start, since, until)
+    query = _between(select(measured).where(*_own(release)), measured.c.start, since, until)
     return [_block(row) for row in connection.execute(query) if devices is None or row.device in devices]
 
 
-def compared(connection: Connection, release: str, baseline_s: float, since: float, *, group: str = "") -> list[Block]:
+def compared(connection: Connection, release: str, baseline_s: float, since: float) -> list[Block]:
     """A release's hours in which a place was new to it (for `baseline_s`), and those from `since` on."""
     first = (
         select(measured.c.device, measured.c.pipeline, func.min(measured.c.start).label("began"))
-        .where(*_own(release, group))
+        .where(*_own(release))
         .group_by(measured.c.device, measured.c.pipeline)
         .subquery()
     )
     same = (measured.c.device == first.c.device) & (measured.c.pipeline == first.c.pipeline)
-    query = select(measured).join(first, same).where(*_own(release, group))
+    query = select(measured).join(first, same).where(*_own(release))
     query = query.where((measured.c.start < first.c.began + baseline_s) | (measured.c.start >= since))
     return [_block(row) for row in connection.execute(query)]
 
 
-def course(connection: Connection, release: str, since: float, *, group: str = "") -> list[Block]:
+def course(connection: Connection, release: str, since: float) -> list[Block]:
     """A release's hours from `since` on, without histograms."""
     columns = (measured.c.device, measured.c.pipeline, measured.c.start, measured.c["items"], measured.c.escalated)
-    query = select(*columns).where(*_own(release, group), measured.c.start >= since)
+    query = select(*columns).where(*_own(release), measured.c.start >= since)
     return [Block(f"{device}/{pipeline}", *counts) for device, pipeline, *counts in connection.execute(query)]
 
 
-def _own(release: str, group: str) -> list[Any]:
-    """The condition on a row of `measured`: of this release on devices' own pipelines, of a group's devices."""
-    of = [measured.c.release == release, ~measured.c.pipeline.startswith(RESPONDER)]
-    members = select(identities.c.name).where(identities.c.group == group)
-    return [*of, measured.c.device.in_(members)] if group else of
+def _own(release: str) -> list[Any]:
+    """The condition on a row of `measured`: of this release on devices' own pipelines."""
+    return [measured.c.release == release, ~measured.c.pipeline.startswith(RESPONDER)]
 
 
 def _block(row: Any) -> Block:
@@ -169,8 +170,9 @@ def verdicts(
 ) -> list[Verdict]:  # fmt: skip
     """The checked answers of a release that somebody, sure enough, has called right or wrong."""
     query = select(judged).where(
-        judged.c.release == release, judged.c.right.is_not(None), judged.c.confidence >= confidence_min
-    )
+        judged.c.release == release, judged.c.right.is_not(None), judged.c.confidence >= confidence_min,
+        judged.c.inclusion >= INCLUSION_MIN,  # rows of earlier versions may say less
+    )  # fmt: skip
     query = _between(query, judged.c.captured, since, until)
     return [
         Verdict(
@@ -208,26 +210,26 @@ def of_period(counted: Sequence[Block], checked: Sequence[Verdict]) -> Accuracy:
     return live_accuracy(known, Totals(items - escalated, escalated))
 
 
-def report(connection: Connection, release: str, since: float, confidence_min: float = 0.0) -> dict[str, Any]:
-    """A release's live figures since then: of all, of each group and of each device; JSON-able."""
-    counted = blocks(connection, release, since=since // HOUR_S * HOUR_S)
-    checked = verdicts(connection, release, since=since // HOUR_S * HOUR_S, confidence_min=confidence_min)
+def report(
+    connection: Connection, release: str, since: float, confidence_min: float = 0.0, *,
+    grouped: Mapping[str, Collection[str]] | None = None, devices: Collection[str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A release's live figures since then: of all (or of these `devices`), of each group and of each device; JSON-able."""
+    since_hour = since // HOUR_S * HOUR_S
+    counted = blocks(connection, release, since=since_hour, devices=devices)
+    checked = verdicts(connection, release, since=since_hour, confidence_min=confidence_min, devices=devices)
 
-    def part(devices: Collection[str] | None) -> dict[str, Any]:
-        def of(place: str) -> bool:
-            return devices is None or place.rpartition("/")[0] in devices
+    def part(members: Collection[str]) -> dict[str, Any]:
+        return _figures([b for b in counted if device_of(b.place) in members],
+                        [v for v in checked if device_of(v.place) in members])  # fmt: skip
 
-        return _figures([b for b in counted if of(b.place)], [v for v in checked if of(v.place)])
-
-    there = sorted({block.place.rpartition("/")[0] for block in counted})
+    there = {device_of(block.place) for block in counted}
     return {
         "release": release,
         "since": since,
-        "fleet": part(None) | _machine(connection, release, since),
-        "groups": {
-            name: part(members) for name, members in sorted(groups(connection).items()) if {*members} & {*there}
-        },
-        "devices": {device: part([device]) for device in there},
+        "fleet": _figures(counted, checked) | _machine(connection, release, since, devices),
+        "groups": {name: part(members) for name, members in (grouped or {}).items() if there & {*members}},
+        "devices": {device: part([device]) for device in sorted(there)},
     }
 
 
@@ -237,15 +239,15 @@ def _figures(counted: Sequence[Block], checked: Sequence[Verdict]) -> dict[str, 
     return {"items": items, "escalation_rate": escalated / items if items else None, "accuracy": found}
 
 
-def _machine(connection: Connection, release: str, since: float) -> dict[str, Any]:
-    query = select(measured).where(
-        measured.c.release == release, measured.c.start >= since, ~measured.c.pipeline.startswith(RESPONDER)
-    )
+def _machine(connection: Connection, release: str, since: float, devices: Collection[str] | None) -> dict[str, Any]:
+    query = select(measured).where(*_own(release), measured.c.start >= since)
     latency: list[int] = []
     reasons: Counter[str] = Counter()
     memory: list[float] = []
     celsius: list[float] = []
     for row in connection.execute(query):
+        if devices is not None and row.device not in devices:
+            continue
         latency = added(latency, row.latency)
         reasons.update(row.reasons)
         memory += [] if row.memory_mib_max is None else [row.memory_mib_max]

@@ -13,7 +13,8 @@ from functools import partial
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from trainer.config import ConfigError
@@ -28,6 +29,8 @@ TEXT_MAX = 2000
 LOOK_S = 0.5
 KEPT_S = 7 * 86400.0
 STOP_S_MAX = 5.0
+DEVICE = "device:"  # so begin the patterns in `kinds` for events of devices
+LANE = "-devices"  # what rows call an address, for events of devices
 Send = Callable[[Message], bool]
 
 
@@ -36,15 +39,20 @@ def target(url: str) -> str:
     return sha256(url.encode()).hexdigest()[:16]
 
 
-def note(connection: Connection, settings: Notify, event: dict[str, Any]) -> None:
-    """Have people told of an event (`id`, `kind`, `text`, `detail`, `source`), if they want to hear of its kind; part of the
-    caller's transaction."""
-    if not settings.urls or not wanted(settings.kinds, event["kind"]):
+def note(connection: Connection, settings: Notify, event: dict[str, Any], *, of_device: bool = False) -> None:
+    """Have people told of an event (`id`, `ts`, `kind`, `text`, `detail`, `source`), if they want to hear of its kind; part
+    of the caller's transaction. One that is known already changes nothing.
+
+    `of_device`: not the trainer but a device says so. Then only the kinds that are named `device:...` count, the device
+    chooses neither title nor level, and the messages have a budget of their own.
+    """
+    if not settings.urls or not wanted(settings.kinds, DEVICE * of_device + event["kind"]):
         return
-    detail = event["detail"]
-    title = detail.get("title") or f"{event['source']}: {event['kind'].replace('_', ' ')}"
+    detail = {} if of_device else event["detail"]
+    title = str(detail.get("title") or f"{event['source']}: {event['kind'].replace('_', ' ')}")
+    insert = (postgresql if connection.dialect.name == "postgresql" else sqlite).insert
     for url in settings.urls:
-        name = target(url.get_secret_value())
+        name = target(url.get_secret_value()) + LANE * of_device
         row = {
             "id": f"{event['id']}-{name}",
             "target": name,
@@ -52,7 +60,8 @@ def note(connection: Connection, settings: Notify, event: dict[str, Any]) -> Non
             "text": event["text"][:TEXT_MAX],
         }
         how = level(event["kind"], str(detail.get("level", "")))
-        connection.execute(insert(notices).values(**row, level=how, created=event["ts"], due=0.0, state="waiting"))
+        values = {**row, "level": how, "created": event["ts"], "due": 0.0, "state": "waiting"}
+        connection.execute(insert(notices).values(**values).on_conflict_do_nothing(index_elements=["id"]))
 
 
 class Notices:
@@ -62,7 +71,12 @@ class Notices:
         """Raises ConfigError for an address that cannot be used."""
         self.counters = {"notices_sent": 0, "notices_failed": 0, "notices_given_up": 0, "notices_dropped": 0}
         self._settings, self._database, self._now = settings, database, now
-        self._addresses = {target(url): (name, send) for url, name, send in _addresses(settings)}
+        self._addresses: dict[
+            str, tuple[str, Send, int]
+        ] = {}  # each twice: for our own events, and for those of devices
+        for url, name, send in _addresses(settings):
+            self._addresses[target(url)] = (name, send, settings.per_hour)
+            self._addresses[target(url) + LANE] = (f"{name} for devices", send, settings.devices_per_hour)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="notices", daemon=True)
 
@@ -91,16 +105,16 @@ class Notices:
     def tick(self) -> None:
         """Send what is due to every address."""
         self._tidy()
-        for name, (shown, send) in self._addresses.items():
+        for name, (shown, send, per_hour) in self._addresses.items():
             if self._stopping.is_set():
                 return
-            for message in self._due(name):
+            for message in self._due(name, per_hour):
                 sent = _delivered(send, message)
                 self._settle(name, shown, message, sent)
                 if not sent:
                     break  # the address is out of order: the rest would fail too
 
-    def _due(self, name: str) -> list[Message]:
+    def _due(self, name: str, per_hour: int) -> list[Message]:
         now = self._now()
         with self._database.read() as connection:
             waits = (notices.c.target == name, notices.c.state == "waiting")
@@ -111,7 +125,7 @@ class Notices:
             query = select(func.count()).where(notices.c.target == name, notices.c.state == "sent")
             sent = connection.execute(query.where(notices.c.due.between(now - HOUR_S, now))).scalar_one()
         waiting = [Waiting(row.id, row.title, row.text, row.level) for row in rows]
-        return plan(waiting, int(sent), self._settings.per_hour)
+        return plan(waiting, int(sent), per_hour)
 
     def _settle(self, name: str, shown: str, message: Message, sent: bool) -> None:
         now, first = self._now(), message.ids[0]

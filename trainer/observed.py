@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, case, func, select
+from sqlalchemy import Connection, case, func, or_, select
 
+from trainer.core.believed import INCLUSION_MIN
 from trainer.core.canary import Tally
+from trainer.core.checked import Part, pooled
 from trainer.database import events, judged, parts, windows
 
 VALUES_MAX = 240  # windows of a device whose latency, memory and temperature are read, the newest
@@ -20,28 +22,40 @@ CRASH = "engine_ended"  # kind of the event that a device sends when an engine's
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """Closed windows of a model that began at `start` or later and ended by `until` (None: whenever)."""
+    """Closed windows of a model that began at `start` or later and ended by `until` (None: whenever).
+
+    `others`: further names that answer in the slot, of an adapter those of its base and of the adapters before it. Then all
+    answers that were checked count, escalated ones too, and engines that ended with any of them.
+    """
 
     model: str
     start: float
     until: float | None = None
     release: str | None = None  # only of this one
     without: str | None = None  # not of this one
+    others: tuple[str, ...] = ()
+    confidence_min: float = 0.0  # of a label: what is less sure judges nothing
 
     def of(self, start: Any, end: Any, release: Any) -> list[Any]:
         """The condition on rows with these columns."""
-        found = [start >= self.start, release.startswith(f"{self.model}@", autoescape=True)]
-        found += [] if self.until is None else [end <= self.until]
+        found = self.when(start, end, release)
         found += [] if self.release is None else [release == self.release]
         return found + ([] if self.without is None else [release != self.without])
+
+    def when(self, start: Any, end: Any, release: Any) -> list[Any]:
+        """The same of whichever release."""
+        named = [release.startswith(f"{name}@", autoescape=True) for name in (self.model, *self.others)]
+        return [start >= self.start, or_(*named)] + ([] if self.until is None else [end <= self.until])
 
     def windows(self) -> list[Any]:
         """The condition on a row of `windows`."""
         return self.of(windows.c.start, windows.c.end, windows.c.release)
 
     def audits(self) -> list[Any]:
-        """The condition on a row of `judged` that is an audit with a verdict, by when the item was seen."""
-        verdict = [judged.c.decision == "audit", judged.c.right.is_not(None)]
+        """The condition on a row of `judged` that was checked and has a verdict, by when the item was seen."""
+        decisions = ("audit", "escalate") if self.others else ("audit",)
+        verdict: list[Any] = [judged.c.decision.in_(decisions), judged.c.right.is_not(None)]
+        verdict += [judged.c.confidence >= self.confidence_min, judged.c.inclusion >= INCLUSION_MIN]
         return verdict + self.of(judged.c.captured, judged.c.captured, judged.c.release)
 
 
@@ -57,7 +71,8 @@ def tallies(connection: Connection, names: Sequence[str], period: Period) -> dic
 
 
 def _audits(connection: Connection, names: Sequence[str], period: Period, found: dict[str, dict[str, Any]]) -> None:
-    """Each answer counts as many as it stands for: Hajek's estimator, with Kish's effective size."""
+    """Each answer counts as many as it stands for: Hajek's estimator, with Kish's effective size; of texts accepted and
+    escalated ones apart (`core.checked`)."""
     weight = 1.0 / judged.c.inclusion
     right = func.sum(case((judged.c.right, weight), else_=0.0)).label("right")
     sums = (
@@ -66,11 +81,24 @@ def _audits(connection: Connection, names: Sequence[str], period: Period, found:
         func.sum(weight).label("all"),
         func.sum(weight * weight).label("squares"),
     )
-    query = select(judged.c.device, *sums).where(judged.c.device.in_(names), *period.audits())
-    for row in connection.execute(query.group_by(judged.c.device)):
-        found.setdefault(row.device, {}).update(
-            audited=row.audited, agreed=row.audited * row.right / row.all, effective=row.all**2 / row.squares
-        )
+    query = select(judged.c.device, judged.c.decision, *sums).where(judged.c.device.in_(names), *period.audits())
+    rows: dict[str, dict[str, Any]] = {}
+    for row in connection.execute(query.group_by(judged.c.device, judged.c.decision)):
+        rows.setdefault(row.device, {})[row.decision] = row
+    for device, checked in rows.items():
+        if not period.others:
+            row = checked["audit"]
+            said = row.audited, row.audited * row.right / row.all, row.all**2 / row.squares
+        else:
+            counted = found.get(device, {})
+            escalated = counted.get("escalated", 0)
+            items = {"audit": counted.get("items", 0) - escalated, "escalate": escalated}
+            said = pooled([_part(items[decision], checked.get(decision)) for decision in items]) or (0, 0.0, None)
+        found.setdefault(device, {}).update(zip(("audited", "agreed", "effective"), said, strict=True))
+
+
+def _part(items: int, row: Any) -> Part:
+    return Part(items) if row is None else Part(items, row.audited, row.right, row.all, row.squares)
 
 
 def _sums(connection: Connection, names: Sequence[str], period: Period, found: dict[str, dict[str, Any]]) -> None:
@@ -104,8 +132,10 @@ def _crashes(connection: Connection, names: Sequence[str], period: Period, found
     """Engines that ended by themselves. A daemon that crashes again and again reverts its release, which counts apart."""
     release = events.c.detail["release"].as_string()
     query = select(events.c.source, func.count().label("count")).where(
-        events.c.source.in_(names), events.c.kind == CRASH, *period.of(events.c.ts, events.c.ts, release)
-    )
+        events.c.source.in_(names), events.c.kind == CRASH,
+        # An engine that ends is named by its base, whatever adapter was on it.
+        *(period.when if period.others else period.of)(events.c.ts, events.c.ts, release),
+    )  # fmt: skip
     counts = {row.source: row.count for row in connection.execute(query.group_by(events.c.source))}
     for device, fields in found.items():
         if "hours" in fields and device in names:

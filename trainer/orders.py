@@ -11,22 +11,26 @@ import logging
 import time
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import DataError, DBAPIError
 
+from trainer import archive
+from trainer.adapters import misfits
 from trainer.collect import Collect
 from trainer.config import ConfigError
 from trainer.core.guards import may_deploy
 from trainer.core.rollout import Event
 from trainer.database import Database, Served, devices, requests
-from trainer.fleet import ORDERS, desire
+from trainer.fleet import ORDERS, desire, desired_of
 from trainer.host import Host, new_id
 from trainer.inventory import give_labels
 from trainer.jobs import Jobs
 from trainer.registration import retry
-from trainer.releases import ReleaseError
-from trainer.rollouts import Rollouts, runs_now, start_rollout
+from trainer.releases import ReleaseError, StoredRelease
+from trainer.removed import readmit, remove, removed_names, stranger
+from trainer.rollouts import Rollouts, start_rollout
 from trainer.signing import installable
+from trainer.telling import runs_now
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +124,12 @@ class Orders:
             return self._collect.start(body["samples"], body["seconds"])
         if kind == "registration_retry":
             return retry(self._host, body["release"], body["target"])
+        if kind == "archive":
+            return self._archive(body)
         if kind == "label":
             return self._label(body["device"], body["labels"])
+        if kind in ("remove", "readmit"):
+            return self._remove(kind, body)
         if kind == "notify":
             return self._notify(body["title"], body["text"], body["level"])
         if kind in ORDERS:
@@ -145,8 +153,20 @@ class Orders:
 
     def _label(self, device: str, changes: dict[str, str | None]) -> dict[str, Any]:
         with self._host.database.write() as connection:
+            if removed_names(connection, [device]):
+                return {"error": stranger(connection, device)}
             after = give_labels(connection, device, changes)
         return {"error": after} if isinstance(after, str) else {"device": device, "labels": after}
+
+    def _remove(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        with self._host.database.write() as connection:
+            if kind == "readmit":
+                return readmit(self._host, connection, body["device"])
+            return remove(self._host, connection, body["device"], body.get("reason", ""))
+
+    def _archive(self, body: dict[str, Any]) -> dict[str, Any]:
+        with self._host.database.write() as connection:
+            return archive.order(self._host, connection, **body)
 
     def _notify(self, title: str, text: str, level: str) -> dict[str, Any]:
         with self._host.database.write() as connection:
@@ -163,7 +183,7 @@ class Orders:
                 row.device: row.models for row in connection.execute(select(devices.c.device, devices.c.models))
             }
             if device not in reported:
-                return {"error": f"device {device!r} was never seen; known: {', '.join(sorted(reported)) or 'none'}"}
+                return {"error": stranger(connection, device)}
             if kind != "forget" and body["slot"] not in reported[device]:
                 return {
                     "error": f"{device} has no slot {body['slot']!r}; it has {', '.join(reported[device]) or 'none'}"
@@ -198,7 +218,9 @@ class Orders:
         with host.database.write() as connection:
             known = connection.execute(select(devices.c.device)).scalars().all()
             if device not in known:
-                return {"error": f"device {device!r} was never seen; known: {', '.join(sorted(known)) or 'none'}"}
+                return {"error": stranger(connection, device)}
+            off = self._misfits(connection, device, {s: each for s, each in models.items() if s not in adapters})
+            adapters |= dict.fromkeys(off)
             rev = desire(
                 connection,
                 device,
@@ -207,5 +229,16 @@ class Orders:
                 start_from=runs_now(host, connection, device),
             )
             text = ", ".join([*wanted_models.values(), *(name or "no adapter" for name in wanted_adapters.values())])
+            text += "".join(f", {release} off {slot}: it is for another model" for slot, release in off.items())
             host.announce(connection, "desired_set", f"{device}: {text}", device=device, rev=rev)
-        return {"device": device, "rev": rev}
+        return {"device": device, "rev": rev, **({"adapters_off": off} if off else {})}
+
+    def _misfits(self, connection: Connection, device: str, models: dict[str, StoredRelease]) -> dict[str, str]:
+        """slot -> the adapter that is desired of a device, or that it runs, and is for another model than these."""
+        runs = desired_of(connection, device) or runs_now(self._host, connection, device)
+        found = {slot: runs["adapters"].get(slot) for slot in models}
+        return {
+            slot: str(adapter["release"])
+            for slot, adapter in found.items()
+            if adapter is not None and misfits(self._host, adapter, models[slot].ref.model_dump(mode="json"))
+        }

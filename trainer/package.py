@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from edged.engines.base import EngineOptions, GenerateRequest, Generator, generate_all, open_engine
 from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef, Thresholds
 from trainer import calibrate
-from trainer.candidate import detector, golden_images
+from trainer.candidate import detector
 from trainer.core.parity import PARITY_KEY, Exported
 from trainer.evaluate import Labelled, calibration_items, observe
+from trainer.export.golden_images import APART_KEY, part
 from trainer.files import sha256_of, write_whole
 from trainer.golden import write_detect_golden, write_prompt_golden
 from trainer.releases import MANIFEST, ReleaseError, build_manifest, canonical_bytes
@@ -49,10 +51,10 @@ def package_vision(
 ) -> ReleaseManifest:
     """Export a YOLO checkpoint (detect, segment or classify) as a release into `folder` (made anew).
 
-    `calibration` are labelled images that trained nothing: they set the activations' ranges, fit the confidence and
-    give the golden set, on which parity is judged. Of a classifier each has one box around the whole image. The lineage
-    says the parity. Raises EngineError, ExportError, ReleaseError, ParityFailed, or ValueError for other labels than the
-    checkpoint's.
+    `calibration` are labelled images that trained nothing: all fit the confidence, a few are the golden set, on which parity
+    is judged, and others set the ranges of int8. Of a classifier each has one box around the whole image. The lineage says
+    the parity, and how many images of each there were. Raises EngineError, ExportError, ReleaseError, ParityFailed, or
+    ValueError for other labels than the checkpoint's or too few images.
     """
     from trainer.export.vision import export_vision, vision_manifest, vision_model
 
@@ -60,20 +62,28 @@ def package_vision(
     model = vision_model(checkpoint)
     if tuple(labels) != model.labels:
         raise ValueError(f"labels {list(labels)}: {checkpoint} has {list(model.labels)}; name them in its order")
-    beside = _beside(folder)
-    golden, images = golden_images(calibration), [item.image for item in calibration]
-    exported = export_vision(
-        checkpoint, beside, precision, golden=golden, calibration=images, imgsz=imgsz, thresholds=thresholds, seed=seed
-    ).check()
-    common: dict[str, Any] = {"labels": labels, "imgsz": imgsz, "thresholds": thresholds}
-    with detector(beside, vision_manifest(beside, release, model.kind, **common)) as engine:
-        observed = observe(engine, images)
-        fitted = calibrate.fit(calibration_items(observed, calibration, thresholds), thresholds)
-        roles = write_detect_golden(beside, engine, golden, thresholds.score)
-    told = {"checkpoint": checkpoint.name, "checkpoint_sha256": sha256_of(checkpoint), "seed": seed}
-    told = (lineage or told) | {PARITY_KEY: exported.lineage()}
-    manifest = vision_manifest(beside, release, model.kind, roles=roles, calibration=fitted, lineage=told, **common)
-    return _finish(beside, folder, manifest)
+    with _beside(folder) as beside:
+        images = [item.image for item in calibration]
+        parts = part(images, int8=precision == "int8")
+        exported = export_vision(
+            checkpoint,
+            beside,
+            precision,
+            golden=parts.golden,
+            calibration=parts.ranges,
+            imgsz=imgsz,
+            thresholds=thresholds,
+            seed=seed,
+        ).check()
+        common: dict[str, Any] = {"labels": labels, "imgsz": imgsz, "thresholds": thresholds}
+        with detector(beside, vision_manifest(beside, release, model.kind, **common)) as engine:
+            observed = observe(engine, images)
+            fitted = calibrate.fit(calibration_items(observed, calibration, thresholds), thresholds)
+            roles = write_detect_golden(beside, engine, parts.golden, thresholds.score)
+        told = {"checkpoint": checkpoint.name, "checkpoint_sha256": sha256_of(checkpoint), "seed": seed}
+        told = (lineage or told) | {PARITY_KEY: exported.lineage(), APART_KEY: parts.lineage()}
+        manifest = vision_manifest(beside, release, model.kind, roles=roles, calibration=fitted, lineage=told, **common)
+        return _finish(beside, folder, manifest)
 
 
 def package_language(
@@ -81,22 +91,45 @@ def package_language(
     folder: Path,
     release: str,
     *,
-    golden: Sequence[tuple[str, str]],
+    checkpoint: Path,
+    golden: Sequence[Expected],
+    adapter: Path | None = None,
     base: ReleaseRef | None = None,
     lineage: dict[str, Any] | None = None,
 ) -> ReleaseManifest:
-    """Put a GGUF model (or, with `base`, a GGUF LoRA adapter for it) into a release in `folder` (made anew).
+    """Put a GGUF file that is there already into a release in `folder` (made anew): a whole model of the Hugging Face folder
+    `checkpoint`, or, with `base`, the PEFT `adapter` for that.
 
-    `golden` are prompts with the greedy answers that they must get. Raises ReleaseError or ValueError.
+    `golden` are prompts with the greedy answers that they must get. The file is compared with what it was made of, on them
+    too, and the lineage says the parity; of one that is quantised already only what it is, not what it was made of, which
+    `package_gguf` does. Raises ExportError, ReleaseError, ParityFailed, ValueError.
     """
-    beside = _beside(folder)
+    from trainer.export.language import adapter_parity, file_parity
+    from trainer.export.parity import GOLDEN_TEXTS
+
+    if (base is None) != (adapter is None):
+        raise ValueError(
+            f"{source}: an adapter's release needs both, its base's release and the PEFT folder; give both"
+        )
     role = "model" if base is None else "adapter"
-    shutil.copyfile(source, beside / f"{role}.gguf")
-    roles = {role: f"{role}.gguf", **write_prompt_golden(beside, golden)}
-    manifest = build_manifest(
-        beside, release, kind="llm" if base is None else "lora", engine="llama", roles=roles, base=base, lineage=lineage
-    )
-    return _finish(beside, folder, manifest)
+    texts = (*GOLDEN_TEXTS, *(f"{prompt}{answer}" for prompt, answer in golden))
+    with _beside(folder) as beside:
+        if adapter is None:
+            report = file_parity(checkpoint, source, texts)
+        else:
+            report = adapter_parity(adapter, checkpoint, source, beside, texts)
+        exported = Exported({role: f"{role}.gguf"}, (report,)).check()
+        shutil.copyfile(source, beside / f"{role}.gguf")
+        manifest = build_manifest(
+            beside,
+            release,
+            kind="llm" if base is None else "lora",
+            engine="llama",
+            roles={**exported.roles, **write_prompt_golden(beside, golden)},
+            base=base,
+            lineage=(lineage or {}) | {PARITY_KEY: exported.lineage()},
+        )
+        return _finish(beside, folder, manifest)
 
 
 def package_phi(
@@ -118,10 +151,9 @@ def package_phi(
     from trainer.export.onnx_phi import ENGINE as ONNX_PHI
     from trainer.export.onnx_phi import export_phi_as
 
-    beside = _beside(folder)
-    roles, report = export_phi_as(checkpoint, beside, "int8-dynamic" if int8 else "fp32")
-    exported = Exported(roles, (report,)).check()
-    return _finish_language(beside, folder, release, ONNX_PHI, exported, prompts, calibration, lineage)
+    with _beside(folder) as beside:
+        exported = export_phi_as(checkpoint, beside, "int8-dynamic" if int8 else "fp32").check()
+        return _finish_language(beside, folder, release, ONNX_PHI, exported, prompts, calibration, lineage)
 
 
 def package_gguf(
@@ -143,9 +175,9 @@ def package_gguf(
     from trainer.export.language import export_text_gguf
     from trainer.export.parity import GOLDEN_TEXTS
 
-    beside = _beside(folder)
-    exported = export_text_gguf(checkpoint, beside, quantization, (*GOLDEN_TEXTS, *prompts)).check()
-    return _finish_language(beside, folder, release, "llama", exported, prompts, calibration, lineage)
+    with _beside(folder) as beside:
+        exported = export_text_gguf(checkpoint, beside, quantization, (*GOLDEN_TEXTS, *prompts)).check()
+        return _finish_language(beside, folder, release, "llama", exported, prompts, calibration, lineage)
 
 
 def read_expected(path: Path) -> list[Expected]:
@@ -183,11 +215,17 @@ def answers_calibration(engine: Generator, expected: Sequence[Expected]) -> Cali
     return calibrate.fit_answers(pairs)
 
 
-def _beside(folder: Path) -> Path:
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` to make a release in; nothing of one that failed stays. Raises ReleaseError."""
+    _may_be_replaced(folder)
     beside = folder.with_name(folder.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    return beside
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # where it is done it lies at `folder`
 
 
 def _finish_language(
@@ -222,10 +260,14 @@ def _answer(engine: Generator, prompt: str) -> str:
     return answer
 
 
+def _may_be_replaced(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ReleaseError(f"{folder} is not empty and no release: name a new folder")
+
+
 def _finish(beside: Path, folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:
     write_whole(beside / MANIFEST, canonical_bytes(manifest))
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise ReleaseError(f"{folder} is not empty and no release: name a new folder (the release lies in {beside})")
+    _may_be_replaced(folder)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     return manifest

@@ -15,8 +15,8 @@ from trainer.config_text import own_names
 from trainer.core.rollout import Phase
 from trainer.core.triggers import Facts, Fire, TriggerRules, Wait, Wish, decide, due, last_due
 from trainer.database import Database, detections, jobs, put, rollouts, schedules
-from trainer.fleet import current_release, members, training_counts
-from trainer.jobfile import JobError, TrainJob, needed
+from trainer.fleet import running_release, training_counts
+from trainer.jobfile import JobError, TrainJob, needed, refusals
 from trainer.locks import Held, held, is_held
 from trainer.trained import had
 
@@ -50,6 +50,8 @@ def ready(
     least = needed(settings, samples_min)
     if dataset is not None:
         return _of_dataset(config, dataset, least)
+    if isinstance(config.database_at, Path) and not config.database_at.is_file():  # to look is not to make one
+        return Ready(model, False, "no labelled sample", 0, 0, least)
     database = Database(config.database_at)
     try:
         with database.read() as connection:
@@ -76,10 +78,11 @@ def decision(
     facts = Facts(
         samples_new=new,
         samples_usable=usable,
-        last_started=max((row.created for row in rows), default=None),
+        # A start in the future is from a clock that was ahead: it must not hide the real one.
+        last_started=max((row.created for row in rows if row.created <= now), default=None),
         job_open=rolling is not None or any(row.status in OPEN for row in rows),
         due=_due(connection, config, model, now),
-        drift=_drifted(connection, model, settings.tier) if config.triggers.drift else None,
+        drift=_drifted(connection, model, settings.tier, now) if config.triggers.drift else None,
     )
     return decide(facts, rules, now, wish)
 
@@ -118,16 +121,19 @@ def _due(connection: Connection, config: TrainerConfig, model: str, now: float) 
     return due(last, looked, now)
 
 
-def _drifted(connection: Connection, model: str, tier: str) -> float | None:
-    """When drift of the release that the fleet runs was found last."""
-    release = current_release(members(connection, model, tier))
-    found = select(func.max(detections.c.found_at)).where(detections.c.model == model, detections.c.release == release)
-    newest: float | None = connection.execute(found).scalar()
-    return newest
+def _drifted(connection: Connection, model: str, tier: str, now: float) -> float | None:
+    """When drift of the release that the fleet runs was found last, until now."""
+    newest = select(detections.c.release, func.max(detections.c.found_at)).where(
+        detections.c.model == model, detections.c.found_at <= now
+    )
+    rows = connection.execute(newest.group_by(detections.c.release))
+    found: dict[str, float] = {row[0]: row[1] for row in rows}
+    # Asked twice a second: the whole fleet is not looked at where nothing was ever found.
+    return found.get(running_release(connection, model, tier) or "") if found else None
 
 
 def _of_dataset(config: TrainerConfig, job: TrainJob, least: int) -> Ready:
-    usable = len({each.sha256 for each in job.manifest.samples})
+    usable = len({each.sha256 for each in job.manifest.samples} - refusals(job).keys())
     new = len(unused(config, job))
     if is_held(_lock_path(config, job.model)):
         return Ready(job.model, False, "a training of this model is under way", new, usable, least)
@@ -137,8 +143,8 @@ def _of_dataset(config: TrainerConfig, job: TrainJob, least: int) -> Ready:
 
 
 def unused(config: TrainerConfig, job: TrainJob) -> set[str]:
-    """The samples (SHA-256) of a job's data set that no training of its model has had."""
-    return {each.sha256 for each in job.manifest.samples} - had(config, job.model)
+    """The samples (SHA-256) of a job's data set that may train and that no training of its model has had."""
+    return {each.sha256 for each in job.manifest.samples} - refusals(job).keys() - had(config, job.model)
 
 
 @contextmanager

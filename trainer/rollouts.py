@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
 from edged.wire.manifest import ReleaseId, ReleaseRef
+from trainer.adapters import misfits
+from trainer.config import TrainerConfig
+from trainer.config_text import TextModel
 from trainer.core.canary import Judgement
 from trainer.core.rollout import (
     ENDED,
+    NAMED_MAX,
     Effect,
     Event,
     Observation,
@@ -19,23 +25,27 @@ from trainer.core.rollout import (
     Phase,
     Rollout,
     begin,
+    join,
     observe,
     step,
 )
 from trainer.database import desired, devices, rollouts
-from trainer.fleet import Member, desire, desired_of, members, outcome
-from trainer.host import Host, new_id
-from trainer.releases import ReleaseError
+from trainer.faults import Faults
+from trainer.fleet import Member, members
+from trainer.host import Host
+from trainer.newcomers import newcomers, under
+from trainer.releases import StoredRelease
 from trainer.signing import forgotten
+from trainer.standing import Standing
+from trainer.telling import references, runs_now, tell
 from trainer.watch import Watch, audit_back, audit_more
 
 
 def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollout | str:
-    """Store a new rollout of a registered release to all devices of its model; or why there is none."""
+    """Store a new rollout of a registered release to all devices of its model, of an adapter to all that run its base; or
+    why there is none."""
     stored = host.registry.get(ref.release)
-    model = ReleaseId(ref.release).name
-    if stored.manifest.kind == "lora":
-        return f"{ref.release} is an adapter: use `trainer fleet set DEVICE --adapter SLOT={ref.release}`"
+    model, part = slot_of(host.config, stored), "adapters" if stored.manifest.kind == "lora" else "models"
     running = connection.execute(
         select(rollouts.c.id, rollouts.c.release, rollouts.c.phase).where(
             rollouts.c.model == model, rollouts.c.phase.notin_([phase.value for phase in ENDED])
@@ -44,28 +54,80 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
     if running is not None:
         return f"rollout {running.id} of {running.release} is {running.phase}: promote or abort it first"
     settings = host.config.models.get(model)
-    fleet = members(connection, model, settings.tier if settings else "")
+    fleet = members(connection, model, settings.tier if settings else "", part, heard=host.lately())
+    if part == "adapters":
+        found = _on_base(host, stored, model, fleet)
+        if isinstance(found, str):
+            return found
+        fleet = found
+    previous = references(host, connection, [member.device for member in fleet], model, part)
+    stray = {each.device: why for each in fleet if (why := _no_way_back(host, each, previous[each.device]))}
+    if stray and 2 * len(stray) >= len(fleet):
+        return next(iter(stray.values()))
+    fleet = [member for member in fleet if member.device not in stray]
+    if fleet and all(member.active == ref.release for member in fleet):
+        return (
+            f"{ref.release} is what all {len(fleet)} devices run in their slot {model!r}: there is nothing to roll out"
+        )
     now = host.now()
     online = [member.device for member in fleet if member.online and member.pinned is None]
     devices = [member.device for member in fleet]
     try:
-        rollout = begin(new_id(), ref.release, devices, host.config.rollout.rules(), now, online)
+        rollout = begin(host.new_id(), ref.release, devices, host.config.rollout.rules(), now, online)
     except ValueError as error:
         return str(error)
-    previous = {member.device: _reference(host, connection, member.device, model) for member in fleet}
-    for member in fleet:
-        if member.active is not None and previous[member.device] is None:
-            return (
-                f"{member.device} runs {member.active}, which is not registered, so there would be no way back: "
-                "`trainer release add` its folder first"
-            )
-    for release in {each["release"] for each in previous.values() if each is not None}:
-        if forgotten(host.config, release):
-            return f"{release} runs and is not signed, so there would be no way back: `trainer release sign` it first"
+    worn = references(host, connection, devices, model, "adapters") if part == "models" else {}
+    off = {name: adapter for name, adapter in worn.items() if misfits(host, adapter, ref.model_dump(mode="json"))}
+    rollout = replace(rollout, part=part, adapters=off)
+    previous = {member.device: previous[member.device] for member in fleet}
     row = {"id": rollout.id, "model": model, "release": ref.release, "sha256": ref.sha256, "previous": previous}
     state = {"phase": rollout.phase.value, "state": rollout.to_dict(), "created": now, "updated": now}
     connection.execute(insert(rollouts).values(**row, **state))
+    if stray:
+        text = f"{ref.release} goes to {len(fleet)} devices without {len(stray)}: {'; '.join(list(stray.values())[:5])}"
+        host.announce(
+            connection, "rollout_left_out", text, rollout=rollout.id, release=ref.release, devices=list(stray)
+        )
     return rollout
+
+
+def _no_way_back(host: Host, member: Member, previous: Mapping[str, str] | None) -> str:
+    """Why a device could not be given back what it runs; empty when it could."""
+    if member.active is not None and previous is None:
+        return (
+            f"{member.device} runs {member.active}, which is not registered, so there would be no way back: "
+            "`trainer release add` its folder first"
+        )
+    if previous is not None and forgotten(host.config, previous["release"]):
+        return (
+            f"{previous['release']} runs and is not signed, so there would be no way back: "
+            "`trainer release sign` it first"
+        )
+    return ""
+
+
+def slot_of(config: TrainerConfig, stored: StoredRelease) -> str:
+    """The slot that a release goes into: its own name; of an adapter the model that is configured to be improved by
+    adapters of this name, else its base's."""
+    name, base = ReleaseId(stored.ref.release).name, stored.manifest.base
+    if stored.manifest.kind != "lora" or base is None:
+        return name
+    for model, settings in config.models.items():
+        if isinstance(settings, TextModel) and settings.adapter_name(model) == name:
+            return model
+    return ReleaseId(base.release).name
+
+
+def _on_base(host: Host, stored: StoredRelease, slot: str, fleet: list[Member]) -> list[Member] | str:
+    """The members that run what an adapter is for; or why it can go to nobody."""
+    base, release = stored.manifest.base, stored.ref.release
+    if base is None or host.registry.get(base.release).ref != base:
+        return f"{release} is for another {base.release if base else 'base'} than the registered one: train it anew"
+    fitting = [member for member in fleet if member.base == base.release]
+    if fitting:
+        return fitting
+    runs = ", ".join(sorted({str(member.base) for member in fleet})) or "nothing"
+    return f"{release} is an adapter for {base.release}, and no device runs that in its slot {slot!r}, but {runs}"
 
 
 class Rollouts:
@@ -74,58 +136,131 @@ class Rollouts:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._watch = Watch(host)
-        self._failed_since: dict[tuple[str, str], float] = {}  # (rollout, device) -> when a failure was first seen
+        self.faults = Faults(host, "rollout")
+        self._changed = host.database.changed(devices, desired)
+        self._standing: dict[str, Standing] = {}  # by rollout
+        self._left: dict[
+            str, tuple[float, bool]
+        ] = {}  # rollout that is over -> (its `updated`, whether somebody is away)
+        self._knows: dict[
+            str, frozenset[str]
+        ] = {}  # rollout that is done -> its devices, once all others were looked at
 
     def tick(self) -> None:
         """Let every open rollout take the step that the fleet's state calls for, if any; and bring those who were away at
-        the end of each model's last one to where the others are."""
+        the end of each model's last one, or came after it, to where the others are."""
+        heard = self._changed.take()
+        for standing in self._standing.values():
+            standing.heard(heard)
         with self._host.database.read() as connection:
-            ids = self._open(connection)
-        for rollout_id in ids:
-            with self._host.database.write() as connection:
-                row = connection.execute(select(rollouts).where(rollouts.c.id == rollout_id)).one()
-                rollout = Rollout.from_dict(row.state)
-                rules = self._host.config.rollout.rules()
-                seen = self._observation(connection, row, rollout)
-                if seen.judged.findings:
-                    rollout = replace(rollout, judged=shown(seen.judged))
-                found = observe(rollout, seen, rules, self._host.now())
-                if found is not None:
-                    self._step(connection, row, rollout, *found, seen.outcomes)
-                elif rollout.judged != row.state.get("judged", {}):
-                    self._save(connection, row, rollout)
+            last = self._last(connection)
+        self._knows = {name: known for name, known in self._knows.items() if name in last}
+        for rollout_id, phase in last.items():
+            if phase == Phase.DONE:
+                with self.faults.of(rollout_id):
+                    self._join(rollout_id, heard)
+        with self._host.database.read() as connection:
+            open_ = self._open(connection, [*last, *under(self._host, connection, last)])
+        self._standing = {name: standing for name, standing in self._standing.items() if name in open_}
+        self.faults.keep([*open_, *last])
+        for rollout_id, updated in open_.items():
+            known = self._standing.get(rollout_id)
+            if known is not None and known.row.updated == updated and not known.due(self._host.now()):
+                continue
+            with self.faults.of(rollout_id):
+                try:
+                    with self._host.database.write() as connection:
+                        self._look(connection, rollout_id, updated)
+                except BaseException:
+                    self._standing.pop(rollout_id, None)  # it may say what was not committed
+                    raise
 
-    def _open(self, connection: Connection) -> list[str]:
-        """The rollouts that are not over, and the last of each model while somebody is away."""
-        ended = [phase.value for phase in ENDED]
-        found = list(connection.execute(select(rollouts.c.id).where(rollouts.c.phase.notin_(ended))).scalars())
+    def _look(self, connection: Connection, rollout_id: str, updated: float) -> None:
+        standing = self._standing.get(rollout_id)
+        if standing is None or standing.row.updated != updated:
+            standing = self._standing[rollout_id] = self._read(connection, rollout_id)
+        row, rollout, rules = standing.row, standing.rollout, self._host.config.rollout.rules()
+        seen = self._observation(connection, standing)
+        if seen.judged.findings:
+            rollout = replace(rollout, judged=shown(seen.judged))
+        found = observe(rollout, seen, rules, self._host.now())
+        if found is not None:
+            self._step(connection, row, rollout, *found, seen.outcomes)
+        elif rollout.judged != standing.rollout.judged:
+            self._save(connection, row, rollout)
+
+    def _read(self, connection: Connection, rollout_id: str) -> Standing:
+        row = connection.execute(select(rollouts).where(rollouts.c.id == rollout_id)).one()
+        return Standing(_stored(row), Rollout.from_dict(row.state), _told)
+
+    def _last(self, connection: Connection) -> dict[str, str]:
+        """The last rollout of each model, with its phase."""
         newest = (
             select(rollouts.c.model, func.max(rollouts.c.created).label("at")).group_by(rollouts.c.model).subquery()
         )
-        last = select(rollouts.c.id, rollouts.c.state).join(
+        asked = select(rollouts.c.id, rollouts.c.phase).join(
             newest, (rollouts.c.model == newest.c.model) & (rollouts.c.created == newest.c.at)
         )
-        for row in connection.execute(last.where(rollouts.c.phase.in_(ended))):
-            if row.state.get("left"):
-                found.append(row.id)
+        return {row.id: row.phase for row in connection.execute(asked)}
+
+    def _join(self, rollout_id: str, heard: Iterable[str]) -> None:
+        """Bring devices that a rollout, which is done, did not know into it; at a start all are looked at, then who says
+        something."""
+        known = self._knows.get(rollout_id)
+        names = None if known is None else frozenset(heard) - known
+        if names is not None and not names:
+            return
+        with self._host.database.write() as connection:
+            row = connection.execute(select(rollouts).where(rollouts.c.id == rollout_id)).one()
+            rollout = Rollout.from_dict(row.state)
+            new = newcomers(self._host, connection, row, rollout, names)
+            if new:
+                joined, text = join(rollout, new), f"{len(new)} new devices: {', '.join(new[:NAMED_MAX])}"
+                rollout = self._step(connection, _stored(row), joined, Event.JOINED, text, {})
+        self._knows[rollout_id] = frozenset(rollout.devices)
+
+    def _open(self, connection: Connection, last: Iterable[str]) -> dict[str, float]:
+        """The rollouts that are not over, and the last of each model while somebody is away; each with its `updated`."""
+        ended = [phase.value for phase in ENDED]
+        asked = select(rollouts.c.id, rollouts.c.updated)
+        found = {row.id: row.updated for row in connection.execute(asked.where(rollouts.c.phase.notin_(ended)))}
+        for row in connection.execute(asked.where(rollouts.c.phase.in_(ended), rollouts.c.id.in_(list(last)))).all():
+            if self._somebody_is_away(connection, row.id, row.updated):
+                found[row.id] = row.updated
         return found
+
+    def _somebody_is_away(self, connection: Connection, rollout_id: str, updated: float) -> bool:
+        """Of a rollout that is over; its state, as large as its fleet, is read once."""
+        if self._left.get(rollout_id, (None, False))[0] != updated:
+            state = connection.execute(select(rollouts.c.state).where(rollouts.c.id == rollout_id)).scalar_one()
+            self._left[rollout_id] = (updated, bool(state.get("left")))
+        return self._left[rollout_id][1]
 
     def order(self, rollout_id: str, event: Event, reason: str) -> dict[str, Any]:
         """An operator's word; the answer to show, or an `error`. A release or a model names its rollout too."""
         with self._host.database.write() as connection:
-            row = _find(connection, rollout_id)
+            row = find_rollout(connection, rollout_id)
             if row is None:
-                return {"error": f"rollout {rollout_id!r} does not exist; `trainer rollout status` lists them"}
-            rollout = Rollout.from_dict(row.state)
-            after = self._step(connection, row, rollout, event, reason, self._outcomes(connection, row, rollout)[0])
+                return {"error": no_rollout(connection, rollout_id)}
+            self._standing.pop(row.id, None)  # the caller's transaction may yet be undone
+            standing = Standing(_stored(row), Rollout.from_dict(row.state), _told)
+            rollout = standing.rollout
+            self._refresh(connection, standing)
+            after = self._step(connection, standing.row, rollout, event, reason, standing.outcomes)
             if after.phase is rollout.phase:
-                return {"error": f"rollout {row.id} is {rollout.phase.value}: {event.value} means nothing there"}
+                more = _to_go_back(row) if event is Event.ABORT else ""
+                return {"error": f"rollout {row.id} is {rollout.phase.value}: {event.value} means nothing there{more}"}
             answer = {"rollout": row.id, "release": row.release, "phase": after.phase.value}
             return answer | ({"going_back": list(after.given)} if after.phase is Phase.ABORTING else {})
 
     def _save(self, connection: Connection, row: Any, rollout: Rollout) -> None:
         changes = {"phase": rollout.phase.value, "state": rollout.to_dict(), "updated": self._host.now()}
         connection.execute(update(rollouts).where(rollouts.c.id == row.id).values(**changes))
+        self._left.pop(row.id, None)
+        standing = self._standing.get(row.id)
+        if standing is not None:
+            standing.row.updated = changes["updated"]
+            standing.becomes(rollout)
 
     def _step(
         self, connection: Connection, row: Any, before: Rollout, event: Event, reason: str, seen: Mapping[str, Outcome]
@@ -134,16 +269,20 @@ class Rollouts:
         after, effects = step(before, event, reason, host.config.rollout.rules(), now, seen)
         if after == before and not effects:
             return before
-        ref = {"release": row.release, "sha256": row.sha256}
+        ref, part = {"release": row.release, "sha256": row.sha256}, before.part
         for effect in effects:
             if effect is Effect.DESIRE:
                 new = [device for device in after.devices if device in after.told and device not in before.told]
-                self._desire(connection, row, dict.fromkeys(new, ref))
+                self._desire(connection, row, part, dict.fromkeys(new, ref))
             elif effect is Effect.RESTORE:
-                self._desire(connection, row, {device: row.previous.get(device) for device in before.given})
+                self._desire(connection, row, part, {device: row.previous.get(device) for device in before.given})
+                worn = {device: before.adapters[device] for device in before.given if device in before.adapters}
+                self._desire(connection, row, "adapters", worn)
             elif effect is Effect.AUDIT_MORE:
-                raised = audit_more(host, connection, row, after, lambda device: runs_now(host, connection, device))
-                after = replace(after, raised=raised)
+                raised, planned = audit_more(
+                    host, connection, row, after, lambda device: runs_now(host, connection, device)
+                )
+                after = replace(after, raised=raised, planned=planned)
             elif effect is Effect.AUDIT_BACK:
                 audit_back(connection, after.raised)
                 after = replace(after, raised={})
@@ -154,44 +293,23 @@ class Rollouts:
             # CONFIRM and GIVE_BACK are the job's, which reads this rollout's phase: samples belong to jobs alone.
         if after.phase in ENDED:
             self._watch.forget(row.id)
-            self._failed_since = {key: at for key, at in self._failed_since.items() if key[0] != row.id}
         self._save(connection, row, after)
         return after
 
-    def _desire(self, connection: Connection, row: Any, wanted: dict[str, dict[str, str] | None]) -> None:
-        for device, ref in wanted.items():
-            desire(connection, device, models={row.model: ref}, start_from=runs_now(self._host, connection, device))
+    def _desire(
+        self, connection: Connection, row: Any, part: str, wanted: Mapping[str, Mapping[str, str] | None]
+    ) -> None:
+        tell(self._host, connection, row.model, wanted, part)
 
-    def _observation(self, connection: Connection, row: Any, rollout: Rollout) -> Observation:
-        outcomes, reasons = self._outcomes(connection, row, rollout)
-        judged = self._watch.judged(connection, row, rollout)
+    def _refresh(self, connection: Connection, standing: Standing) -> None:
+        grace_s = self._host.config.rollout.failed_grace_s
+        standing.refresh(connection, self._host.now(), grace_s, self._host.lately())
+
+    def _observation(self, connection: Connection, standing: Standing) -> Observation:
+        self._refresh(connection, standing)
+        judged = self._watch.judged(connection, standing.row, standing.rollout)
+        outcomes, reasons = standing.outcomes, standing.reasons
         return Observation(outcomes, reasons, judged) if judged is not None else Observation(outcomes, reasons)
-
-    def _outcomes(
-        self, connection: Connection, row: Any, rollout: Rollout
-    ) -> tuple[dict[str, Outcome], dict[str, str]]:
-        fleet = {member.device: member for member in members(connection, row.model)}
-        outcomes: dict[str, Outcome] = {}
-        revs = {row.device: row.rev for row in connection.execute(select(desired.c.device, desired.c.rev))}
-        for device in rollout.devices:
-            member = fleet.get(device)
-            if member is None or (device not in rollout.told and not member.online):
-                outcomes[device] = Outcome.OFFLINE
-                continue
-            found = outcome(member, _told(row, rollout, member), revs.get(device, 0))
-            outcomes[device] = self._lasting(rollout, member, found)
-        return outcomes, {device: fleet[device].reason for device in rollout.devices if device in fleet}
-
-    def _lasting(self, rollout: Rollout, member: Member, found: Outcome) -> Outcome:
-        """A failure counts when it lasts: a device tries again by itself after a fetch that broke off."""
-        key, now = (rollout.id, member.device), self._host.now()
-        if found is not Outcome.FAILED:
-            self._failed_since.pop(key, None)
-            return found
-        since = self._failed_since.setdefault(key, now)
-        if member.update == "reverted" or now - since >= self._host.config.rollout.failed_grace_s:
-            return found
-        return Outcome.ON_THE_WAY
 
 
 def shown(judged: Judgement) -> dict[str, Any]:
@@ -203,18 +321,18 @@ def shown(judged: Judgement) -> dict[str, Any]:
 def progress(connection: Connection, row: Any) -> dict[str, Any]:
     """How far a rollout is, for people: `{status, progress: "1/3 nodes", canary_result, ...}` (L17)."""
     rollout = Rollout.from_dict(row.state)
-    fleet = {member.device: member for member in members(connection, row.model)}
+    fleet = {member.device: member for member in members(connection, row.model, part=rollout.part)}
     running = [
         device
         for device in rollout.devices
         if (member := fleet.get(device)) is not None and member.active == row.release
     ]
-    passed = rollout.phase in (Phase.ROLLING, Phase.DONE)
-    pending = rollout.phase in (Phase.PENDING, Phase.CANARY, Phase.WATCHING, Phase.PAUSED)
+    # One that was stored by the version before has no result.
+    result = rollout.result or ("passed" if rollout.phase in (Phase.ROLLING, Phase.DONE) else "pending")
     return {
         "status": rollout.phase.value,
         "progress": f"{len(running)}/{len(rollout.devices)} nodes",
-        "canary_result": "passed" if passed else "pending" if pending else rollout.phase.value,
+        "canary_result": result,
         "canary": list(rollout.canary),
         "reason": rollout.reason,
         "rollout_id": row.id,
@@ -222,6 +340,7 @@ def progress(connection: Connection, row: Any) -> dict[str, Any]:
         "watch_until": rollout.watch_until,
         "running": running,
         "model": row.model,
+        "part": rollout.part,
         "step": f"{rollout.stage + 1}/{len(rollout.cohorts)}",
         "devices": len(rollout.devices),
         "told": len(rollout.told),
@@ -230,10 +349,28 @@ def progress(connection: Connection, row: Any) -> dict[str, Any]:
         "extended": rollout.extended,
         "judged": dict(rollout.judged),
         "away": list(rollout.left),
+        "stalled": list(rollout.stalled),
     }
 
 
-def _find(connection: Connection, name: str) -> Any:
+def no_rollout(connection: Connection, name: str) -> str:
+    """Why nothing can be said to a rollout of this name."""
+    named = rollouts.c.release == name if "@" in name else rollouts.c.model == name
+    row = connection.execute(select(rollouts).where(named).order_by(rollouts.c.created.desc())).first()
+    if row is None:
+        return f"rollout {name!r} does not exist; `trainer rollout status` lists them"
+    return f"no rollout of {name} is open: the last one, {row.id} of {row.release}, is {row.phase}{_to_go_back(row)}"
+
+
+def _to_go_back(row: Any) -> str:
+    """How to undo a rollout that is done."""
+    before = Counter(ref["release"] for ref in row.previous.values() if ref is not None)
+    if row.phase != Phase.DONE or not before:
+        return ""
+    return f"; to go back: `trainer rollout start {min(before, key=lambda each: (-before[each], each))}`"
+
+
+def find_rollout(connection: Connection, name: str) -> Any:
     """The rollout of this id; or the newest open one of this release or model, or of all for ""."""
     row = connection.execute(select(rollouts).where(rollouts.c.id == name)).first()
     if row is not None:
@@ -243,27 +380,10 @@ def _find(connection: Connection, name: str) -> Any:
     return connection.execute(select(rollouts).where(still, *named).order_by(rollouts.c.created.desc())).first()
 
 
-def runs_now(host: Host, connection: Connection, device: str) -> dict[str, Any]:
-    """What all slots of a device run, as the start of its first desired state."""
-    found: dict[str, Any] = {"models": {}, "adapters": {}}
-    reported = connection.execute(select(devices.c.models).where(devices.c.device == device)).scalar() or {}
-    for slot, report in reported.items():
-        for name, release in (("models", report.get("active")), ("adapters", report.get("adapter"))):
-            if release:
-                try:
-                    found[name][slot] = host.registry.get(release).ref.model_dump(mode="json")
-                except ReleaseError:
-                    continue  # not ours to name: without an entry the device keeps it
-    return found
-
-
-def _reference(host: Host, connection: Connection, device: str, slot: str) -> dict[str, str] | None:
-    """The release to go back to: what the device runs, else what it was last told; None when both are unknown."""
-    now: dict[str, str] | None = runs_now(host, connection, device)["models"].get(slot)
-    if now is not None:
-        return now
-    told: dict[str, str] | None = (desired_of(connection, device) or {"models": {}})["models"].get(slot)
-    return told
+def _stored(row: Any) -> SimpleNamespace:
+    """The row of a rollout without its state, which is as large as its fleet."""
+    fields = ("id", "model", "release", "sha256", "previous", "created", "updated")
+    return SimpleNamespace(**{name: getattr(row, name) for name in fields})
 
 
 def _told(row: Any, rollout: Rollout, member: Member) -> str | None:
@@ -271,5 +391,7 @@ def _told(row: Any, rollout: Rollout, member: Member) -> str | None:
     if rollout.phase not in (Phase.ABORTING, Phase.ABORTED) and member.device in rollout.told:
         return str(row.release)
     previous = row.previous.get(member.device)
+    if rollout.part == "adapters":
+        return str(previous["release"]) if previous else None
     # With nothing to go back to, whatever it runs is where it stays.
     return str(previous["release"]) if previous else member.active

@@ -7,19 +7,23 @@ writes. The tables are in `trainer.database`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Connection, Engine, Integer, Table, insert, select, update
+from sqlalchemy import Column, Connection, Engine, Insert, Integer, Table, Update, bindparam, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 
 from trainer import dialects
 from trainer.schema import String, metadata
 
 # 2: leases, workers, opinions, pool, pulls, registrations. 3: detections, labels, schedules, notices, coordinators.
-SCHEMA_VERSION = 4  # so far each brought new tables only, which `create_all` makes
+# 5: removed.
+SCHEMA_VERSION = 5  # so far each brought new tables only, which `create_all` makes
 _IDS_A_QUERY = 500  # SQLite limits the variables of a statement
 
 coordinators = Table(  # who works on this database: one row, whose epoch only grows; see Database.serve
@@ -39,6 +43,16 @@ class Served(DatabaseError):
     """Another coordinator works on this database."""
 
 
+class Changed(set[str]):
+    """Keys of rows of one table that this process has written since its owner last took them out (`Database.changed`)."""
+
+    def take(self) -> list[str]:
+        """What is in it, by name; it is empty afterwards."""
+        taken = sorted(self)
+        self.clear()
+        return taken
+
+
 class Database:
     """Opens the SQLite file at a path, making it when needed, or the PostgreSQL database of an URL; threads may share one
     object. Raises DatabaseError."""
@@ -50,6 +64,7 @@ class Database:
             raise DatabaseError(str(error)) from None
         self._mine = threading.local()  # the transaction that this thread is in
         self._epoch: int | None = None
+        self._changed: dict[str, list[weakref.ref[Changed]]] = {}  # table -> who wants to know
         try:
             self._make(dialects.shown(self.engine))
         except OperationalError as error:
@@ -78,7 +93,8 @@ class Database:
             with outer.begin_nested():
                 yield outer
             return
-        with self.engine.connect().execution_options(writes=True) as connection, connection.begin():
+        options = {"writes": True, "changed": self._changed}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
             if self._epoch is not None:
                 self._check(connection, self._epoch)
             self._mine.connection = connection
@@ -130,6 +146,16 @@ class Database:
                 f"{dialects.shown(self.engine)} was taken over by another `trainer serve` ({row.name}); this one ends"
             )
 
+    def changed(self, *tables: Table) -> Changed:
+        """From now on the keys that `note_changed` is told of in these tables. A transaction that is undone may have told of
+        some as well: who is told looks at the rows."""
+        found = Changed()
+        for table in tables:
+            # Replaced, not changed in place: a writer may be going through it.
+            known = [each for each in self._changed.get(table.name, []) if each() is not None]
+            self._changed[table.name] = [*known, weakref.ref(found)]
+        return found
+
     def close(self) -> None:
         """Close every connection."""
         if self._epoch is not None:
@@ -145,6 +171,33 @@ def parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Set `values` in the row with this key, or add it; only inside `Database.write`, where nobody else writes."""
-    where = [table.c[name] == value for name, value in key.items()]
-    if connection.execute(update(table).where(*where).values(**values)).rowcount == 0:
-        connection.execute(insert(table).values(**key, **values))
+    change, add = _statements(table, tuple(key))
+    if connection.execute(change, {**{f"of_{name}": value for name, value in key.items()}, **values}).rowcount == 0:
+        connection.execute(add, {**key, **values})
+
+
+@lru_cache(maxsize=256)
+def _statements(table: Table, key: tuple[str, ...]) -> tuple[Update, Insert]:
+    """Made once: SQLAlchemy takes longer to build a statement than SQLite to run it."""
+    return update(table).where(*(table.c[name] == bindparam(f"of_{name}") for name in key)), insert(table)
+
+
+def put_all(connection: Connection, table: Table, key: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """`put` for many rows with one statement; every row has the same columns, `key` among them, and no two the same key."""
+    if not rows:
+        return
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(table)
+    values = {name: statement.excluded[name] for name in rows[0] if name not in key}
+    connection.execute(
+        statement.on_conflict_do_update(index_elements=list(key), set_=values), [dict(row) for row in rows]
+    )
+
+
+def note_changed(connection: Connection, table: Table, keys: Iterable[str]) -> None:
+    """Tell whoever asked `Database.changed` that these rows of a table are written in this transaction."""
+    wanted = connection.get_execution_options().get("changed", {}).get(table.name, ())
+    known = list(keys) if wanted else ()
+    for each in wanted:
+        if (found := each()) is not None:
+            found.update(known)

@@ -8,13 +8,16 @@ from sqlalchemy import Connection, select
 
 from trainer.child import read_progress
 from trainer.config import TrainerConfig
+from trainer.core.presence import Lately, present
 from trainer.database import desired, devices, events, jobs, rollouts, workers
 from trainer.enrolment import revoked_names
 from trainer.fleet import sample_counts
 from trainer.host import Host
+from trainer.ready import OPEN
 from trainer.rollouts import progress
 
 LATEST = 20
+FAULT_S = 86400.0
 
 
 def status(host: Host, counters: dict[str, int], connected: bool) -> dict[str, Any]:
@@ -25,7 +28,8 @@ def status(host: Host, counters: dict[str, int], connected: bool) -> dict[str, A
             "site": host.config.site,
             "broker_connected": connected,
             "counters": dict(counters),
-            "devices": fleet_status(connection),
+            "faults": faults(connection, host.now()),
+            "devices": fleet_status(connection, host.lately()),
             "samples": sample_counts(connection),
             "jobs": [job_status(connection, host.config, row) for row in _latest(connection, jobs)],
             "workers": [dict(row._mapping) for row in connection.execute(select(workers).order_by(workers.c.name))],
@@ -37,8 +41,21 @@ def status(host: Host, counters: dict[str, int], connected: bool) -> dict[str, A
         }
 
 
-def fleet_status(connection: Connection) -> list[dict[str, Any]]:
-    """Each device: whether it is there, what its slots run, and what it was told to run."""
+def faults(connection: Connection, now: float) -> list[str]:
+    """What was said within a day of rollouts and jobs that cannot go on for a fault of their own and are not over."""
+    known = {
+        row.id for row in connection.execute(select(rollouts.c.id).where(rollouts.c.phase.notin_(("done", "aborted"))))
+    }
+    known |= {row.id for row in connection.execute(select(jobs.c.id).where(jobs.c.status.in_(OPEN)))}
+    query = select(events.c.text, events.c.detail).where(
+        events.c.kind.in_(("rollout_fault", "job_fault")), events.c.ts > now - FAULT_S
+    )
+    return [row.text for row in connection.execute(query.order_by(events.c.ts)) if row.detail.get("name") in known]
+
+
+def fleet_status(connection: Connection, heard: Lately) -> list[dict[str, Any]]:
+    """Each device: whether it is there (`silent`: it should be, and nothing was heard of it for too long), what its slots
+    run, and what it was told to run."""
     told = {row.device: row for row in connection.execute(select(desired))}
     revoked = revoked_names(connection)
     found = []
@@ -47,7 +64,8 @@ def fleet_status(connection: Connection) -> list[dict[str, Any]]:
         found.append(
             {
                 "device": row.device,
-                "online": row.online,
+                "online": present(row.online, row.seen_at, heard),
+                "silent": row.online and not heard.holds(row.seen_at),
                 "revoked": revoked.get(row.device),
                 "tier": row.tier,
                 "profile": row.profile,

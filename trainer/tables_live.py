@@ -41,6 +41,7 @@ judged = Table(  # answers that were to be checked, and whether they were right
     Column("said_by", JSON),  # provenance; who else said what is in `opinions`
     Column("captured", Float, nullable=False),
     Index("judged_by_release", "release", "captured"),
+    Index("judged_by_device", "device", "captured"),
 )
 
 looks = Table(  # the last look at each stream for drift

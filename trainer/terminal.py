@@ -16,8 +16,23 @@ if TYPE_CHECKING:
 Config = Annotated[
     Path, typer.Option("--config", "-c", envvar="TRAINER_CONFIG", help="The trainer's TOML file.", show_default=True)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-CONFIG = Path("trainer.toml")
+
+
+class _Refusals:
+    """Whether the command that runs was given --json."""
+
+    as_json = False
+
+
+def _json(context: typer.Context, value: bool) -> bool:
+    _Refusals.as_json = value
+    context.call_on_close(lambda: setattr(_Refusals, "as_json", False))
+    return value
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", callback=_json)]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for the running `trainer serve` to answer.")]
+CONFIG, ANSWER_S = Path("trainer.toml"), 15.0
 EXIT_FAILED, EXIT_REFUSED, EXIT_TOO_FEW = 1, 3, 4
 
 
@@ -41,8 +56,32 @@ def open_database(settings: TrainerConfig) -> Database:
         fail(f"database: {error}")
 
 
+def configured(settings: TrainerConfig, model: str) -> None:
+    """Ends the program with a message when this is no model of ours."""
+    from trainer.config import ConfigError
+
+    try:
+        settings.any_model(model)
+    except ConfigError as error:
+        fail(str(error))
+
+
+def order(database: Database, kind: str, body: dict[str, Any], wait: float) -> dict[str, Any]:
+    """Have the running `trainer serve` do something; its answer. Ends the program when there is none, or an error."""
+    from trainer.orders import await_answer, place
+
+    answer = await_answer(database, place(database, kind, body), wait)
+    if answer is None:
+        fail(f"no answer within {wait:.0f} s: is `trainer serve` running? It will carry the order out when it does.")
+    if "error" in answer:
+        fail(answer["error"])
+    return answer
+
+
 def fail(text: str) -> NoReturn:
-    """End the program with a message on standard error."""
+    """End the program with a message on standard error; with --json also as JSON on standard output."""
+    if _Refusals.as_json:
+        typer.echo(json.dumps({"error": text}))
     typer.echo(f"trainer: {text}", err=True)
     raise typer.Exit(EXIT_FAILED)
 

@@ -6,7 +6,7 @@ longer.
 
 Unlike pictures, texts are small: the ledger holds them whole, each line with the hash of the one before (trainer.chain), and
 a set goes on judging when the data set that it came from is gone. `holdout` is the set of a configured file, which must
-go on holding all that was once frozen from it.
+go on holding all that was once frozen from it; `base` is what must not be forgotten, with a file or without.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ import numpy as np
 
 from trainer.chain import START, locked, read_chain, seal
 from trainer.config import TrainerConfig
+from trainer.config_text import TextModel, own_names
 from trainer.core.near_texts import RESEMBLANCE, Known, Sketch
+from trainer.core.provenance import taken_at
+from trainer.core.split import Times
 from trainer.core.text_split import Seen
+from trainer.datasets import DatasetError
 from trainer.files import write_whole
-from trainer.holdout import HoldoutError
-from trainer.kinds.texts import Text, may_not_judge, provenance
+from trainer.holdout import HoldoutError, Taken
+from trainer.kinds.texts import Text, may_not_judge, provenance, read
 from trainer.releases import StoredRelease
 from trainer.trained import ledger_of
 
-SETS = ("gate", "calibration", "test", "holdout")
+SETS = ("gate", "calibration", "test", "holdout", "base")
 SET_MAX = 20_000  # examples of one set
 TRAINED_MAX = 200_000  # of the newest
 NAMED_MAX = 5  # examples named in one message
@@ -84,19 +88,111 @@ def freeze(config: TrainerConfig, model: str, new: Mapping[str, Sequence[Text]],
     told: dict[str, Any] = {}
     with locked(config.holdouts):
         for name in SETS:
-            path = ledger_path(config, model, name)
-            entries = _extended(_read(path), new.get(name, ()), now)
-            if len(entries) > SET_MAX:
-                raise HoldoutError(
-                    f"{path}: {len(entries)} examples, at most {SET_MAX}: lower models.{model}.{name}_share, or move the "
-                    "ledger away to begin a new series of comparisons"
-                )
-            if new.get(name):
-                lines = (json.dumps(asdict(entry), sort_keys=True) for entry in entries)
-                write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+            entries = _append(config, model, name, new.get(name, ()), now)
             if entries:
                 told[name] = {"entries": len(entries), "hash": entries[-1].hash}
     return told
+
+
+def _append(config: TrainerConfig, model: str, name: str, texts: Sequence[Text], now: float) -> list[Entry]:
+    path = ledger_path(config, model, name)
+    entries = _extended(_read(path), texts, now)
+    if len(entries) > SET_MAX:
+        raise HoldoutError(
+            f"{path}: {len(entries)} examples, at most {SET_MAX}: lower models.{model}.{name}_share, or move the "
+            "ledger away to begin a new series of comparisons"
+        )
+    if texts:
+        lines = (json.dumps(asdict(entry), sort_keys=True) for entry in entries)
+        write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    return entries
+
+
+def set_of(settings: TextModel, name: str) -> str:
+    """The ledger that a set of the command line means: `target` is the one that judges. Raises HoldoutError."""
+    known = {"target": "gate" if settings.holdout is None else "holdout", "base": "base", "test": "test",
+             "calibration": "calibration"}  # fmt: skip
+    if name not in known:
+        raise HoldoutError(f"holdout {name!r}: of texts there is {', '.join(known)}")
+    return known[name]
+
+
+def take(
+    config: TrainerConfig, model: str, name: str, offered: Sequence[Text] | None, now: float, *, first: bool
+) -> Taken:
+    """Freeze a set for the first time, or extend it: what its configured file adds, or, where it has none, what of `offered`
+    may be in it. Raises HoldoutError, DatasetError, OSError; what was refused is named by reason."""
+    settings = config.text(model)
+    ledger = set_of(settings, name)
+    key, path = {"holdout": ("holdout", settings.holdout), "base": ("holdout_base", settings.holdout_base)}.get(
+        ledger, ("holdout", None)
+    )
+    if path is not None and offered is not None:
+        raise HoldoutError(f"models.{model}.{key} = {path}: that file is the set; add the lines to it, without --from")
+    if path is None and offered is None:
+        raise HoldoutError(f"holdout {model}/{name}: --from FILE is missing: no file is configured for this set")
+    with locked(config.holdouts):
+        sets, trained, names = read_sets(config, model), read_trained(config, model), own_names(model, settings)
+        held = sets.pop(ledger)
+        if first and held:
+            raise HoldoutError(f"holdout {model}/{name} is frozen since its first entry: use `trainer holdout extend`")
+        if not first and not held:
+            raise HoldoutError(f"holdout {model}/{name} is not frozen yet: use `trainer holdout freeze`")
+        # The sets that judge and the base set are one side, as those of images.
+        side = ("gate", "holdout", "base")
+        others = [each for other, rows in sets.items() if other not in side or ledger not in side for each in rows]
+        refused: dict[str, list[str]] = {}
+        if path is not None:
+            given = read_file(path, "lora" if ledger == "base" else settings.strategy)
+            fresh = check_file(
+                path, given, held, trained, names, settings.label_confidence_min, others, settings.resemblance
+            )
+        else:
+            fresh = _admitted(settings, names, offered or (), held, trained, others, refused)
+        entries = _append(config, model, ledger, fresh, now)
+        return Taken(len(fresh), refused, len(entries), entries[-1].hash if entries else "")
+
+
+def _admitted(
+    settings: TextModel, names: Sequence[str], offered: Sequence[Text], held: Sequence[Text], trained: Sequence[Seen],
+    others: Sequence[Text], refused: dict[str, list[str]],
+) -> list[Text]:  # fmt: skip
+    """What may be in a set of all that is offered; the identities of the others are added to `refused`."""
+    learned, apart = _likenesses(trained, others, settings.resemblance)
+    times = Times((each.device, each.captured) for each in trained)
+    there = {each.identity for each in held}
+    fresh: list[Text] = []
+    for each in offered:
+        reason = "duplicate" if each.identity in there else may_not_judge(each, names, settings.label_confidence_min)
+        reason = reason or _too_near(each, learned, apart)
+        reason = reason or (
+            "beside_training" if times.beside(*taken_at(each.provenance), settings.split_guard_s) else ""
+        )
+        if reason:
+            refused.setdefault(reason, []).append(each.identity)
+        else:
+            there.add(each.identity)
+            fresh.append(each)
+    return fresh
+
+
+def _likenesses(trained: Sequence[Seen], others: Sequence[Text], resemblance: float) -> tuple[Known, Known]:
+    return Known((each.sketch for each in trained), resemblance), Known((each.sketch for each in others), resemblance)
+
+
+def _too_near(text: Text, learned: Known, apart: Known) -> str:
+    if learned.near(text.sketch) >= 0:
+        return "near_training"
+    return "near_other_set" if apart.near(text.sketch) >= 0 else ""
+
+
+def read_file(path: Path, strategy: str) -> list[Text]:
+    """The examples of a configured set; raises DatasetError where there is none, or a line is none."""
+    found, broken, _ = read(path, strategy)
+    if broken or not found:
+        what = f"{broken[0]}: every line of a holdout must count" if broken else "no example is in it"
+        raise DatasetError(f"{path}: {what}; correct it")
+    return found
 
 
 def check_file(
@@ -115,13 +211,10 @@ def check_file(
         )
     known = {each.identity for each in frozen}
     fresh = [each for each in {each.identity: each for each in texts}.values() if each.identity not in known]
-    learned = Known((each.sketch for each in trained), resemblance)
-    apart = Known((each.sketch for each in others), resemblance)
+    learned, apart = _likenesses(trained, others, resemblance)
     wrong: dict[str, list[Text]] = {}
     for each in fresh:
-        reason = may_not_judge(each, names, confidence_min)
-        reason = reason or ("near_training" if learned.near(each.sketch) >= 0 else "")
-        reason = reason or ("near_other_set" if apart.near(each.sketch) >= 0 else "")
+        reason = may_not_judge(each, names, confidence_min) or _too_near(each, learned, apart)
         if reason:
             wrong.setdefault(reason, []).append(each)
     if wrong:

@@ -18,18 +18,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select
 
 from trainer.config import ConfigError, TrainerConfig
+from trainer.config_drift import GROUP_BY_MAX, Label
 from trainer.config_text import own_names
 from trainer.core.selectors import BadSelector
 from trainer.database import Database, jobs, rollouts
 from trainer.figures import LATEST, latest_detections, release_figures, sample_figures
 from trainer.fleet import find_samples, training_counts
-from trainer.inventory import chosen
+from trainer.inventory import chosen, known_labels
+from trainer.live import KEEP_S
 from trainer.orders import await_answer, place, withdraw
 from trainer.ready import decision
 from trainer.rollouts import progress
 from trainer.status import job_status, promised
 
 WAIT_S = 15.0
+VALUE_MAX = 80  # characters of a wrong value in an error
 Selector = Annotated[
     str, Field(max_length=4096, description="Devices, as site=plant1,profile!=pi4,line in (a,b); empty: all.")
 ]
@@ -71,11 +74,17 @@ class DeployModel(_Arguments):
 
 
 class QueryMetrics(_Arguments):
-    """What the fleet answered with each release, the newest trainings and rollouts, and drift that was found."""
+    """What the fleet answered with each release and how right it was, as an estimate with its 95 % interval (value null: too
+    little was checked), by the hour for 180 days; the newest trainings and rollouts, and drift that was found."""
 
     model: str = Field("", description="Only this model; empty: all.")
     selector: Selector = ""
-    hours: float = Field(24.0, gt=0, le=2160.0, description="How far to look back.")
+    hours: float = Field(24.0, gt=0, le=KEEP_S / 3600, description="How far to look back, from a whole hour on.")
+    group_by: list[Label] = Field(
+        [],
+        max_length=GROUP_BY_MAX,
+        description="Labels, as site, profile or line: figures for each of their values too.",
+    )
 
 
 class Notify(_Arguments):
@@ -84,6 +93,12 @@ class Notify(_Arguments):
     text: str = Field(min_length=1, max_length=2000)
     title: str = Field("", max_length=120)
     level: Literal["info", "warning", "error"] = "info"
+
+
+def shown_value(value: Any) -> str:
+    """A value that was given, as an error names it."""
+    text = repr(value)
+    return text if len(text) <= VALUE_MAX else f"{text[:VALUE_MAX]}..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +137,10 @@ class Tools:
         try:
             checked = tool.takes.model_validate(arguments)
         except ValidationError as error:
-            wrong = (f"{'.'.join(map(str, each['loc'])) or 'arguments'}: {each['msg']}" for each in error.errors())
+            wrong = (
+                f"{'.'.join(map(str, each['loc'])) or 'arguments'}: {each['msg']}, not {shown_value(each['input'])}"
+                for each in error.errors()
+            )
             raise ToolRefused(
                 f"{name}: {'; '.join(wrong)}; its arguments are {', '.join(tool.takes.model_fields)}"
             ) from None
@@ -203,6 +221,7 @@ class Tools:
             self._config.any_model(asked.model)
         with self._database.read() as connection:
             names = set(chosen(connection, self._config.site, asked.selector))
+            known_labels(connection, self._config.site, asked.group_by)
 
             def latest(table: Any) -> list[Any]:
                 query = select(table).order_by(table.c.created.desc()).limit(LATEST)
@@ -210,7 +229,9 @@ class Tools:
 
             return {
                 "devices": sorted(names),
-                "releases": release_figures(connection, time.time() - 3600 * asked.hours, asked.model, names),
+                "releases": release_figures(
+                    connection, self._config, time.time() - 3600 * asked.hours, asked.model, names, asked.group_by
+                ),
                 "jobs": [promised(job_status(connection, self._config, row)) for row in latest(jobs)],
                 "rollouts": [progress(connection, row) for row in latest(rollouts)],
                 "drift": latest_detections(connection, asked.model),

@@ -14,16 +14,19 @@ import time
 from typing import Any
 
 from edged.engines.base import EngineError
+from trainer.checkpoints import CheckpointError
 from trainer.child import PROGRESS
 from trainer.core.gate import Verdict
 from trainer.datasets import DatasetError
 from trainer.ending import Known, TooFewSamples, end
+from trainer.export.gguf_architectures import ExportError
 from trainer.files import write_whole
-from trainer.jobfile import TrainJob
+from trainer.jobfile import MANIFEST, TrainJob
 from trainer.kinds import begin
 from trainer.releases import ReleaseError
 from trainer.run import FACTS, Hear, Run
 from trainer.trained import begun
+from trainer.tuners.settings import SettingsError
 
 __all__ = ["TooFewSamples", "train"]
 
@@ -51,7 +54,7 @@ def train(job: TrainJob, *, samples_min: int | None = None, hear: Hear = lambda 
         if not any(job.run.iterdir()):
             job.run.rmdir()
         raise
-    except (DatasetError, ReleaseError, EngineError, OSError) as error:
+    except (DatasetError, ReleaseError, EngineError, SettingsError, ExportError, CheckpointError, OSError) as error:
         outcome, reason = "failed", str(error)
     except Exception as error:  # of whatever kind a library has: the run says how it ended
         log.exception("the run failed")
@@ -67,8 +70,9 @@ def _run(run: Run, samples_min: int | None) -> tuple[Verdict, dict[str, Any]]:
     log.info("samples: %s", run.facts.get("samples"))
     if samples_min is not None and usable < samples_min:
         raise TooFewSamples(f"{usable} usable samples, {samples_min} are needed")
+    training.check()
     begun(run.job.config, run.job.model, run.job.manifest)
-    manifest = run.folder / "manifest.json"
+    manifest = run.folder / MANIFEST
     if not manifest.is_file():  # what it takes to train the same again
         write_whole(manifest, run.job.manifest.model_dump_json(indent=2).encode())
     with run.stage("train"):

@@ -1,7 +1,7 @@
 """The ledger of what has trained: which samples a training of a model has had, and every image that it has learned from.
 
     DATA_DIR/trained/MODEL/RUN-HASH.begun.json    a training began: its samples
-    DATA_DIR/trained/MODEL/RUN-HASH.ended.json    it came to its end, with whatever outcome
+    DATA_DIR/trained/MODEL/RUN-HASH.ended.json    it was judged: it passed, or was refused
     DATA_DIR/trained/MODEL/images-000001.npz      images that were learned from and are in no file before it
 
 Law of this file: a record is written whole, once, and never changed or removed. A training that is begun again, or whose
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BEGUN_MAX = 3  # trainings of a sample that never came to an end: after these it calls for no further one
+BEGUN_MAX = 3  # trainings of a sample that were never judged: after these it calls for no further one
 IMAGES_MAX = 1_000_000  # of the newest that are compared with: a kilobyte each
 _NAME_MAX = 80  # characters of a run's name in a file's
 _BEGUN, _ENDED, _IMAGES = ".begun.json", ".ended.json", "images-"
@@ -76,16 +76,21 @@ def begun(config: TrainerConfig, model: str, manifest: TrainingManifest) -> None
 
 
 def ended(config: TrainerConfig, model: str, manifest: TrainingManifest, outcome: str, now: float) -> None:
-    """It came to its end at `now` (seconds since the epoch): its samples are used, whatever the outcome. Raises OSError."""
-    begun(config, model, manifest)  # one that failed before it began has had them too
+    """It came to its end at `now` (seconds since the epoch): judged, its samples are used. Raises OSError.
+
+    One that failed says nothing of its samples: it stays a try of theirs when it had begun, and is none when it had not.
+    """
+    if outcome == "failed":
+        return
+    begun(config, model, manifest)
     path = _record(config, model, manifest, _ENDED)
     if not path.is_file():
         write_json(path, {"job": manifest.job, "outcome": outcome, "ts": now})
 
 
 def had(config: TrainerConfig, model: str) -> set[str]:
-    """The samples (SHA-256) that call for no further training: some training that ended has had them, or BEGUN_MAX that
-    did not end. Raises LedgerError."""
+    """The samples (SHA-256) that call for no further training: some training that was judged has had them, or BEGUN_MAX
+    that were not. Raises LedgerError."""
     used: set[str] = set()
     tries: Counter[str] = Counter()
     for path in sorted(ledger_of(config, model).glob(f"*{_BEGUN}")):

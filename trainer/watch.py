@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, func, select
 
-from trainer.core.canary import Fleet, Judgement, Tally, judge
+from trainer.core.canary import Fleet, Judgement, Tally, Verdict, judge
+from trainer.core.planning import audits_needed
 from trainer.core.rollout import Phase, Rollout, look_of
+from trainer.database import parts, windows
 from trainer.fleet import desire, desired_of
 from trainer.host import Host
+from trainer.live import confidence_min
 from trainer.observed import Period, accepting, tallies
+from trainer.removed import removed_names
 
 LOOKS_A_WATCH = 60  # as many as minutes of an hour
 SURPLUS = 1.25  # of checked answers over those that are planned: some get no verdict
+COMPARED_MAX = 1000  # canaries, and as many others: the first of the rollout's order, which is by chance
+CLOCK_S = 300.0  # a device's clock may be ahead of ours by so much
+CLOCKS_SHOWN = 5
 KEYS = ("audit_share", "empty_share")  # of a pipeline's policy
 
 
@@ -39,7 +47,10 @@ class Watch:
         rules = config.rules()
         watches = len(rules.watches)
         found = self._fleet(connection, row, rollout)
-        return judge(found, rules.canary, look=look, watches=watches, extensions=rules.extend_max)
+        judged = judge(found, rules.canary, look=look, watches=watches, extensions=rules.extend_max)
+        if look is None or judged.verdict is not Verdict.UNSURE:
+            return judged
+        return replace(judged, reason="; ".join([judged.reason, *clocks_off(connection, row, rollout, now)]))
 
     def forget(self, rollout_id: str) -> None:
         """The rollout has ended."""
@@ -51,44 +62,102 @@ class Watch:
         past = self._before.get(key)
         if past is None:
             past = self._before[key] = Fleet(before=self._past(connection, row, rollout))
-        canary = frozenset(rollout.canary)
-        others = [device for device in rollout.devices if device not in canary]
-        mine = Period(row.model, rollout.watch_from, release=row.release)
-        theirs = Period(row.model, rollout.watch_from, without=row.release)
+        ours, others = compared(connection, rollout)
+        names = names_of(self._host, row, rollout)
+        floor = confidence_min(self._host.config, f"{row.model}@0")
+        mine = Period(row.model, rollout.watch_from, release=row.release, others=names, confidence_min=floor)
+        theirs = Period(row.model, rollout.watch_from, without=row.release, others=names, confidence_min=floor)
         return Fleet(
-            tallies(connection, rollout.canary, mine), tallies(connection, others, theirs), past.before
+            tallies(connection, ours, mine), tallies(connection, others, theirs), past.before
         )  # fmt: skip
 
     def _past(self, connection: Connection, row: Any, rollout: Rollout) -> dict[str, Tally]:
         """Each device with the release that it goes back to: one that was tried there in between says nothing of it."""
         start = row.created - self._host.config.rollout.baseline_s
         runs: dict[str, list[str]] = {}
-        for device in rollout.devices:
-            ref = row.previous.get(device)
-            if ref is not None:
-                runs.setdefault(ref["release"], []).append(device)
+        for device in (name for group in compared(connection, rollout) for name in group):
+            ref = rollout.adapters.get(device) or row.previous.get(device)
+            bare = base_of(self._host, row, rollout)
+            if ref is not None or bare is not None:
+                runs.setdefault(ref["release"] if ref is not None else str(bare), []).append(device)
         found: dict[str, Tally] = {}
-        for release, names in runs.items():
-            found |= tallies(connection, names, Period(row.model, start, until=row.created, release=release))
+        for release, devices in runs.items():
+            period = Period(
+                row.model, start, until=row.created, release=release, others=names_of(self._host, row, rollout),
+                confidence_min=confidence_min(self._host.config, f"{row.model}@0"),
+            )  # fmt: skip
+            found |= tallies(connection, devices, period)
         return found
 
 
-def audit_more(host: Host, connection: Connection, row: Any, rollout: Rollout, start_from: Any) -> dict[str, Any]:
-    """Have canaries and the others check as many answers as the watch plans; what was changed, for `audit_back`.
+def clocks_off(connection: Connection, row: Any, rollout: Rollout, now: float) -> list[str]:
+    """What is said of canaries whose windows with the release count for nothing, because by their own clocks they are from
+    before the watch or from the future."""
+    ours = compared(connection, rollout)[0]
+    found: list[Any] = []
+    newest = func.max(windows.c.end).label("end")
+    for some in parts(ours):
+        query = select(windows.c.device, newest).where(windows.c.device.in_(some), windows.c.release == row.release)
+        found += connection.execute(query.group_by(windows.c.device).order_by(windows.c.device)).all()
+    off = [each for each in found if each.end < rollout.watch_from or each.end > now + CLOCK_S]
+    said = [
+        f"the newest window of {each.device} ended {abs(now - each.end):.0f} s {'ago' if each.end < now else 'from now'} "
+        "by its own clock: is that right?"
+        for each in off[:CLOCKS_SHOWN]
+    ]
+    return [*said, *([f"and of {len(off) - len(said)} more"] if len(off) > len(said) else [])]
+
+
+def base_of(host: Host, row: Any, rollout: Rollout) -> str | None:
+    """The release that an adapter goes onto; None for a whole model."""
+    base = host.registry.get(row.release).manifest.base
+    return base.release if base is not None and rollout.part == "adapters" else None
+
+
+def names_of(host: Host, row: Any, rollout: Rollout) -> tuple[str, ...]:
+    """Under which names a slot answers, besides its own: of an adapter its own, its base's, and those of adapters before; of
+    a model those of the adapters that it takes off."""
+    base = base_of(host, row, rollout)
+    if base is None:
+        return tuple(sorted({str(ref["release"]).partition("@")[0] for ref in rollout.adapters.values()}))
+    before = (ref["release"] for ref in row.previous.values() if ref is not None)
+    return tuple(sorted({release.partition("@")[0] for release in (row.release, base, *before)}))
+
+
+def compared(connection: Connection, rollout: Rollout) -> tuple[Sequence[str], Sequence[str]]:
+    """(the canaries, the others) whose figures are compared, without removed devices; what devices decide themselves,
+    reverts, counts of all."""
+    canaries, out = len(rollout.canary), removed_names(connection)
+    both = rollout.canary[:COMPARED_MAX], rollout.devices[canaries : canaries + COMPARED_MAX]
+    ours, others = ([name for name in group if name not in out] if out else group for group in both)
+    return ours, others
+
+
+def audit_more(
+    host: Host, connection: Connection, row: Any, rollout: Rollout, start_from: Any
+) -> tuple[dict[str, Any], int]:
+    """Have canaries and the others check as many answers as the watch plans; what was changed, for `audit_back`, and how
+    many of the canaries that is. An extension plans as many again.
 
     Never fewer than they check now. `start_from(device)`: what a device runs, for one that was never told anything.
     """
     rules, raised = host.config.rollout.rules(), dict(rollout.raised)
-    planned = rules.canary.audits_planned
-    if planned <= 0:
-        return raised
+    ours, others = compared(connection, rollout)
+    period = Period(row.model, row.created - host.config.rollout.baseline_s, others=names_of(host, row, rollout))
+    needed = audits_needed(
+        rules.canary, len(ours), len(others), _audited_before(accepting(connection, ours, period), len(ours)),
+        watches=len(rules.watches), extensions=rules.extend_max,
+    )  # fmt: skip
+    if needed <= 0:
+        return raised, 0
     watch_s = rules.watches[min(rollout.stage, len(rules.watches) - 1)]
-    missing = planned - int(rollout.judged.get("audited", 0)) if rollout.extended else planned
-    others = [device for device in rollout.devices if device not in frozenset(rollout.canary)]
-    period = Period(row.model, row.created - host.config.rollout.baseline_s)
-    for group in (rollout.canary, others):
+    planned = needed * (1 + rollout.extended)
+    missing = planned - int(rollout.judged.get("audited", 0))
+    if missing <= 0:
+        return raised, planned
+    for group in (ours, others):
         known = accepting(connection, group, period)
-        for device, pipelines in _shares(known, max(missing, 1), watch_s).items():
+        for device, pipelines in _shares(known, missing, watch_s).items():
             told = (desired_of(connection, device) or {}).get("policy", {})
             before = raised.get(device, {})
             changed = {
@@ -101,7 +170,13 @@ def audit_more(host: Host, connection: Connection, row: Any, rollout: Rollout, s
             policy = {**told, **{name: {**told.get(name, {}), **each["added"]} for name, each in changed.items()}}
             desire(connection, device, policy=policy, start_from=start_from(device))
             raised[device] = {**before, **changed}
-    return raised
+    return raised, planned
+
+
+def _audited_before(known: Mapping[str, Mapping[str, tuple[int, int, float]]], devices: int) -> float:
+    """Audited answers of a device in its baseline, the mean."""
+    audited = sum(each[1] for pipelines in known.values() for each in pipelines.values())
+    return audited / max(devices, 1)
 
 
 def audit_back(connection: Connection, raised: Mapping[str, Any]) -> None:

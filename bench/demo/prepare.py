@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 RELEASE = ("edged/wire/manifest.py", "edged/wire/blocks.py", "trainer/releases.py", "trainer/package.py")
 DETECTOR = (
     "trainer/candidate.py", "trainer/calibrate.py", "trainer/scaling.py", "trainer/core/risk.py", "trainer/export/onnx.py",
-    "trainer/export/quantize.py", "trainer/export/uint8.py", "trainer/export/vision.py",
+    "trainer/export/quantize.py", "trainer/export/uint8.py", "trainer/export/vision.py", "trainer/export/golden_images.py",
+    "trainer/core/golden.py",
 )  # fmt: skip
 PROVENANCE = {"kind": "person", "who": "annotator"}  # the holdouts are labelled by hand, as it were: from the truth
 
@@ -151,7 +152,9 @@ def _language(cache: Path, seed: int, say: Say) -> tuple[Path, Path]:
         say("phi@1.0: GGUF from the checkpoint")
         gguf = cache / f".phi-{key}.gguf"
         export_gguf(base, gguf)
-        package_language(gguf, release, "phi@1.0", golden=[(e.prompt, e.base) for e in phi.EXAMPLES[:3]])
+        package_language(
+            gguf, release, "phi@1.0", checkpoint=base, golden=[(e.prompt, e.base) for e in phi.EXAMPLES[:3]]
+        )
         gguf.unlink()
     if not lora.is_dir():
         say("phi-style@1.0: LoRA adapter as GGUF")
@@ -161,7 +164,9 @@ def _language(cache: Path, seed: int, say: Say) -> tuple[Path, Path]:
             gguf,
             lora,
             "phi-style@1.0",
+            checkpoint=base,
             golden=[(e.prompt, e.adapter) for e in phi.EXAMPLES[:3]],
+            adapter=adapter,
             base=reference(release),
         )
         gguf.unlink()

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 ITEMS_MIN = 20  # of the release and of its predecessor: fewer say nothing about shares and percentiles
 # Reasons of the policy that say something of the release: they are what is escalated. That one is not calibrated is known
-# before it is switched to.
+# before it is switched to: it is not held against that one, and nothing is held against its successor that it did itself.
 DOUBTS = frozenset({"novel", "unsure", "lost_track", "weak"})
+UNCALIBRATED = "uncalibrated"
 LATENCY_SLACK_MS = (
     20.0  # so much slower is never held against a release: a busy machine does that to the smallest models
 )
@@ -45,7 +46,8 @@ class Criteria:
 @dataclass(frozen=True, slots=True)
 class Signs:
     """What one release did in one slot, lately: items answered, of them doubtful (DOUBTS) and empty; engine errors, ends of
-    the engine's process; the 95th percentile of the latency in milliseconds (of a language model: a token)."""
+    the engine's process; the 95th percentile of the latency in milliseconds (of a language model: a token); items that were
+    escalated because it is not calibrated."""
 
     items: int = 0
     doubtful: int = 0
@@ -53,6 +55,7 @@ class Signs:
     errors: int = 0
     engine_ends: int = 0
     latency_ms_p95: float = 0.0
+    uncalibrated: int = 0
 
 
 def unhealthy(now: Signs, before: Signs | None, criteria: Criteria) -> str:
@@ -65,7 +68,7 @@ def unhealthy(now: Signs, before: Signs | None, criteria: Criteria) -> str:
     if before is None or now.items < ITEMS_MIN or before.items < ITEMS_MIN:
         return ""
     for what, here, there, most in (
-        ("doubtful", now.doubtful, before.doubtful, criteria.doubt_rise_max),
+        ("doubtful", now.doubtful, before.doubtful + before.uncalibrated, criteria.doubt_rise_max),
         ("empty", now.empty, before.empty, criteria.empty_rise_max),
     ):
         new, old = here / now.items, there / before.items

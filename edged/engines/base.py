@@ -29,6 +29,10 @@ class Unanswered(EngineError):
     """Whoever runs the model elsewhere did not answer: neither the request nor a release here is to blame."""
 
 
+class NoTemplate(Unsuitable):
+    """The model has no chat template: it takes prompts, not conversations."""
+
+
 class PromptTooLong(Unsuitable):
     """The prompt does not fit the model's context; the message names both numbers."""
 

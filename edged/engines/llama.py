@@ -20,7 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edged.engines.answer import Pieces, draw, log_probability
-from edged.engines.base import EngineError, EngineOptions, Finished, GenerateRequest, PromptTooLong, Token, Unsuitable
+from edged.engines.base import (
+    EngineError,
+    EngineOptions,
+    Finished,
+    GenerateRequest,
+    NoTemplate,
+    PromptTooLong,
+    Token,
+    Unsuitable,
+)
 from edged.engines.chat import ChatTemplate
 from edged.engines.constrain import grammar
 from edged.engines.llama_grammar import Constraint, TokenTable
@@ -74,11 +83,11 @@ def _check_gguf(path: Path) -> None:
 @dataclass(frozen=True, slots=True)
 class _LlamaKeys:
     """Engine keys of this engine: `context_max` caps the context (its memory grows with it), 0 means the model's own;
-    `gpu_layers` is how many layers llama.cpp may put on a GPU: a number, or "auto", which is all of them where it finds
-    one that it was built for, and none elsewhere."""
+    `gpu_layers` is how many layers llama.cpp may put on a GPU: a number, "all", or "auto", which is all of them where it
+    finds one that it was built for, and none elsewhere."""
 
     context_max: int = 0
-    gpu_layers: int | Literal["auto"] = "auto"
+    gpu_layers: int | Literal["auto", "all"] = "auto"
 
     @classmethod
     def parse(cls, extra: dict[str, Any]) -> _LlamaKeys:
@@ -86,7 +95,7 @@ class _LlamaKeys:
         for key, value in extra.items():
             if key not in known:
                 raise EngineError(f"engine key {key} = {value!r} is unknown to llama; known: {', '.join(known)}")
-            if key == "gpu_layers" and value == "auto":
+            if key == "gpu_layers" and value in ("auto", "all"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise EngineError(f"engine key {key} = {value!r}: use a whole number, 0 or more")
@@ -296,7 +305,7 @@ class LlamaGenerator:
     def _chat_template(self) -> ChatTemplate:
         source = llama_cpp.llama_model_chat_template(self._model, None)
         if source is None:
-            raise Unsuitable(f"{self._release}: its GGUF file has no chat template; send a prompt instead of messages")
+            raise NoTemplate(f"{self._release}: its GGUF file has no chat template; send a prompt instead of messages")
         text = source.decode("utf-8", "replace")
         control = [spelling for token in range(self._vocab_size) if (spelling := self._spelling(token, text))]
         bos, eos = llama_cpp.llama_vocab_bos(self._vocab), llama_cpp.llama_vocab_eos(self._vocab)
@@ -354,11 +363,15 @@ class LlamaGenerator:
         return self._adapters[key]
 
 
-def _load_model(path: Path, gpu_layers: int | Literal["auto"]) -> Any:
+def _load_model(path: Path, gpu_layers: int | Literal["auto", "all"]) -> Any:
     capture_log()
     _check_gguf(path)
     params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = _on_gpu() if gpu_layers == "auto" else gpu_layers
+    params.n_gpu_layers = _on_gpu() if isinstance(gpu_layers, str) else gpu_layers
+    if gpu_layers == "all" and not params.n_gpu_layers:
+        raise EngineError(
+            f'{path}: gpu_layers = "all", and this llama.cpp finds no GPU; use "auto", or install one that is built for it'
+        )
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise EngineError(f"{path}: llama.cpp cannot load it{log_reason()}; fetch the release again or export it anew")

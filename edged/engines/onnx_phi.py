@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from edged.engines.answer import Pieces, draw, log_probability
-from edged.engines.base import EngineError, EngineOptions, Finished, GenerateRequest, PromptTooLong, Token, Unsuitable
+from edged.engines.base import (
+    EngineError,
+    EngineOptions,
+    Finished,
+    GenerateRequest,
+    NoTemplate,
+    PromptTooLong,
+    Token,
+    Unsuitable,
+)
 from edged.engines.causal import STEP_TOKENS_MAX, CausalModel
 from edged.engines.chat import ChatTemplate
 from edged.engines.ort import Session
@@ -148,7 +157,7 @@ class OnnxPhiGenerator:
         if not request.messages:
             return self._vocabulary.encode(request.prompt)
         if self._template is None:
-            raise Unsuitable(f"{self._release}: the model has no chat template; send a prompt instead of messages")
+            raise NoTemplate(f"{self._release}: the model has no chat template; send a prompt instead of messages")
         parts = self._template.render(request.messages)
         return [token for part in parts for token in self._vocabulary.encode(part, whole=False)]
 

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -26,6 +27,7 @@ from edged.engines.base import (
     EngineOptions,
     Finished,
     GenerateRequest,
+    PromptTooLong,
     Token,
     Unanswered,
     Unsuitable,
@@ -70,9 +72,11 @@ class OpenAiGenerator:
 
     context = 1 << 20  # tokens; the server knows its own, and says when a question does not fit
 
-    def __init__(self, folder: Path, manifest: ReleaseManifest, options: EngineOptions) -> None:
-        """The server is not asked yet: it may be away when this device starts. Raises EngineError for a wrong
-        configuration."""
+    def __init__(
+        self, folder: Path, manifest: ReleaseManifest, options: EngineOptions, secret: str | None = None
+    ) -> None:
+        """The server is not asked yet: it may be away when this device starts. `secret`: the key, where it is not the
+        server's configuration that says where it is. Raises EngineError for a wrong configuration."""
         server = options.extra.get("server")
         if server is None or len(options.extra) > 1:
             raise EngineError(
@@ -87,6 +91,7 @@ class OpenAiGenerator:
             raise EngineError(f"server.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         except BadEndpoint as error:
             raise EngineError(str(error)) from None
+        self._given = secret
         self._closed = False
 
     def generate(self, request: GenerateRequest) -> Iterator[Token | Finished]:
@@ -94,8 +99,8 @@ class OpenAiGenerator:
 
         Its mean log-probability is that of the tokens where the server gives it, else that of `confidence`. An answer that
         the slot's own limit of tokens cut off ends as `truncated`; under a schema an answer that does not keep to it ends as
-        `truncated` where a limit cut it off, else as `invalid`. Raises Unsuitable for what the server will not answer,
-        Unanswered when it does not answer in time, at the first step.
+        `truncated` where a limit cut it off, else as `invalid`. Raises Unsuitable (PromptTooLong) for what the server will
+        not answer, Unanswered when it does not answer in time, at the first step.
         """
         if self._closed:
             raise EngineError(f"{self._server.who}: the engine is closed")
@@ -123,6 +128,8 @@ class OpenAiGenerator:
         except Halted as halted:
             yield Finished(str(halted), 0, 0, 0.0)
             return
+        if request.schema is not None:
+            said = replace(said, text=openai_wire.mended(said.text))
         mean = said.mean_logprob if said.mean_logprob is not None else math.log(server.confidence)
         reason = self._reason(said, request)
         if said.text:
@@ -166,12 +173,12 @@ class OpenAiGenerator:
         chat = server.prompts == "chat" or bool(request.messages)
         body = openai_wire.question(
             request, server.model, chat=chat, instructions=server.instructions, tokens_max=server.tokens_max,
-            tokens_field=server.tokens_field, logprobs=server.logprobs,
+            tokens_field=server.tokens_field, logprobs=server.logprobs, schema_form=server.schema_form,
         )  # fmt: skip
         url = f"{server.url.rstrip('/')}/{'chat/completions' if chat else 'completions'}"
         try:
             data = json.dumps(body).encode("ascii")
-            secret = secret_of(server)
+            secret = secret_of(server) if self._given is None else self._given
             reply = send(
                 "POST", url, _headers(secret), data, self._context, Limits(within_s, ANSWER_BYTES_MAX, request.halt)
             )
@@ -190,7 +197,7 @@ class OpenAiGenerator:
             asked = reply.headers.get("retry-after", "").strip()
             raise _Passing(text, float(asked) if asked.isascii() and asked.isdigit() else 0.0)
         if meaning == "unsuitable":
-            raise Unsuitable(text)
+            raise PromptTooLong(text) if openai_wire.too_long(reply.body) else Unsuitable(text)
         if meaning == "refused":
             raise Unanswered(f"{text}; see url, model and the key of the slot's server")
         try:

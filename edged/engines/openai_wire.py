@@ -52,9 +52,10 @@ def meaning(status: int) -> Meaning:
 
 def question(
     request: GenerateRequest, model: str, *, chat: bool, instructions: str, tokens_max: int, tokens_field: str,
-    logprobs: bool,
+    logprobs: bool, schema_form: Literal["json_schema", "json_object"] = "json_schema",
 ) -> dict[str, Any]:  # fmt: skip
-    """The body that asks for `request`; `chat`: as a conversation. A request with messages is always one."""
+    """The body that asks for `request`; `chat`: as a conversation. A request with messages is always one. `schema_form`:
+    how a schema is told: as OpenAI's protocol does, or as llama-cpp-python's server wants it."""
     body: dict[str, Any] = {
         "model": model,
         "temperature": request.temperature,
@@ -69,6 +70,8 @@ def question(
         # Not `strict`: some servers then refuse schemas that name no additionalProperties. What comes is looked at here.
         schema = {"name": SCHEMA_NAME, "schema": request.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if schema_form == "json_object":
+            body["response_format"] = {"type": "json_object", "schema": request.schema}
     if not chat:
         return body | {"prompt": request.prompt} | ({"logprobs": 0} if logprobs else {})
     turns = list(request.messages) or [ChatMessage("user", request.prompt)]
@@ -105,6 +108,29 @@ def answer(data: bytes, model: str, *, chat: bool) -> Said:
         text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), reason, said_model,
         _mean(_logprobs(choice, chat=chat)), _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")),
     )  # fmt: skip
+
+
+def mended(text: str) -> str:
+    """A JSON text whose strings have control characters as they are, which some servers' grammars let through, with them
+    escaped; any other text as it is."""
+    try:
+        json.loads(text)
+        return text
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return json.dumps(json.loads(text, strict=False), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return text
+
+
+def too_long(data: bytes) -> bool:
+    """Whether a server's refusal says that the question is longer than its model's context."""
+    try:
+        error = json.loads(data).get("error")
+    except (ValueError, RecursionError, AttributeError):
+        return False
+    return isinstance(error, dict) and error.get("code") == "context_length_exceeded"
 
 
 def models(data: bytes) -> list[str]:

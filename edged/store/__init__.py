@@ -9,9 +9,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from edged.store.agents import Conversations, Runs
 from edged.store.blobs import Blobs
 from edged.store.database import Check, Database
 from edged.store.records import (
+    AgentRun,
     Announce,
     BrokenStore,
     DeadLetter,
@@ -36,8 +38,10 @@ from edged.store.records import (
 from edged.store.retention import Retention
 
 __all__ = [
+    "AgentRun",
     "Announce",
     "BrokenStore",
+    "Conversations",
     "DeadLetter",
     "Evicted",
     "KnownBad",
@@ -49,6 +53,7 @@ __all__ = [
     "OutboxRow",
     "Recovered",
     "Ruling",
+    "Runs",
     "Sample",
     "Storage",
     "StorageFull",
@@ -68,7 +73,8 @@ class Store(Retention):
     def __init__(self, folder: Path, limits: StoreLimits | None = None, check: Check | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(Database(folder / "edged.db", check), Blobs(folder / "blobs"), limits or StoreLimits())
-        self.folder = folder
+        self.folder, self.conversations = folder, Conversations(self._db)
+        self.runs = Runs(self._db)
         self._mark: Callable[[bool], None] = lambda _damaged: None
 
     def marks_with(self, mark: Callable[[bool], None]) -> None:

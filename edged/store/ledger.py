@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edged.store.database import Database
-from edged.store.records import Json, KnownBad, LanguageRequest, StoreLimits
+from edged.store.agents import insert_run
+from edged.store.database import Database, Row
+from edged.store.records import AgentRun, Json, KnownBad, LanguageRequest, StoreLimits
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database as Tables
 
 _REMEMBER = (
     'INSERT INTO bad_release (sha256, "release", reason, at) VALUES (?, ?, ?, ?)'
@@ -120,29 +125,39 @@ class Ledger:
     def record_request(self, request: LanguageRequest) -> None:
         """Keep what became of a language request; the same id again replaces it. The newest are kept, up to
         `requests_max` and `requests_bytes_max`."""
+        with self._db.write() as tables:
+            self._insert_request(tables, request)
+
+    def record_run(self, run: AgentRun, requests: Iterable[LanguageRequest]) -> None:
+        """Keep a run of an agent and the language requests that it made, in one transaction. The newest runs are kept, up
+        to `executions_max` and `executions_bytes_max`."""
+        with self._db.write() as tables:
+            for request in requests:
+                self._insert_request(tables, request)
+            insert_run(tables, self._limits, run)
+
+    def _insert_request(self, tables: Tables, request: LanguageRequest) -> None:
         row = asdict(request) | {"messages": json.dumps(request.messages), "options": json.dumps(request.options)}
         row["bytes"] = sum(len(row[name].encode()) for name in _REQUEST_TEXTS)
         names, values = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
         limits = self._limits
-        with self._db.write() as tables:
-            tables.execute("DELETE FROM request WHERE id = ?", (request.id,))
-            tables.execute(f"INSERT INTO request ({names}) VALUES ({values})", tuple(row.values()))
-            while True:
-                count, size = tables.execute("SELECT n, bytes FROM total WHERE name = 'request'").fetchone()
-                if count <= limits.requests_max and size <= limits.requests_bytes_max:
-                    break
-                tables.execute("DELETE FROM request WHERE seq = (SELECT min(seq) FROM request)")
+        tables.execute("DELETE FROM request WHERE id = ?", (request.id,))
+        tables.execute(f"INSERT INTO request ({names}) VALUES ({values})", tuple(row.values()))
+        while True:
+            count, size = tables.execute("SELECT n, bytes FROM total WHERE name = 'request'").fetchone()
+            if count <= limits.requests_max and size <= limits.requests_bytes_max:
+                break
+            tables.execute("DELETE FROM request WHERE seq = (SELECT min(seq) FROM request)")
 
     def requests(self, limit: int, *, since: float = 0.0, pipeline: str | None = None) -> list[LanguageRequest]:
         """The newest language requests answered from `since` on (of one pipeline), newest first."""
         sql = f"SELECT {_REQUEST_COLUMNS} FROM request WHERE ts >= ? AND (? IS NULL OR pipeline = ?)"
-        rows = self._db.read(f"{sql} ORDER BY seq DESC LIMIT ?", (since, pipeline, pipeline, limit))
-        return [
-            LanguageRequest(
-                **{**dict(row), "messages": json.loads(row["messages"]), "options": json.loads(row["options"])}
-            )
-            for row in rows
-        ]
+        return _requests(self._db.read(f"{sql} ORDER BY seq DESC LIMIT ?", (since, pipeline, pipeline, limit)))
+
+    def request(self, request_id: str) -> LanguageRequest | None:
+        """One language request; None when it is unknown, or was given up for newer ones."""
+        found = _requests(self._db.read(f"SELECT {_REQUEST_COLUMNS} FROM request WHERE id = ?", (request_id,)))
+        return found[0] if found else None
 
     def value(self, key: str) -> Any:
         """The JSON value kept under `key`; None when there is none."""
@@ -156,3 +171,10 @@ class Ledger:
                 "INSERT INTO value VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET json = excluded.json",
                 (key, json.dumps(value)),
             )
+
+
+def _requests(rows: Iterable[Row]) -> list[LanguageRequest]:
+    return [
+        LanguageRequest(**{**dict(row), "messages": json.loads(row["messages"]), "options": json.loads(row["options"])})
+        for row in rows
+    ]

@@ -67,6 +67,8 @@ class StoreLimits:
     seen_max: int = 20_000
     requests_max: int = 10_000
     requests_bytes_max: int = 64 << 20  # of their texts
+    executions_max: int = 10_000  # runs of agents
+    executions_bytes_max: int = 64 << 20
     free_bytes_min: int = 0  # of the file system: samples never take the last of it
     age_days: Mapping[str, float] = field(
         default_factory=dict
@@ -231,6 +233,18 @@ class LanguageRequest:
     latency_ms: float = 0.0
     release: str = ""
     adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRun:
+    """A run of an agent. `record` is what it was asked, did and answered (`edged.agents.recorded`); `feedback` what people
+    said of it, the oldest first."""
+
+    id: str
+    agent: str
+    ts: float  # when it ended, seconds since the epoch
+    record: Json
+    feedback: list[Json] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,45 @@ def rank(state: str, decision: str, prediction: Sequence[Json], label: Sequence[
     return classes(prediction if known is None else known), worth(decision, prediction, known)
 
 
-MIGRATIONS = (m001_first_tables, m002_requests, m003_opinions, m004_evidence, m005_retention)
+_AGENTS = """
+CREATE TABLE agent_message (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, agent TEXT NOT NULL, id TEXT NOT NULL, message TEXT NOT NULL, UNIQUE (agent, id)
+) STRICT;
+CREATE INDEX agent_message_agent ON agent_message (agent, seq);
+CREATE TABLE agent_conversation (agent TEXT PRIMARY KEY, hidden INTEGER NOT NULL) STRICT;
+"""
+
+
+def m006_agents(db: Database) -> None:
+    """Conversations of agents."""
+    db.executescript(_AGENTS)
+
+
+# `record` is the JSON of an execution, `feedback` of what people said of it, the oldest first.
+_EXECUTIONS = """
+CREATE TABLE agent_execution (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, agent TEXT NOT NULL, ts REAL NOT NULL,
+    record TEXT NOT NULL, feedback TEXT NOT NULL DEFAULT '[]', bytes INTEGER NOT NULL
+) STRICT;
+CREATE INDEX agent_execution_agent ON agent_execution (agent, seq);
+INSERT INTO total VALUES ('execution', 0, 0);
+CREATE TRIGGER execution_added AFTER INSERT ON agent_execution BEGIN
+    UPDATE total SET n = n + 1, bytes = bytes + NEW.bytes WHERE name = 'execution';
+END;
+CREATE TRIGGER execution_removed AFTER DELETE ON agent_execution BEGIN
+    UPDATE total SET n = n - 1, bytes = bytes - OLD.bytes WHERE name = 'execution';
+END;
+"""
+
+
+def m007_executions(db: Database) -> None:
+    """Runs of agents."""
+    db.executescript(_EXECUTIONS)
+
+
+MIGRATIONS = (
+    m001_first_tables, m002_requests, m003_opinions, m004_evidence, m005_retention, m006_agents, m007_executions,
+)  # fmt: skip
 
 
 def migrate(db: Database) -> None:

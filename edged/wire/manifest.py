@@ -234,3 +234,6 @@ class TrainingManifest(Strict):
     created: str
     config: dict[str, Any]
     samples: list[TrainingSample]
+    adapter: str | None = (
+        None  # that the fleet runs on `source`, for a new one to be judged against; "": none; None: unknown
+    )

@@ -20,11 +20,13 @@ CONFIDENCE_BINS = 10  # of equal width over 0..1; 1 itself is in the last
 LATENCY_BOUNDS_MS = tuple(2 ** (step / 4) for step in range(73))
 LATENCY_BINS = len(LATENCY_BOUNDS_MS) + 1
 REASONS_MAX = 64  # different reasons in a window; a device sends fewer
+REASON_CHARS_MAX = 64
+COUNT_MAX = (1 << 31) - 1  # of anything in one window: what every database takes as a number
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=COUNT_MAX)]
 ConfidenceHistogram = Annotated[list[Count], Field(max_length=CONFIDENCE_BINS)]
 LatencyHistogram = Annotated[list[Count], Field(max_length=LATENCY_BINS)]  # without the zeros at its end
-Reasons = Annotated[dict[str, Count], Field(max_length=REASONS_MAX)]
+Reasons = Annotated[dict[Annotated[str, Field(max_length=REASON_CHARS_MAX)], Count], Field(max_length=REASONS_MAX)]
 
 
 class Machine(Part):

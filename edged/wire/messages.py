@@ -25,8 +25,10 @@ from edged.wire.delivered import Metadata as Metadata
 from edged.wire.delivered import MetadataFile as MetadataFile
 from edged.wire.delivered import Progress as Progress
 from edged.wire.delivered import Want as Want
+from edged.wire.invoked import Invocation as Invocation
+from edged.wire.invoked import Invoked as Invoked
 from edged.wire.manifest import SHA256, ReleaseRef
-from edged.wire.measured import ConfidenceHistogram, LatencyHistogram, Reasons
+from edged.wire.measured import ConfidenceHistogram, Count, LatencyHistogram, Reasons
 from edged.wire.measured import Machine as Machine
 from edged.wire.parts import Finite, Id, Part, Prompt
 from edged.wire.parts import Message as Message
@@ -34,6 +36,7 @@ from edged.wire.parts import Message as Message
 INLINE_BYTES_MAX = 256 * 1024  # of a question's image or prompt
 BEAT_S_MAX = 3600.0  # between two heartbeats of a responder: a dead one is believed for three of them
 BAD_MAX = 16  # releases that a report names as bad
+NUMBER_MAX = (1 << 53) - 1  # bytes and revisions: the largest that every language reads exactly
 HOPS_MAX = 3  # of a question, from one responder to the next; the first question of all is hop 0
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -117,7 +120,7 @@ class BadReport(Part):
 class Reported(Message):
     """What the device runs now; retained."""
 
-    desired_rev: int = 0
+    desired_rev: Annotated[int, Field(ge=0, le=NUMBER_MAX)] = 0
     models: dict[str, ModelReport] = {}
     health: dict[str, Any] = {}
     bad: Annotated[list[BadReport], Field(max_length=BAD_MAX)] = []  # the newest
@@ -207,7 +210,7 @@ class SampleEntry(Message):
     release: str
     state: str
     sha256: SHA256
-    bytes: int
+    bytes: Annotated[int, Field(ge=0, le=NUMBER_MAX)]
     prediction: Label = []
     confidence: Probability = 0.0
     decision: str = ""
@@ -243,14 +246,14 @@ class Metrics(Message):
     end: Finite
     pipeline: str
     release: str
-    items: int = 0
-    accepted: int = 0
-    audited: int = 0
-    escalated: int = 0  # wanted by the policy, before any budget
-    errors: int = 0
+    items: Count = 0
+    accepted: Count = 0
+    audited: Count = 0
+    escalated: Count = 0  # wanted by the policy, before any budget
+    errors: Count = 0
     reasons: Reasons = {}
     suppressed: Reasons = {}  # reason -> escalations and audits that the policy wanted and a limit held back
-    unheard: int = 0  # requests answered at once because nobody answers the questions of this pipeline
+    unheard: Count = 0  # requests answered at once because nobody answers the questions of this pipeline
     confidence_histogram: ConfidenceHistogram = []  # ten bins over 0..1
     latency_ms_p50: Finite = 0.0
     latency_ms_p95: Finite = 0.0
@@ -341,6 +344,8 @@ PAYLOADS: dict[topics.Route, type[Message]] = {
     topics.METADATA: Metadata,
     topics.WANT: Want,
     topics.ASK_BLOCKS: AskBlocks,
+    topics.INVOKE: Invocation,
+    topics.INVOKED: Invoked,
 }
 
 

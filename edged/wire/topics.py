@@ -78,6 +78,8 @@ GROUP_DESIRED = Route("{site}/_g/{group}/down/desired", 1, True, None)
 VERDICT = Route("{site}/{dev}/down/verdict", 1, False, DAY_S)
 INFER = Route("{site}/{dev}/down/infer/{pipeline}", 1, False, MINUTE_S)
 COMMAND = Route("{site}/{dev}/down/cmd/{type}/{id}", 1, False, DAY_S)
+INVOKE = Route("{site}/{dev}/down/invoke/{agent}/{caller}", 1, False, HOUR_S)
+INVOKED = Route("{site}/{dev}/down/invoked/{by}/{id}", 1, False, MINUTE_S)
 HOST = Route("_host/{trainer}/state", 1, True, None)
 RESPONDER = Route("_resp/{tier}/{task}/{responder}", 1, True, 90)
 METADATA = Route("_host/{trainer}/metadata", 1, True, None)
@@ -89,6 +91,7 @@ BLOB = Route("{site}/{dev}/up/blob/{sha256}/{n}", 0, False, MINUTE_S, raw=True)
 ROUTES: tuple[Route, ...] = (
     STATE, REPORTED, ESCALATION, SAMPLE, RESULT, METRICS, EVENT, REPLY, PARTIAL, COMMAND_STATE,
     GROUP_DESIRED, DESIRED, VERDICT, INFER, COMMAND, HOST, RESPONDER, METADATA, WANT, BLOCK, ASK_BLOCKS, BLOB,
+    INVOKE, INVOKED,
 )  # fmt: skip
 
 

@@ -66,10 +66,10 @@ def tool(name: str) -> None:
 
 
 def requirements() -> dict[str, list[str]]:
-    """What pyproject.toml asks for, by package: the daemon with its cameras, and the language models."""
+    """What pyproject.toml asks for, by package: the daemon with its cameras, and the language models with agents on them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return {"edged": project["dependencies"] + extras["rtsp"], "edged-llm": extras["llm"]}
+    return {"edged": project["dependencies"] + extras["rtsp"], "edged-llm": extras["llm"] + extras["agents"]}
 
 
 def project_version() -> str:

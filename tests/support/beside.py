@@ -1,8 +1,9 @@
 """Runs the tests in two processes side by side: `python -m tests.support.beside -m "not long"`; the rest goes to pytest.
 
-Those of tests/system mostly wait for real processes, all others compute: the latter run beside them with less of a say about
-the processor. Those marked `alone` come last, when nothing else runs. What the first process says is shown as it comes, the
-second's when both have ended. The exit status is that of the first that failed. Plain `pytest tests` runs the same tests.
+Those of tests/system mostly wait for real processes, two files at a time; all others compute: they run beside them with
+less of a say about the processor. Those marked `alone` come last, when nothing else runs. What the first process says
+is shown as it comes, the second's when both have ended. The exit status is that of the first that failed. Plain `pytest
+tests` runs the same tests.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import IO, Any
 ROOT = Path(__file__).parents[2]
 NICE = 5
 LOOK_S = 0.5  # between two looks whether a process has ended
+SLOWEST = "--durations=15"
+FILES_AT_ONCE = ["-n", "2", "--dist", "loadfile"]  # of tests/system
 NONE_FOUND = 5  # pytest's exit status when no test is left
 STOP_S_MAX = 60.0  # for a pytest that was asked to stop to end what it has started
 
@@ -32,7 +35,7 @@ class Part:
         marks = f"({given[at]}) and {mark}" if at else mark
         rest = [*given[: at - 1], *given[at + 1 :]] if at else given
         self.name, self._began, self.took_s = name, time.monotonic(), 0.0
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, *rest, *where]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", SLOWEST, "-m", marks, *rest, *where]
         self._process = subprocess.Popen(
             ["nice", "-n", str(NICE), *command] if nice else command,
             cwd=ROOT,
@@ -82,7 +85,7 @@ def main(given: list[str]) -> int:
         try:
             others = ["tests", "--ignore=tests/system"]
             parts = [
-                Part("tests/system", given, "not alone", ["tests/system"], nice=False, out=None),
+                Part("tests/system", given, "not alone", ["tests/system", *FILES_AT_ONCE], nice=False, out=None),
                 Part("the others", given, "not alone", others, nice=True, out=said),
             ]
             while [part for part in parts if not part.ended()]:

@@ -17,8 +17,8 @@ from tests.support.device import SITE, Bus
 from tests.system.broker import Broker
 from trainer.blocks import Blocks
 from trainer.config import Blocks as BlocksConfig
-from trainer.config import Broker as BrokerConfig
 from trainer.config import TrainerConfig
+from trainer.config_network import Broker as BrokerConfig
 from trainer.releases import Registry, file_entry, reference
 
 NAME = "host"

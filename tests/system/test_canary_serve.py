@@ -34,7 +34,7 @@ def lived(device: Device, start: float, end: float, items: int, audits: int, rig
         entry = SampleEntry(
             **stamp, sample=stamp["id"], pipeline="line", task="detect", model="digits", release=device.active,
             state="labelled", sha256="0" * 64, bytes=1, decision="audit", inclusion_probability=0.1,
-            prediction=[BOX] if number < right * audits else [], label=[BOX], label_confidence=0.3, captured=end,
+            prediction=[BOX] if number < right * audits else [], label=[BOX], label_confidence=0.9, captured=end,
             provenance=Provenance(kind="model", who="big", release="teacher@1.0"),
         )  # fmt: skip
         device.say(topics.SAMPLE, entry)
@@ -62,7 +62,7 @@ def watched(trainer: Trainer, devices: list[Device], release: str, right: float)
 @pytest.mark.long
 @pytest.mark.timeout(300)
 def test_l13_a_bad_release_is_caught_by_its_canaries_and_a_good_one_goes_to_all(tmp_path: Path) -> None:
-    with running(tmp_path, *NAMES, rollout=ROLLOUT) as (_, trainer, devices):
+    with running(tmp_path, *NAMES, rollout=ROLLOUT, model="threshold = 1000000") as (_, trainer, devices):
         trainer.register("digits@1.1", b"bad")
         trainer.register("digits@1.2", b"good")
         until("all devices are known", lambda: len(trainer.call("fleet", "status")) == len(NAMES))

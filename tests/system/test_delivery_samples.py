@@ -109,6 +109,7 @@ def test_every_claimed_sample_arrives_and_the_device_is_told(tmp_path: Path, bro
 
 
 def test_nothing_but_what_was_claimed_is_answered(tmp_path: Path, broker: Broker, bus: Bus, holder: Holder) -> None:
+    """L6: an image stays on its device unless a manifest names it."""
     secret = tmp_path / "secret"
     secret.write_bytes(b"of another job")
     digest = hashlib.sha256(secret.read_bytes()).hexdigest()

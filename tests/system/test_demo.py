@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # the first one trains base and teacher
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(1800)]  # the first one trains base and teacher
 
 TOP = [
     "escalation_rate_before", "escalation_rate_after", "accuracy_before", "accuracy_after", "accuracy_teacher",

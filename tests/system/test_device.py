@@ -34,6 +34,7 @@ def names(prefix: str, count: int) -> list[str]:
 def test_every_picture_is_answered_once_and_the_unsure_ones_are_labelled_by_the_responder(
     tmp_path: Path, broker: Broker, bus: Bus, toy: Path
 ) -> None:
+    """L1, L6: what a device is unsure of is escalated, and labelled by a larger model."""
     make_release(tmp_path / "teacher", "teacher@3.0", 2)
     responder = Device(tmp_path, responder_tables(tmp_path, "big1", broker, tmp_path / "teacher"))
     with responder, Device(tmp_path, tables(tmp_path, "dev1", broker, toy)) as device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -162,6 +163,7 @@ def test_nothing_is_left_of_engines_that_came_and_went(start: Start) -> None:
         return len(os.listdir("/proc/self/fd")), len(psutil.Process().children()), threading.active_count()
 
     start().close()
+    gc.collect()  # what other tests left behind goes now, not in between
     before = held()
     for turn in range(20):
         engine = start()
@@ -174,7 +176,7 @@ def test_nothing_is_left_of_engines_that_came_and_went(start: Start) -> None:
             assert next(engine.generate(GenerateRequest(PROMPT)))
         engine.close()
         engine.close()
-    assert held() == before
+    assert all(now <= then for now, then in zip(held(), before, strict=True)), (held(), before)
     with pytest.raises(EngineError, match="closed"):
         engine.generate(GenerateRequest(PROMPT))
     with pytest.raises(EngineError, match="closed"):

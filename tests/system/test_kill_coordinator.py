@@ -23,7 +23,7 @@ from tests.support.postgres import Postgres
 from tests.system.broker import free_port
 from trainer import fleet
 from trainer.config import load_config
-from trainer.database import Database, commands, events, jobs, requests, rollouts
+from trainer.database import Database, commands, desired, events, jobs, leases, requests, rollouts, samples
 from trainer.files import write_whole
 from trainer.host import Host, new_id
 from trainer.orders import place
@@ -164,3 +164,96 @@ def check(world: Fleet, orders: dict[str, tuple[str, str]]) -> None:
     started = [count for (kind, _), count in said.items() if kind == "rollout_canary"]
     assert started == [1] * (MODELS // 2)
     assert claims == {f"on-m{number}": 1 for number in range(1, MODELS, 2)}
+
+
+# Killed in the middle of what it drives.
+
+
+def where(world: Fleet) -> frozenset[str]:
+    """What is open now: phases of rollouts, and `leased` while a child trains."""
+    with world.database.read() as connection:
+        found = set(connection.execute(select(rollouts.c.phase)).scalars())
+        leased = connection.execute(select(leases.c.job).where(leases.c.ended.is_(None))).first()
+    return frozenset(found | ({"leased"} if leased is not None else set()))
+
+
+def report(world: Fleet, *, there: bool) -> None:
+    """The devices say that they run what they were told, or that they are still fetching it; heard at the next start."""
+    with world.database.write() as connection:
+        for row in connection.execute(select(desired)).all():
+            models = {
+                slot: ModelReport(active=ref["release"], update="committed")
+                if there
+                else ModelReport(active=f"{slot}@1.0", update="downloading")
+                for slot, ref in row.models.items()
+            }
+            said = Reported(**world.host.envelope(), desired_rev=row.rev, models=models)
+            fleet.take_reported(connection, row.device, said, world.host.now())
+
+
+def test_killed_while_training_rolling_and_aborting_each_comes_to_its_one_end(tmp_path: Path) -> None:
+    world, dice, killed = Fleet(tmp_path, ""), random.Random(11), set[str]()
+    config = world.host.config
+    for number in range(3):  # pixels of the samples that the training claims
+        config.samples.mkdir(parents=True, exist_ok=True)
+        (config.samples / f"{number:064}").write_bytes(b"abc")
+    place(world.database, "train", {"model": "m1"})
+    for model in ("m0", "m2"):
+        place(world.database, "rollout_start", {"release": f"{model}@1.1"})
+
+    def life(what: str, holds: Callable[[], bool]) -> None:
+        process = world.serve()
+        try:
+            until(what, holds)
+            time.sleep(dice.random() * 0.05)
+        finally:
+            process.kill()
+            process.wait()
+        killed.update(where(world))
+
+    def phase(model: str) -> str:
+        with world.database.read() as connection:
+            return str(connection.execute(select(rollouts.c.phase).where(rollouts.c.model == model)).scalar())
+
+    def job() -> Any:
+        with world.database.read() as connection:
+            return connection.execute(select(jobs)).one()
+
+    try:
+        life("a training is leased", lambda: "leased" in where(world) and phases(world) == {"canary"})
+        report(world, there=True)
+        watched = frozenset({"watching", "leased"})
+        life("both canaries are watched, a training is leased", lambda: where(world) == watched)
+        report(world, there=False)  # so that nothing settles before the kill
+        for model in ("m0", "m2"):
+            place(world.database, "rollout_promote", {"rollout": model})
+        life("both are rolling", lambda: phases(world) == {"rolling"})
+        place(world.database, "rollout_abort", {"rollout": "m2"})
+        life("one goes back", lambda: phase("m2") == "aborting")
+        report(world, there=True)
+        life("the other is done", lambda: phase("m0") == "done" and phase("m2") == "aborted")
+        life("the training has ended", lambda: job().status == "failed")
+        life("nothing happens any more", lambda: True)
+    except BaseException:
+        print((tmp_path / "serve.log").read_text()[-4000:])
+        raise
+    assert {"leased", "watching", "rolling", "aborting"} <= killed
+    with world.database.read() as connection:
+        said = Counter((row.kind, row.text.split()[0]) for row in connection.execute(select(events)))
+        told = {row.device: (row.rev, row.models) for row in connection.execute(select(desired))}
+        back = Counter(row.device for row in connection.execute(select(commands)) if row.body["action"] == "release")
+        tried = [(row.job, row.state, row.tried) for row in connection.execute(select(samples)) if row.model == "m1"]
+    for kind in ("watching", "rolling"):
+        assert {name: count for (each, name), count in said.items() if each == f"rollout_{kind}"} == {
+            "m0@1.1": 1,
+            "m2@1.1": 1,
+        }
+    assert (
+        said["rollout_done", "m0@1.1"] == said["rollout_aborting", "m2@1.1"] == said["rollout_aborted", "m2@1.1"] == 1
+    )
+    assert sum(count for (kind, _), count in said.items() if kind == "training_failed") == 1
+    assert [told[f"on-{model}"][1][model]["release"] for model in ("m0", "m2")] == ["m0@1.1", "m2@1.0"]
+    assert [told[f"on-{model}"][0] for model in ("m0", "m2")] == [1, 2]  # told once, and once more to go back
+    assert back == {"on-m1": 1}
+    assert tried == [(None, "labelled", 1)] * 3
+    world.database.close()

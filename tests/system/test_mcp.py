@@ -18,9 +18,13 @@ from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from sqlalchemy import select
 
+from edged.wire.messages import State
+from tests.support.lived import lived
 from tests.system.broker import free_port
 from tests.unit.test_notices import SECRET, Hook
+from trainer import fleet
 from trainer.database import Database, events, requests
+from trainer.host import new_id
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +112,29 @@ def test_l3_an_agent_uses_the_tools_over_mcp_and_l15_gets_no_further_than_others
     assert [body["message"] for body in hook.said] == ["look at line 3"]
     assert hook.said[0]["type"] == "warning"
     assert SECRET not in (config.parent / "serve.log").read_text()  # not even in a log of everything
+
+
+def test_l3_an_agent_sees_how_right_the_fleet_is_also_before_the_windows_that_are_kept(config: Path) -> None:
+    database, now = Database(config.parent / "data" / "trainer.sqlite"), time.time()
+    with database.write() as connection:
+        for device, days, right in (("d1", 20, 57), ("d2", 20, 45), ("d1", 1, 60)):
+            birth = State(id=new_id(), ts=now, boot="b", seq=1, state="online", device=device, profile=f"pi-{device}")
+            fleet.take_state(connection, device, birth, now)
+            lived(connection, device, now - days * 86400, items=1000, audits=60, right=right)
+        fleet.prune(connection, now)
+    database.close()
+    listed, answers = anyio.run(
+        drive, config, ("query_metrics", {"hours": 720, "group_by": ["profile"]}), ("query_metrics", {"hours": 5000})
+    )
+    asked = listed[3].inputSchema["properties"]
+    assert (asked["hours"]["maximum"], asked["group_by"]["type"]) == (4320, "array")
+    assert "95 % interval" in listed[3].description
+    (row,) = json.loads(answers[0][1])["releases"]
+    assert row["items"] == 3000
+    assert row["accuracy"]["value"] == pytest.approx(162 / 180)
+    assert row["accuracy"]["low"] < row["accuracy"]["value"] < row["accuracy"]["high"]
+    assert row["groups"]["profile=pi-d2"]["accuracy"]["value"] == pytest.approx(45 / 60)
+    assert answers[1][0] and "4320" in answers[1][1]
 
 
 def test_a_second_trainer_on_the_same_database_says_so_and_ends(config: Path) -> None:

@@ -137,6 +137,7 @@ def test_a_device_that_reaches_only_the_broker_hands_its_pixels_over_as_blocks(t
 
 @pytest.mark.timeout(180)
 def test_pixels_come_into_the_pool_and_the_device_keeps_its_samples(tmp_path: Path, broker: Broker, toy: Path) -> None:
+    """L1, L9: labelled samples come from the devices themselves, exactly those that were named."""
     with plant(tmp_path, broker, toy) as (trainer, device, pictures):
         pool = Pool(Database(trainer.folder / "data" / "trainer.sqlite"), trainer.folder / "data" / "pool")
         ids = [row["id"] for row in trainer.call("samples", "list", "--class", "owl", "--device", "dev1")]

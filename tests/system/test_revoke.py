@@ -73,6 +73,19 @@ def test_who_is_revoked_is_thrown_out_and_stays_out_and_the_others_do_not_notice
         assert other.say(UP.format("cam2")) == ""
 
 
+def test_the_broker_shows_nothing_more_of_who_is_revoked(plant: Plant) -> None:
+    up = "edged/v1/plant/{}/up/{}"
+    for name in ("cam1", "cam2"):
+        with Client(plant, name) as device:
+            for topic in ("state", "reported"):
+                assert device.say(up.format(name, topic), retain=True) == ""
+    with Client(plant, "cam1"):
+        plant.trainer("revoke", "cam1")
+    with Client(plant, "host", up.format("+", "state"), up.format("+", "reported")) as host:
+        until("what it retains", lambda: len(host.topics()) >= 2)
+        assert sorted(host.topics()) == [up.format("cam2", "reported"), up.format("cam2", "state")]
+
+
 def test_a_revoked_device_comes_back_with_new_certificates_only(plant: Plant, tmp_path: Path) -> None:
     plant.trainer("revoke", "cam1", "--reason", "lost")
     old = [path.read_bytes() for path in plant.certificate("cam1")]

@@ -20,6 +20,8 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     built = Plant(tmp_path_factory.mktemp("plant"), ["cam2"], ["big1"])
     built.enroll("cam1", "--group", "line-a")
     built.enroll("cam3", "--group", "line-b")
+    built.enroll("asker", "--peer")
+    built.enroll("helper", "--peer")
     built.trainer("broker", "config", "--listen", "127.0.0.1", "--user", "root")
     with built:
         yield built
@@ -94,6 +96,25 @@ def test_questions_reach_the_responder_and_nobody_who_asked_for_them_in_its_plac
         assert responder.link.refused == set()
         assert responder.say(f"{ROOT}/plant/cam1/down/verdict") == ""
         assert responder.say(f"{ROOT}/plant/cam1/down/desired") == NOT_AUTHORISED
+
+
+def test_only_peers_invoke_agents_of_other_devices_and_only_in_their_own_name(plant: Plant) -> None:
+    root = f"{ROOT}/plant"
+    with (
+        Client(plant, "asker", f"{root}/asker/down/invoked/+/+") as asker,
+        Client(plant, "helper", f"{root}/helper/down/invoke/+/+") as helper,
+    ):
+        assert asker.say(f"{root}/helper/down/invoke/clerk/asker") == ""
+        until("it is asked", lambda: f"{root}/helper/down/invoke/clerk/asker" in helper.topics())
+        assert helper.say(f"{root}/asker/down/invoked/helper/i1") == ""
+        until("it is answered", lambda: f"{root}/asker/down/invoked/helper/i1" in asker.topics())
+        for forged in ("helper/down/invoke/clerk/cam1", "cam1/down/invoked/helper/i1", "helper/down/desired"):
+            assert asker.say(f"{root}/{forged}") == NOT_AUTHORISED
+        assert asker.say(f"{ROOT}/other/helper/down/invoke/clerk/asker") == NOT_AUTHORISED
+    with Client(plant, "cam1", f"{root}/helper/down/invoke/+/+") as device:  # no peer
+        assert device.say(f"{root}/helper/down/invoke/clerk/cam1") == NOT_AUTHORISED
+        assert device.say(f"{root}/asker/down/invoked/cam1/i1") == NOT_AUTHORISED
+        assert device.link.refused == {f"{root}/helper/down/invoke/+/+"}
 
 
 def test_a_certificate_cannot_take_another_clients_id_and_session(plant: Plant) -> None:

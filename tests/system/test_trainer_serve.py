@@ -51,6 +51,7 @@ class Device:
         self.name, self.active, self.update, self.reason = name, active, "idle", ""
         self.boot, self.seq, self.rev = new_id(), 0, 0
         self.desired: dict[str, Any] = {}
+        self.adapters: dict[str, str] = {}
         self.policy: dict[str, dict[str, Any]] = {}
         self.ever: set[str] = set()  # releases that it was ever told to run
         self.commands: dict[str, messages.SamplesCommand] = {}
@@ -83,6 +84,7 @@ class Device:
                 if isinstance(message, messages.Desired):
                     self.rev = max(self.rev, message.rev)
                     self.desired = {slot: ref.release for slot, ref in message.models.items()}
+                    self.adapters = {slot: ref.release for slot, ref in message.adapters.items()}
                     self.policy, self.ever = message.policy, self.ever | set(self.desired.values())
                 elif isinstance(message, messages.SamplesCommand):
                     self.commands[fields["id"]] = message
@@ -144,7 +146,7 @@ class Device:
 class Trainer:
     """The process, its configuration and its command line."""
 
-    def __init__(self, folder: Path, broker: Broker, rollout: str = "") -> None:
+    def __init__(self, folder: Path, broker: Broker, rollout: str = "", model: str = "") -> None:
         self.folder, self.config = folder, folder / "trainer.toml"
         folder.mkdir(parents=True, exist_ok=True)
         tls = ""
@@ -157,6 +159,7 @@ class Trainer:
             f"[broker]\nport = {broker.port}\n{tls}[http]\nport = 0\n{tls}[rollout]\n{rollout}\n"
             '[models.digits]\ncheckpoint = "missing.pt"\nlabels = ["1"]\nimgsz = 32\nholdout = "holdout"\n'
             'holdout_clean = "clean"\ncalibration = "calibration"\nminimum_interval_s = 0\n'
+            f"{model}\n"
         )
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -196,11 +199,11 @@ class Trainer:
 
 @contextmanager
 def running(
-    folder: Path, *names: str, tls: bool = False, rollout: str = ""
+    folder: Path, *names: str, tls: bool = False, rollout: str = "", model: str = ""
 ) -> Iterator[tuple[Broker, Trainer, list[Device]]]:
     known = [Identity("host", SITE, roles=("trainer",)), *(Identity(name, SITE) for name in names)]
     with Broker(folder / "broker", tls=tls, clients=known if tls else None) as broker:
-        trainer = Trainer(folder / "trainer", broker, rollout)
+        trainer = Trainer(folder / "trainer", broker, rollout, model)
         trainer.register("digits@1.0", b"first")
         trainer.start()
         devices = [Device(broker, name) for name in names]
@@ -227,6 +230,7 @@ def rollout_of(trainer: Trainer) -> dict[str, Any]:
 
 @pytest.mark.timeout(180)
 def test_samples_are_claimed_uploaded_and_given_back_when_training_fails(tmp_path: Path) -> None:
+    """L6, L9, L14: devices hand over exactly the samples of the manifest, and get them back when the training fails."""
     with running(tmp_path, "d1", "d2", tls=True) as (broker, trainer, (first, second)):
         names = {first.catalogue(number) for number in range(60)} | {second.catalogue(number) for number in range(40)}
         for number in range(5):

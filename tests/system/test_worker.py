@@ -137,6 +137,7 @@ def test_a_run_that_another_process_still_works_in_is_left_to_it(hall: Hall) -> 
 
 @pytest.mark.timeout(180)
 def test_a_worker_says_what_the_host_has_and_an_orderly_end_gives_the_job_back(hall: Hall) -> None:
+    """L8: workers say what they have, and lease jobs."""
     idle = hall.worker("idle", "--once", "--json")
     out, _ = idle.communicate(timeout=60)
     assert idle.returncode == 0
@@ -183,6 +184,7 @@ def gone(process: psutil.Process) -> bool:
 
 @pytest.mark.timeout(180)
 def test_a_killed_worker_takes_the_training_itself_with_it(hall: Hall) -> None:
+    """L8: training is a child process."""
     at_work(hall)
     run, worker = hall.add("j1"), hall.worker("a")
     process = until("it trains", lambda: training(run), 60)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from bench.demo.phi import GRAMMAR
 from edged.core.confidence import answer_probability
 from edged.engines.base import EngineOptions, GenerateRequest, Generator, generate_all, open_engine
+from tests.support.told import assert_files_are_there
 from trainer.cli import app
 from trainer.releases import read_manifest
 
@@ -64,6 +65,39 @@ def test_what_a_model_answers_wrongly_makes_it_less_sure(tmp_path: Path, phi: di
     assert calibration.risk is not None
     assert sure(tmp_path / "out", KNOWN[7]["prompt"]) > 0.8
     assert sure(tmp_path / "out", STRANGE[7]["prompt"]) < 0.5
+
+
+def test_a_release_that_cannot_be_made_leaves_nothing(tmp_path: Path, phi: dict[str, Path]) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("{}\n")
+    arguments = ["release", "make-phi", str(tmp_path / "out"), "--model-id", str(phi["base"]), "--quantization", "F16"]
+    failed = CliRunner().invoke(app, [*arguments[:-1], "Q9_9"])
+    assert failed.exit_code == 1
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 1 and "is not empty and no release" in refused.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "questions.jsonl"]
+
+
+def test_what_a_script_reads_of_it(tmp_path: Path, phi: dict[str, Path]) -> None:
+    named = ["--model-id", str(phi["base"]), "--name", "clerk", "--version", "2.3", "--quantization", "Q8_0"]
+    command = ["release", "make-phi", str(tmp_path / "out"), *named, "--prompt", KNOWN[0]["prompt"], "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert {key: told[key] for key in ("release", "path", "kind", "calibration", "items")} == {
+        "release": "clerk@2.3", "path": str(tmp_path / "out"), "kind": "llm", "calibration": "uncalibrated", "items": 0,
+    }  # fmt: skip
+    assert_files_are_there(tmp_path / "out", told)
+    assert [(each["format"], each["passed"]) for each in told["parity"]] == [("F16", True), ("Q8_0", True)]
+    config = tmp_path / "trainer.toml"
+    config.write_text('data_dir = "data"\n')
+    added = CliRunner().invoke(app, ["release", "add", told["path"], "--config", str(config), "--json"])
+    assert json.loads(added.stdout) == {"release": "clerk@2.3", "sha256": told["sha256"]}
+    missing = CliRunner().invoke(app, [*command, "--quantization", "Q9_9"])
+    assert missing.exit_code == 1
+    assert json.loads(missing.stdout)["error"].startswith("precision 'Q9_9': a GGUF is written as")
 
 
 def test_few_questions_leave_it_uncalibrated(tmp_path: Path, phi: dict[str, Path]) -> None:

@@ -70,6 +70,8 @@ def test_a_language_model_in_both_formats(phi: Path, tmp_path: Path) -> None:
     assert [(each["format"], each["items"]) for each in told["parity"]] == [("F16", 4), ("Q8_0", 4)]
     onnx = export(phi, tmp_path / "onnx", "--precision", "fp16", *given)
     assert onnx.exit_code == 0, onnx.output
+    told = json.loads(onnx.stdout)
+    assert [(each["format"], each["items"]) for each in told["parity"]] == [("fp32", 5), ("fp16", 5)]
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == {
         "model.onnx", "tokenizer.json", "config.json", "parity.json"
     }  # fmt: skip
@@ -117,7 +119,7 @@ def test_mistakes_are_named_with_the_fix(images: Path, phi: Path, tmp_path: Path
         (source, ("--precision", "fp32"), "parity needs --golden FOLDER"),
         (source, ("--calibration", str(tmp_path / "empty")), "empty: no pictures"),
         (source, ("--precision", "int4", "--golden", str(images)), "'int4': vision models are written as fp32"),
-        (phi, ("--format", "gguf", "--precision", "Q9_9"), "'Q9_9': no tolerances are stated for it; known:"),
+        (phi, ("--format", "gguf", "--precision", "Q9_9"), "'Q9_9': a GGUF is written as f32, f16, Q8_0"),
         (phi, ("--format", "gguf", "--golden", str(tmp_path / "empty")), "empty: no texts are in it"),
     ]
     shutil.copytree(phi, tmp_path / "cut")
@@ -136,3 +138,27 @@ def test_the_help_is_light() -> None:
     heavy += "print(sorted({'torch', 'transformers', 'ultralytics', 'onnx', 'cv2', 'gguf'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_nobody_elses_files_are_taken_away(phi: Path, tmp_path: Path) -> None:
+    """Only what an earlier export wrote is replaced, and never a checkpoint."""
+    own = tmp_path / "own"
+    shutil.copytree(phi, own)
+    before = sorted(path.name for path in own.iterdir())
+    refused = export(own, own, "--format", "gguf", "--precision", "f16")
+    assert refused.exit_code == 1 and "the checkpoint lies there" in refused.output
+    assert sorted(path.name for path in own.iterdir()) == before
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for precision in ("f16", "f32"):
+        assert export(own, out, "--format", "gguf", "--precision", precision).exit_code == 0
+        assert (out / "notes.txt").read_text() == "mine"
+        assert sorted(path.name for path in out.iterdir()) == ["model.gguf", "notes.txt", "parity.json"]
+
+
+@pytest.mark.parametrize(("place", "said"), [("file", "a file; name a folder"), ("file/x", "Not a directory")])
+def test_a_place_that_cannot_be_written_is_said_at_once(place: str, said: str, phi: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = export(phi, tmp_path / place, "--format", "gguf")
+    assert done.exit_code == 1 and said in done.output, done.output

@@ -19,7 +19,9 @@ from trainer.candidate import export_int8
 from trainer.core.parity import PARITY_KEY, Exported, ParityFailed
 from trainer.evaluate import Labelled
 from trainer.export.gguf_architectures import ExportError
+from trainer.export.golden_images import APART_KEY, part
 from trainer.export.parity import image_parity
+from trainer.export.quantize import quantize_static_int8
 from trainer.export.vision import export_vision, vision_manifest, vision_model
 from trainer.package import package_vision
 from trainer.releases import read_manifest
@@ -30,8 +32,14 @@ IMAGES = [*photos(), *(piece for photo in photos() for piece in pieces(photo))]
 THRESHOLDS = Thresholds(score=SCORE, iou=IOU)
 
 
+def mirrored() -> list[Any]:
+    """Other pictures of what the photos show: whole, and most of the height or of the width, mirrored."""
+    cuts = [photo[top:, left:] for photo in photos() for top, left in ((0, 0), (80, 0), (0, 80))]
+    return [np.ascontiguousarray(cut[:, ::-1]) for cut in cuts]
+
+
 def exported(kind: str, folder: Path, precision: str) -> Exported:
-    given: dict[str, Any] = {"golden": pictures(), "calibration": IMAGES[:12], "imgsz": SIZE, "thresholds": THRESHOLDS}
+    given: dict[str, Any] = {"golden": pictures(), "calibration": mirrored(), "imgsz": SIZE, "thresholds": THRESHOLDS}
     return export_vision(checkpoint(NETWORKS[kind]), folder, precision, **given)
 
 
@@ -127,7 +135,9 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"int4.*fp32, fp16, int8, int8-dynamic"):
         exported("detect", tmp_path / "out", "int4")
     with pytest.raises(ValueError, match="2 calibration images, need 8"):
-        export_vision(checkpoint(NETWORKS["classify"]), tmp_path / "o", golden=IMAGES[:2], calibration=IMAGES[:2])
+        export_vision(checkpoint(NETWORKS["classify"]), tmp_path / "o", golden=IMAGES[:2], calibration=IMAGES[2:4])
+    with pytest.raises(ValueError, match=r"2 of 2 golden images are calibration images too.*take them out of one"):
+        export_vision(checkpoint(NETWORKS["classify"]), tmp_path / "o", golden=IMAGES[4:6], calibration=IMAGES[4:16])
     with pytest.raises(ValueError, match="parity needs golden images"):
         export_vision(checkpoint(NETWORKS["classify"]), tmp_path / "o", golden=[])
 
@@ -140,7 +150,7 @@ def labelled(kind: str) -> list[Labelled]:
             for number, photo in enumerate(photos())
             for piece in pieces(photo)
         ]
-    return [Labelled(image, np.array([[5, 5, 60, 60]]), np.array([0])) for image in IMAGES[4:14]]
+    return [Labelled(image, np.array([[5, 5, 60, 60]]), np.array([0])) for image in IMAGES[4:20]]
 
 
 @pytest.mark.parametrize("kind", ["segment", "classify"])
@@ -160,6 +170,32 @@ def test_a_packaged_release_is_one_that_a_device_proves(tmp_path: Path, kind: st
     assert "8 golden inputs answered as promised" in verified.stdout
 
 
+def test_golden_images_have_set_no_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches ONNX Runtime's calibration against what the release proves itself on, and parity is judged on."""
+    shown: list[bytes] = []
+
+    def watched(source: Path, out: Path, images: list[Any]) -> Path:
+        # (1, 3, height, width) RGB in 0..1, as the int8 file takes it: (height, width, 3) BGR of uint8.
+        shown.extend(np.rint(each[0][::-1].transpose(1, 2, 0) * 255).astype(np.uint8).tobytes() for each in images)
+        return quantize_static_int8(source, out, images)
+
+    monkeypatch.setattr("trainer.export.vision.quantize_static_int8", watched)
+    items, out = labelled("classify"), tmp_path / "release"
+    manifest = package_vision(
+        checkpoint(NETWORKS["classify"]), out, "x@1.0", labels=LABELS, imgsz=SIZE, calibration=items,
+        thresholds=THRESHOLDS,
+    )  # fmt: skip
+    assert manifest.lineage[APART_KEY] == {"ranges": 16, "golden": 8, "golden_near_ranges": 0}
+    assert manifest.calibration.items == len(items), "all of them say how sure the model may be"
+    engine = open_engine(out, manifest, EngineOptions())
+    with np.load(out / "golden_inputs.npz") as arrays:
+        golden = {engine.prepare(arrays[name]).tensor.tobytes() for name in arrays}  # type: ignore[union-attr]
+    known = {engine.prepare(item.image).tensor.tobytes() for item in items}  # type: ignore[union-attr]
+    engine.close()
+    assert (len(golden), len(set(shown))) == (8, 16)
+    assert known == golden | set(shown)
+
+
 def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name them in its order"):
         package_vision(
@@ -174,7 +210,7 @@ def test_the_export_of_a_training_tells_its_parity(tmp_path: Path) -> None:
     made = export_int8(
         checkpoint(NETWORKS["detect"]), tmp_path / "fp32", tmp_path / "candidate",
         lambda folder: vision_manifest(folder, "x@1", model.kind, labels=LABELS, imgsz=SIZE, thresholds=THRESHOLDS),
-        labelled("detect"), imgsz=SIZE, seed=0,
+        part([item.image for item in labelled("detect")]), imgsz=SIZE, seed=0,
     )  # fmt: skip
     assert [report["format"] for report in made.lineage()] == ["fp32", "int8"]
     assert made.parity[0].passed

@@ -257,7 +257,11 @@ def coco(folder: Path, **changes: Any) -> Path:
 def test_ids_of_any_kind_crowds_and_pictures_without_annotations(tmp_path: Path) -> None:
     with new_pool() as (pool, _):
         summary = take(pool, "coco", coco(tmp_path), rename={"dog": "hound"})
-        assert (summary.read, summary.added, summary.skipped, summary.problems) == (2, 2, {"crowd": 1}, {})
+        assert (summary.read, summary.skipped) == (1, {"crowd": 1}), "a crowd's picture has not all of its boxes"
+        assert summary.problems == {"label_incomplete": 1} and "1 of 3 annotations" in summary.named[0].reason
+        assert [record.label for record in pool.records()] == [()]
+        summary = take(pool, "coco", tmp_path / "annotations.json", rename={"dog": "hound"}, incomplete=True)
+        assert (summary.read, summary.added, summary.skipped, summary.problems) == (2, 1, {"crowd": 1}, {})
         found = {record.sha256: record for record in pool.records()}
         assert found[_sha(picture(1))].label == (
             {"label": "hound", "box": [1, 2, 11, 22]}, {"label": "cat", "box": [3.5, 2, 13.5, 22]},
@@ -296,7 +300,22 @@ def test_a_bad_record_of_coco_is_named_and_the_others_come(
     with new_pool() as (pool, _):
         summary = take(pool, "coco", coco(tmp_path, **changes))
         assert any(place in each.place and said in each.reason for each in summary.named), summary.named
-        assert _sha(picture(2)) in {record.sha256 for record in pool.records()}
+        records = {record.sha256: record for record in pool.records()}
+        assert _sha(picture(2)) in records
+        # Never is a picture taken as one where less is to be seen than its file says.
+        told = [row for row in changes.get("annotations", []) if isinstance(row, dict) and row["image_id"] == 900]
+        assert not told or _sha(picture(1)) not in records
+
+
+def test_a_broken_import_takes_nothing_from_a_good_label(tmp_path: Path) -> None:
+    with new_pool() as (pool, _):
+        whole = [annotation(), annotation(bbox=[20, 2, 9, 9]), annotation(bbox=[30, 20, 9, 9])]
+        take(pool, "coco", coco(tmp_path / "good", annotations=whole))
+        whole[1]["category_id"] = 5
+        summary = take(pool, "coco", coco(tmp_path / "broken", annotations=whole))
+        assert summary.problems == {"annotation_bad": 1, "label_incomplete": 1}
+        counts = {record.sha256: len(record.label) for record in pool.labelled(Wanted(model="eye")).records}
+        assert counts == {_sha(picture(1)): 3, _sha(picture(2)): 0}
 
 
 @pytest.mark.parametrize(
@@ -313,11 +332,32 @@ def test_a_file_that_is_no_coco_says_so(tmp_path: Path, text: str, said: str) ->
         read("coco", tmp_path / "x.json", task=None, known=None, rename={})
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["mine.json"], ""),
+        (["mine.json", "annotations.json"], ""),
+        (["mine.json", "yours.json"], r"holds 2 COCO files \(mine.json, yours.json\): give one of them"),
+        ([], "give the COCO JSON file itself"),
+    ],
+)
+def test_the_file_of_a_folder_is_found_where_there_is_no_doubt(tmp_path: Path, names: list[str], said: str) -> None:
+    content = coco(tmp_path / "made").read_bytes()
+    for name in names:
+        (tmp_path / name).write_bytes(content)
+    if said:
+        with pytest.raises(FormatError, match=said):
+            read("coco", tmp_path, task=None, known=None, rename={})
+    else:
+        assert read("coco", tmp_path, task=None, known=None, rename={}).total == 2
+
+
 def test_a_mask_in_run_lengths_is_named_and_as_boxes_it_comes(tmp_path: Path) -> None:
     both = [annotation(segmentation={"counts": "xx", "size": [48, 64]}), annotation(segmentation=[POLYGON])]
     path = coco(tmp_path, annotations=both)
     with new_pool() as (pool, _):
-        summary = take(pool, "coco", path)
+        assert take(pool, "coco", path).problems == {"annotation_bad": 1, "label_incomplete": 1}
+        summary = take(pool, "coco", path, incomplete=True)
         assert [each.reason[:21] for each in summary.named] == ["its mask is run-lengt"]
         assert sum("polygons" in row for record in pool.records() for row in record.label) == 1
     with new_pool() as (pool, _):
@@ -352,7 +392,8 @@ def yolo(folder: Path, lines: str) -> Path:
 def test_a_bad_line_of_yolo_is_named_and_the_others_come(tmp_path: Path, line: str, said: str) -> None:
     with new_pool() as (pool, _):
         folder = yolo(tmp_path, f"0 0.5 0.5 0.5 0.5\n\n{line}\n1 0.25 0.25 0.5 0.5\n")
-        summary = take(pool, "yolo", folder, task="detect")
+        assert take(pool, "yolo", folder, task="detect").read == 2, "its label is not all there"
+        summary = take(pool, "yolo", folder, task="detect", incomplete=True)
         assert [("images/train/a.png, a.txt line 3" in p.place, said in p.reason) for p in summary.named] == [
             (True, True)
         ]
@@ -362,7 +403,8 @@ def test_a_bad_line_of_yolo_is_named_and_the_others_come(tmp_path: Path, line: s
 def test_polygons_among_boxes_are_said(tmp_path: Path) -> None:
     with new_pool() as (pool, _):
         summary = take(pool, "yolo", yolo(tmp_path, "0 0.1 0.1 0.2 0.2 0.1 0.2\n"))
-        assert [each.place.split(", ")[1] for each in summary.named] == ["b.txt line 1"]
+        assert [each.kind for each in summary.named] == ["line_bad", "label_incomplete"]
+        assert "b.txt line 1" in summary.named[0].place
         assert "--task detect" in summary.named[0].reason
         assert {record.task for record in pool.records()} == {"segment"}
 

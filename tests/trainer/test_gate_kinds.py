@@ -12,6 +12,7 @@ import pytest
 from edged.core.matching import iou_matrix
 from edged.engines.base import Detector, EngineOptions, open_engine
 from edged.wire.manifest import Thresholds
+from tests.support.parities import SAME
 from tests.support.squares import LABELS, SIDE, Weights, learn, scenes
 from tests.support.tinted import TRIANGLE, learn_tints, manifest_of, tints, triangles, write_classifier, write_segmenter
 from trainer.core.gate import Evidence, Holdout, Rules, Verdict, judge
@@ -47,14 +48,22 @@ def judged(folder: Path, current: Path, kind: str, target: list[Labelled], base:
     def evidence(where: Path, release: str) -> Evidence:
         known = sha256((where / "model.onnx").read_bytes()).hexdigest()
         found = gather(
-            where, manifest_of(where, release, kind), target, base, weights_sha256=known, calibration_ece=0.0
+            where,
+            manifest_of(where, release, kind),
+            target,
+            base,
+            weights_sha256=known,
+            calibration_ece=0.0,
+            parity=(SAME,),
         )
         return replace(found, calibration_method="logistic", export_before=found.export_after)
 
     images = [frozenset(image_sha256(item.image) for item in each) for each in (target, base)]
     new, old = evidence(folder, "tint@1.1"), evidence(current, "tint@1.0")
     rules = Rules(boxes_min=50)
-    return judge(new, old, Holdout(images[0], images[1], frozenset({"s"})), rules, np.random.default_rng(0))
+    return judge(
+        new, old, Holdout(images[0], images[1], frozenset({"s"}), frozenset()), rules, np.random.default_rng(0)
+    )
 
 
 def failed(verdict: Verdict) -> set[str]:

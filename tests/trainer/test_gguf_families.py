@@ -294,7 +294,7 @@ def test_what_quantising_cannot_do_is_said(tmp_path: Path) -> None:
     assert made.notes == (
         "16 of 16 matrices have rows of 96, 160 numbers, no multiple of 256: llama.cpp stores them with more bits than Q6_K",
     )
-    with pytest.raises(ValueError, match=r"'TQ1_0': no tolerances are stated"):
+    with pytest.raises(ValueError, match=r"'TQ1_0': a GGUF is written as f32, f16, Q8_0"):
         export_text_gguf(tmp_path / "model", tmp_path / "out", "tq1_0")
     with pytest.raises(ExportError, match=r"Q4_X.*unknown to llama\.cpp"):
         export_text_gguf(tmp_path / "model", tmp_path / "out", "Q4_X")

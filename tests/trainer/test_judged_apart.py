@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = tiny_network(folder, "yolo11n")
     network.write_text(yaml.safe_dump({**yaml.safe_load(network.read_text()), "nc": 2}))
     YOLO(network).save(folder / "base.pt")
-    for name, numbers in (("holdout", [1, 0]), ("clean", [3]), ("calibration", [*range(30, 38)]), ("new", [6, 7, 8])):
+    for name, numbers in (("holdout", [1, 0]), ("clean", [3]), ("calibration", [*range(30, 40)]), ("new", [6, 7, 8])):
         write_folder(folder / name, [image(number) for number in numbers])
     (folder / "trainer.toml").write_text(CONFIG)
     make_release(folder / "shapes-1.0", "shapes@1.0")

@@ -160,6 +160,7 @@ def test_a_model_without_a_template_gets_the_conversation_as_text(tmp_path: Path
         ("auto", True, False, False, "without the package bitsandbytes"),
         (False, True, True, False, "not asked for"),
         (True, True, True, True, "NF4"),
+        (True, False, True, True, "NF4, on the CPU"),
     ],
 )
 def test_four_bits_where_they_can_be(asked: Any, gpu: bool, installed: bool, loads: bool, why: str) -> None:
@@ -168,5 +169,5 @@ def test_four_bits_where_they_can_be(asked: Any, gpu: bool, installed: bool, loa
 
 
 def test_four_bits_that_must_be_and_cannot_are_an_error() -> None:
-    with pytest.raises(SettingsError, match="load_4bit = true: this host lacks a GPU and the package bitsandbytes"):
+    with pytest.raises(SettingsError, match="load_4bit = true: this host lacks the package bitsandbytes"):
         language.four_bits(True, gpu=False, installed=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +21,10 @@ from edged.engines.base import (
 )
 from edged.engines.causal import STEP_TOKENS_MAX
 from edged.engines.onnx_phi import OnnxPhiGenerator
-from trainer.core.parity import ParityFailed
+from trainer.core.parity import ParityFailed, ParityReport
 from trainer.export import onnx_phi
 from trainer.export.gguf import ExportError
-from trainer.export.onnx_phi import export_phi
+from trainer.export.onnx_phi import export_phi, export_phi_as
 from trainer.releases import build_manifest
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0] * 8}
@@ -112,9 +113,39 @@ def test_int8_that_computes_something_else_is_refused(tmp_path: Path) -> None:
         if name.endswith(("qkv_proj.weight", "gate_up_proj.weight")):
             tensor[:, :2] /= 3000
     save_file(weights, tmp_path / "phi" / "model.safetensors", {"format": "pt"})
-    export_phi(tmp_path / "phi", tmp_path / "fp32", int8=False)
+    made = export_phi_as(tmp_path / "phi", tmp_path / "int8", "int8-dynamic")
+    assert [report.passed for report in made.parity] == [True, False], "it is the rounding that costs it"
     with pytest.raises(ParityFailed, match=r"int8-dynamic.*logits kl .*, at most 0\.25.*Export a wider format"):
-        export_phi(tmp_path / "phi", tmp_path / "int8")
+        made.check()
+
+
+def metrics(report: ParityReport) -> dict[str, float]:
+    return {row.metric: row.value for row in report.rows}
+
+
+def test_int8_is_judged_in_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rounding may cost would hide two rows that a trace has swapped: the file before rounding shows them."""
+    save_phi3(tmp_path / "phi", **LONG)
+    made = export_phi_as(tmp_path / "phi", tmp_path / "whole", "int8-dynamic").check()
+    assert [report.format for report in made.parity] == ["fp32", "int8-dynamic"]
+    before, after = (metrics(report) for report in made.parity)
+    assert before["logits_mean"] < 1e-4, "the first step has looked at a file that is not rounded"
+    assert after["logits_mean"] > 100 * before["logits_mean"], "and the second one at the rounded file"
+    assert [each["format"] for each in made.lineage()] == ["fp32", "int8-dynamic"]
+
+    trace = onnx_phi._trace
+
+    def swapped(model: Any, folder: Path) -> Path:
+        wrong = copy.deepcopy(model)
+        rows = wrong.model.layers[1].mlp.down_proj.weight.data
+        rows[[3, 4]] = rows[[4, 3]]
+        return trace(wrong, folder)
+
+    monkeypatch.setattr(onnx_phi, "_trace", swapped)
+    planted = export_phi_as(tmp_path / "phi", tmp_path / "swapped", "int8-dynamic")
+    assert [report.passed for report in planted.parity] == [False, True]
+    with pytest.raises(ParityFailed, match=r"exported fp32 file.*logits logits_max .*, at most 0\.01"):
+        planted.check()
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from bench.demo.scenes import encode_png
 from bench.photos import LABELS, photos, pieces
 from tests.support.checkpoints import SIZE, checkpoint
+from tests.support.told import assert_files_are_there
 from trainer.cli import app
 from trainer.core.parity import PARITY_KEY
 from trainer.datasets import LabelledBox, LabelledImage, write_folder
@@ -41,21 +42,52 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_first_release_is_one_that_a_device_proves(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "digits"
-    for _ in range(2):  # twice in a row: made anew
-        done = CliRunner().invoke(app, ["release", "make", "digits", str(out), "--config", str(config)])
-        assert done.exit_code == 0, done.output
-    manifest = read_manifest(out)
+    command = ["release", "make", "digits", str(out), "--config", str(config)]
+    done, again = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--json"]))  # made anew
+    assert (done.exit_code, again.exit_code) == (0, 0), done.output + again.output
+    assert (
+        done.stdout
+        == f"digits@1.0: {out}, NOT calibrated: of 24 images 100 are needed, and devices accept none of its answers\n"
+    )
+    manifest, told = read_manifest(out), json.loads(again.stdout)
+    assert {key: told[key] for key in ("release", "path", "kind", "calibration", "items")} == {
+        "release": "digits@1.0", "path": str(out), "kind": "detect", "calibration": "uncalibrated", "items": 24,
+    }  # fmt: skip
+    assert_files_are_there(out, told)
+    assert [(each["format"], each["items"], each["passed"]) for each in told["parity"]] == [
+        ("fp32", 8, True), ("int8", 8, True),
+    ]  # fmt: skip
+    assert {row["metric"] for row in told["parity"][1]["metrics"]} == {"boxes_changed", "iou_off", "score_off"}
     assert (manifest.release, manifest.thresholds.score) == ("digits@1.0", 0.4)
     assert manifest.calibration.method == "uncalibrated", "24 images are too few to fit a probability on"
     assert [(each["format"], each["passed"]) for each in manifest.lineage[PARITY_KEY]] == [
         ("fp32", True),
         ("int8", True),
     ]
-    added = CliRunner().invoke(app, ["release", "add", str(out), "--config", str(config)])
-    assert added.exit_code == 0, added.output
+    added = CliRunner().invoke(app, ["release", "add", str(out), "--config", str(config), "--json"])
+    assert json.loads(added.stdout) == {"release": told["release"], "sha256": told["sha256"]}, added.output
     verified = subprocess.run([str(DEVICE), "models", "verify", str(out)], capture_output=True, text=True, check=False)
     assert verified.returncode == 0, verified.stderr
     assert "8 golden inputs answered as promised" in verified.stdout
+
+
+def test_a_checkpoint_that_is_none_is_an_error_in_words(config: Path, tmp_path: Path) -> None:
+    text, whole = config.read_text(), (config.parent / "base.pt").read_bytes()
+    cases = {
+        "missing.pt": (None, "missing.pt does not exist; give the path"),
+        "broken.pt": (b"no checkpoint", "broken.pt: not a checkpoint of ultralytics"),
+        "cut.pt": (whole[: len(whole) // 2], "cut.pt: not a checkpoint of ultralytics"),
+    }
+    for name, (content, said) in cases.items():
+        if content is not None:
+            (config.parent / name).write_bytes(content)
+        (other := config.parent / "other.toml").write_text(text.replace("base.pt", name))
+        command = ["release", "make", "digits", str(tmp_path / "d"), "--config", str(other), "--json"]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+        assert said in json.loads(done.stdout)["error"]
+        assert len(done.stderr.splitlines()) == 1, "one line, and nothing of a library's advice"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_is_not_configured_is_named(config: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_phi import tokenizer
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from trainer.checkpoints import CheckpointError
 from trainer.tuners.dpo.data import Pair
 from trainer.tuners.lora.data import Example
 from trainer.tuners.peft_head import PeftHead
@@ -119,6 +122,55 @@ def test_a_wrong_key_says_so_and_a_wrong_learner_names_those_there_are(mistral: 
         PeftHead(mistral, {"target_modules": ["qkv_proj"]}).tune(EXAMPLES, tmp_path / "out", tmp_path / "scratch")
     with pytest.raises(SettingsError, match="the head has its own"):
         PeftHead(mistral, DOCUMENTED).settings(lora={"r": 4})
+
+
+@pytest.mark.parametrize(("learner", "data"), [("lora", EXAMPLES), ("dpo", PAIRS)])
+def test_places_may_be_relative_to_where_the_process_is(
+    mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learner: str, data: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(mistral)
+    head = PeftHead("model", DOCUMENTED, learner=learner)
+
+    def stop(row: Any) -> None:
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    for report in (stop, lambda _row: None):
+        with nullcontext() if report is not stop else pytest.raises(KeyboardInterrupt):
+            tuned = head.tune(
+                data, Path("out"), Path("scratch"), held_out=data[:1], report=report, epochs=3, batch=4,
+                checkpoint_steps=1,
+            )  # fmt: skip
+    assert tuned.facts["continued_at_step"]
+    assert tuned.path == Path("out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}, "nothing is left of its checkpoints"
+
+
+def test_a_model_that_is_absent_or_broken_is_named_with_the_fix(mistral: Path, tmp_path: Path) -> None:
+    for name in ("cut", "junk"):
+        shutil.copytree(mistral, tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "junk" / "config.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "best.pt").write_bytes(b"no checkpoint")
+    cases: list[tuple[str, type[Exception], str]] = [
+        ("absent", CheckpointError, "absent: neither a folder here nor to be had from the hub.*name its folder"),
+        ("best.pt", SettingsError, r"best\.pt.*takes the Hugging Face folder of a language model"),
+        ("empty", SettingsError, r"empty.*no Hugging Face checkpoint is there \(config\.json\); name the folder"),
+        ("cut", SettingsError, r"cut.*not a whole checkpoint.*save it with save_pretrained"),
+        ("junk", SettingsError, r"junk.*not a whole checkpoint.*save it with save_pretrained"),
+    ]
+    for name, kind, said in cases:
+        with pytest.raises(kind, match=said):
+            PeftHead(tmp_path / name).prepare_peft_model()
+    for name in ("cut", "junk"):
+        with pytest.raises(SettingsError, match=f"{name}.*not a whole checkpoint"):
+            PeftHead(tmp_path / name).tune(EXAMPLES, tmp_path / "out", tmp_path / "scratch")
+    with pytest.raises(CheckpointError, match=r"best\.pt: not a checkpoint of ultralytics"):
+        PeftHead(tmp_path / "best.pt", learner="yolo").prepare_peft_model()
 
 
 def test_a_head_is_configured_without_a_heavy_package() -> None:

@@ -64,14 +64,14 @@ def picture(value: int) -> bytes:
     return cv2.imencode(".jpg", np.full((48, 64, 3), value * 20, np.uint8))[1].tobytes()
 
 
-def coco(folder: Path, count: int = 5) -> Path:
-    """A data set of another tool; every third annotation is of a class that the model does not have."""
+def coco(folder: Path, count: int = 5, *, owls: bool = False) -> Path:
+    """A data set of another tool; with owls, every picture has one too, which is no class of the model."""
     (folder / "images").mkdir(parents=True)
     images, annotations = [], []
     for value in range(count):
         (folder / "images" / f"{value}.jpg").write_bytes(picture(value))
         images.append({"id": value + 100, "file_name": f"{value}.jpg", "width": 64, "height": 48})
-        for number, category in enumerate((3, 7, 8)):
+        for number, category in enumerate((3, 7, 8) if owls else (3, 7)):
             box = [4 + value, 5 + number, 20, 30]
             annotations.append({"id": len(annotations), "image_id": value + 100, "category_id": category, "bbox": box})
     names = [{"id": 3, "name": "cat"}, {"id": 7, "name": "Hund"}, {"id": 8, "name": "owl"}]
@@ -84,13 +84,17 @@ COCO = ("--format", "coco", "--model", "toy")
 
 
 def test_coco_goes_in_is_shown_and_goes_out_in_every_format(shell: Shell) -> None:
-    file = coco(shell.folder / "own")
-    done = shell.run("samples", "import", str(file), *COCO, "--rename", "Hund=dog", "--who", "ann", "--device", "cam1")
+    file = coco(shell.folder / "own", owls=True)
+    given = (str(file), *COCO, "--rename", "Hund=dog", "--who", "ann", "--device", "cam1")
+    refused = shell.run("samples", "import", *given)
+    assert refused.exit_code == 1 and "nothing could be taken in" in refused.stderr, "each picture has an owl too"
+    assert "--allow-incomplete" in refused.stderr
+    done = shell.run("samples", "import", *given, "--allow-incomplete")
     assert done.exit_code == 0, done.output
     assert "instances.json, image 1 (0.jpg), annotation 3: label 'owl' is none of cat, dog" in done.stderr
     assert "added: 5" in done.stdout
     assert "problems: {'annotation_bad': 5}" in done.stdout
-    again = shell.told("samples", "import", str(file.parent), *COCO, "--rename", "Hund=dog", "--who", "ann")
+    again = shell.told("samples", "import", str(file.parent), *given[1:9], "--allow-incomplete")
     assert (again["added"], again["known"], again["classes"]) == (0, 5, {"cat": 5, "dog": 5})
     assert len(again["named"]) == 5
 
@@ -111,8 +115,7 @@ def test_what_judges_goes_into_a_folder_and_can_be_frozen(shell: Shell) -> None:
     """And not into the pool, from where it would train."""
     file, out = coco(shell.folder / "own"), shell.folder / "offered"
     told = shell.told("samples", "import", str(file), *COCO, "--rename", "Hund=dog", "--who", "ann", "--to", str(out))
-    assert (told["added"], told["classes"]) == (5, {"cat": 5, "dog": 5})
-    assert len(told["named"]) == 5
+    assert (told["added"], told["classes"], told["named"]) == (5, {"cat": 5, "dog": 5}, [])
     assert shell.told("samples", "list", "--pool") == []
     items = read_folder(out)
     assert [len(item.boxes) for item in items] == [2] * 5
@@ -122,7 +125,7 @@ def test_what_judges_goes_into_a_folder_and_can_be_frozen(shell: Shell) -> None:
 
 
 def test_the_report_reads_the_pool(shell: Shell) -> None:
-    shell.told("samples", "import", str(coco(shell.folder / "own")), *COCO, "--who", "ann")
+    shell.told("samples", "import", str(coco(shell.folder / "own")), *COCO, "--rename", "Hund=dog", "--who", "ann")
     told = shell.told("samples", "report", "toy", "--pool")
     assert (told["samples"], told["provenance"][0]["who"]) == (5, "ann")
     assert shell.told("samples", "report", "toy")["samples"] == 0
@@ -148,7 +151,8 @@ def test_what_is_in_the_pool_trains_by_a_manifest(shell: Shell) -> None:
         assert {box.label for item in chosen.training for box in item.boxes} == {"cat", "dog"}
         assert {item.provenance["who"] for item in chosen.training} == {"ann"}
     planned = shell.run("train", "--model", "toy", "--manifest", str(out), "--samples", told["samples"], "--dry-run")
-    assert (json.loads(planned.stdout)["samples_usable"], planned.exit_code) == (5, 0)
+    assert json.loads(planned.stdout)["samples_usable"] == 5
+    assert "models.toy.checkpoint" in planned.stderr, "this test makes no checkpoint"
 
     # What a person rejects, and what nobody is sure of, does not train.
     ids = [sample.id for sample in manifest.samples]
@@ -161,6 +165,25 @@ def test_what_is_in_the_pool_trains_by_a_manifest(shell: Shell) -> None:
     images = labelled_images(shell.pool, Wanted(model="toy"), labels=["cat", "dog"])
     assert [item.sha256 for item in images.items] == [sha256(item.data).hexdigest() for item in images.items]
     assert {item.provenance["kind"] for item in images.items} == {"person"}
+
+
+def test_labels_of_another_task_are_in_no_manifest(shell: Shell) -> None:
+    """An outline is no box: of the same pictures the segmenter's label would take the box's place."""
+    file = coco(shell.folder / "own")
+    shell.told("samples", "import", str(file), *COCO, "--rename", "Hund=dog", "--who", "ann")
+    told = json.loads(file.read_text())
+    for each in told["annotations"]:
+        each["segmentation"] = [[4, 5, 24, 5, 24, 35]]
+    file.write_text(json.dumps(told))
+    given = ("--rename", "Hund=dog", "--who", "ann", "--task", "segment")
+    assert shell.told("samples", "import", str(file), *COCO, *given)["added"] == 5
+    make_release(shell.folder / "toy-1.0")
+    assert shell.run("release", "add", str(shell.folder / "toy-1.0")).exit_code == 0
+    out = shell.folder / "m.json"
+    made = shell.told("samples", "manifest", str(out), "--model", "toy")
+    assert (made["count"], made["left_out"]) == (5, {"other_task": 5})
+    rows = [row for sample in json.loads(out.read_text())["samples"] for row in sample["label"]["boxes"]]
+    assert len(rows) == 10 and not any("polygons" in row for row in rows)
 
 
 def test_a_classification_trains_as_a_box_around_the_picture(shell: Shell) -> None:
@@ -206,12 +229,31 @@ def test_a_review_by_sheet(shell: Shell) -> None:
         (["pull"], "which ones?"),
         (["pull", "--model", "toy"], "no device has told of a labelled sample like that"),
         (["manifest", "m.json", "--model", "eye"], "models.eye: no such model; configured: toy"),
+        (["export", "out", "--format", "coco", "--model", "none"], "the pool has no such label to write"),
     ],
 )
 def test_what_cannot_be_done_names_the_thing_and_the_fix(shell: Shell, arguments: list[str], said: str) -> None:
     done = shell.run("samples", *arguments)
     assert done.exit_code == 1
     assert said in done.stderr, done.output
+
+
+def test_a_review_of_which_nothing_can_be_taken_is_a_failure(shell: Shell) -> None:
+    (shell.folder / "review.csv").write_text("id,file,label,verdict\nnobody,x.png,[],accept\n")
+    done = shell.run("samples", "review", "--take", str(shell.folder / "review.csv"), "--who", "ann", "--model", "toy")
+    assert done.exit_code == 1
+    assert "nothing could be taken" in done.stderr
+
+
+@pytest.mark.parametrize(("limit", "name"), [("PICTURE_BYTES_MAX", "0.jpg"), ("DATA_BYTES_MAX", "instances.json")])
+def test_a_file_that_is_too_large_is_named(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, limit: str, name: str
+) -> None:
+    file = coco(shell.folder / "own")
+    monkeypatch.setattr(f"trainer.formats.base.{limit}", 100)
+    done = shell.run("samples", "import", str(file), *COCO, "--rename", "Hund=dog")
+    assert done.exit_code == 1
+    assert f"{name}: larger than 100 bytes" in done.stderr
 
 
 def test_nothing_that_could_be_taken_in_is_a_failure(shell: Shell) -> None:

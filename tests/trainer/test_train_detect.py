@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,10 @@ from bench.demo.scenes import LABELS, encode_png, make_scenes
 from edged.core.confidence import novelty
 from edged.wire.manifest import Thresholds
 from trainer.calibrate import ITEMS_MIN
-from trainer.candidate import detector, export_int8, golden_images
+from trainer.candidate import detector, export_int8
 from trainer.config import load_config
 from trainer.datasets import LabelledBox, LabelledImage, read_folder, write_folder
+from trainer.export.golden_images import APART_KEY, part
 from trainer.export.vision import vision_manifest
 from trainer.files import write_whole
 from trainer.golden import write_detect_golden
@@ -26,6 +28,7 @@ from trainer.kinds.vision import Vision
 from trainer.releases import MANIFEST, Registry, canonical_bytes, read_manifest
 from trainer.run import Run
 from trainer.train import train
+from trainer.trained import had
 from trainer.tuners.yolo import TrainSettings, train_full, write_yolo_dataset
 
 DEVICE = Path("build/venv-device/bin/edged").absolute()
@@ -51,24 +54,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     items = ((f"s{i}", encode_png(s.image), s.boxes, s.classes) for i, s in enumerate(scenes))
     data = write_yolo_dataset(folder / "set", items, LABELS)
     train_full(data, "yolo11n.yaml", folder / "base.pt", TrainSettings(epochs=1, imgsz=64, batch=8, seed=3))
-    parts = {"calibration": "calibration", "holdout": "holdout", "clean": "holdout"}
-    for number, (name, part) in enumerate(parts.items()):
-        write_folder(folder / name, labelled(part, 8, 20 + number))
+    sources = {"calibration": "calibration", "holdout": "holdout", "clean": "holdout"}
+    for number, (name, source) in enumerate(sources.items()):
+        write_folder(folder / name, labelled(source, 16 if name == "calibration" else 8, 20 + number))
     write_folder(folder / "new", labelled("train", 8, 9))
     (folder / "trainer.toml").write_text(
         f'data_dir = "data"\n[models.digits]\ncheckpoint = "base.pt"\nlabels = {list(LABELS)}\nimgsz = 64\nscore = 0.01\n'
         'holdout = "holdout"\nholdout_clean = "clean"\ncalibration = "calibration"\nepochs = 1\nbatch = 8\n'
     )
     first = folder / "digits-1.0"
-    calibration = [each.decode(LABELS) for each in read_folder(folder / "calibration")]
+    parts = part([each.decode(LABELS).image for each in read_folder(folder / "calibration")])
     # By hand: packing asks for parity, which cannot be shown of what answers nothing yet.
     described = {"labels": LABELS, "imgsz": 64, "thresholds": Thresholds()}
     export_int8(
         folder / "base.pt", folder / "fp32", first,
-        lambda made: vision_manifest(made, "digits@1.0", "detect", **described), calibration, imgsz=64, seed=0,
+        lambda made: vision_manifest(made, "digits@1.0", "detect", **described), parts, imgsz=64, seed=0,
     )  # fmt: skip
     with detector(first, vision_manifest(first, "digits@1.0", "detect", **described)) as engine:
-        roles = write_detect_golden(first, engine, golden_images(calibration), Thresholds().score)
+        roles = write_detect_golden(first, engine, parts.golden, Thresholds().score)
     whole = vision_manifest(first, "digits@1.0", "detect", roles=roles, **described)
     write_whole(first / MANIFEST, canonical_bytes(whole))
     Registry(folder / "data" / "releases").register(first)
@@ -80,8 +83,33 @@ def job(world: Path, run: str) -> TrainJob:
     return dataset_job(config, "digits", "yolo", world / "new", world / run, created="2026", job=run)
 
 
+def changed(whole: TrainJob, **changes: Any) -> TrainJob:
+    own = whole.config.model("digits").model_copy(update=changes)
+    return replace(whole, config=whole.config.model_copy(update={"models": {"digits": own}}))
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ({}, "models.digits.holdout: 8 images, 50 must judge (models.digits.gate.images_min)"),
+        ({"images_min": 8}, "boxes, 100 must judge (models.digits.gate.boxes_min)"),
+        (
+            {"images_min": 8, "boxes_min": 1},
+            "images calibrate, of the folder and of the samples together; 100 are needed",
+        ),
+    ],
+)
+def test_what_no_gate_could_let_pass_is_not_trained(world: Path, gate: dict[str, float], said: str) -> None:
+    early = changed(job(world, f"early{len(gate)}"), gate=gate)
+    result = train(early)
+    assert result["outcome"] == "failed"
+    assert said in result["reason"]
+    assert "train" not in result["timings_s"]
+    assert had(early.config, "digits") == set(), "cron asks again when it is mended"
+
+
 def test_the_gate_refuses_what_has_learned_nothing_and_the_card_says_why(world: Path) -> None:
-    result = train(job(world, "refused"))
+    result = train(changed(job(world, "refused"), ablate="labels"))
     assert result["outcome"] == "refused"
     assert result["samples"]["provenance"] == {"person ann": 8}
     run = world / "refused"
@@ -92,6 +120,16 @@ def test_the_gate_refuses_what_has_learned_nothing_and_the_card_says_why(world: 
                  "`digits@1.0`", "map50"):  # fmt: skip
         assert said in card
     assert json.loads((run / "manifest.json").read_text())["source"] == "digits@1.0"
+
+
+def test_a_checkpoint_that_is_none_ends_the_run_with_its_name(world: Path) -> None:
+    broken = world / "broken.pt"
+    broken.write_bytes((world / "base.pt").read_bytes()[:5000])
+    result = train(changed(job(world, "broken"), ablate="labels", checkpoint=broken))
+    assert result["outcome"] == "failed"
+    assert f"{broken}: not a checkpoint of ultralytics" in result["reason"]
+    assert "give a whole .pt file" in result["reason"] and "\n" not in result["reason"]
+    assert "export" not in result["timings_s"]
 
 
 def test_what_passes_becomes_a_release_that_a_device_proves(world: Path) -> None:
@@ -108,6 +146,8 @@ def test_what_passes_becomes_a_release_that_a_device_proves(world: Path) -> None
     assert (manifest.release, manifest.kind) == ("digits@1.1", "detect")
     assert manifest.lineage["parent"]["release"] == "digits@1.0"
     assert manifest.evaluation["gate"]["checks"]
+    others = 8 + manifest.lineage["samples"]["calibration"]
+    assert manifest.lineage[APART_KEY] == {"ranges": others, "golden": 8, "golden_near_ranges": 0}
     done = subprocess.run([DEVICE, "models", "verify", run.candidate], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

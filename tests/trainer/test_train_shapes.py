@@ -23,6 +23,8 @@ from trainer.releases import Registry, read_manifest
 from trainer.train import train
 from trainer.trained import ledger_of, read_images
 
+pytestmark = pytest.mark.timeout(900)  # the first one trains the base
+
 DEVICE = Path("build/venv-device/bin/edged").absolute()
 CHILD_S_MAX = 240.0
 # The segmenter's head alone learns: the quickest. The classifier is adapted as usual, until it gets no better.
@@ -67,6 +69,7 @@ def installed(folder: Path, candidate: Path) -> Detector:
 
 
 def test_a_segmenter_is_trained_by_the_child_of_serve_and_released(world: World, tmp_path: Path) -> None:
+    """L10: fine-tuned, judged on the frozen holdout, registered as the next version."""
     config, run = world["segment"], tmp_path / "run"
     settings = load_config(config)
     run.mkdir()

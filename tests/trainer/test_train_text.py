@@ -26,6 +26,7 @@ from trainer.releases import Registry, read_manifest
 from trainer.run import Run
 from trainer.text_holdout import freeze, read_sets
 from trainer.train import train
+from trainer.trained import had
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,26 @@ def test_the_same_again_is_refused_once_it_is_released(world: Path) -> None:
     card = (again.run / "README.md").read_text()
     assert "The gate refused it: it is not released." in card
     assert "**REFUSED**" in card
+
+
+@pytest.mark.parametrize(
+    ("tuning", "said"),
+    [
+        ({"lora": {"target_modules": ["qkv_prj"]}}, "lora.target_modules = 'qkv_prj': no such module in this model"),
+        ({"adapter": Path("/nowhere")}, "adapter = '/nowhere': no PEFT adapter is there"),
+    ],
+)
+def test_settings_that_the_checkpoint_cannot_honour_cost_no_sample(
+    world: Path, tuning: dict[str, Any], said: str
+) -> None:
+    whole = job(world, "odd")
+    before = had(whole.config, "clerk")
+    own = whole.config.text("clerk").model_copy(update={"tuning": tuning})
+    result = train(replace(whole, config=whole.config.model_copy(update={"models": {"clerk": own}})))
+    assert (result["outcome"], "train" in result["timings_s"]) == ("failed", False)
+    assert said in result["reason"]
+    assert not list((whole.config.data_dir / "trained" / "clerk").glob("odd-*"))
+    assert had(whole.config, "clerk") == before
 
 
 def test_too_few_answers_leave_it_uncalibrated_which_the_card_and_the_gate_say(world: Path) -> None:

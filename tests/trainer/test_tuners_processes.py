@@ -80,13 +80,21 @@ def furthest(one: Path, two: Path) -> float:
     return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
-@pytest.mark.parametrize("name", ["lora", "dpo"])
-def test_two_processes_train_what_one_trains(base: Path, tmp_path: Path, name: str) -> None:
+# As docs/training.md has them. Without --main_process_port accelerate takes 29500, which may be somebody else's.
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--main_process_port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "launcher"), [("lora", TORCHRUN), ("dpo", ACCELERATE)], ids=["torchrun", "accelerate"]
+)
+def test_two_processes_train_what_one_trains(base: Path, tmp_path: Path, name: str, launcher: list[str]) -> None:
     lora = LoraSettings(r=4)  # without dropout: its draws differ from process to process
     job = work(base, tmp_path / "two", name, lora=lora)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "trainer.tuners.run", str(job)]
-    done = subprocess.run(launch, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    launch = [sys.executable, "-m", *launcher, "-m", "trainer.tuners.run", str(job)]
+    alone_on_cpus = environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(launch, env=alone_on_cpus, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
     two, one = tuned(done), alone(work(base, tmp_path / "one", name, lora=lora))
     assert len(done.stdout.splitlines()) == 1  # the first process alone speaks
     steps = [json.loads(line)["step"] for line in done.stderr.splitlines() if line.startswith('{"epoch"')]
@@ -175,13 +183,13 @@ sys.exit(main(Path(sys.argv[1])))
 """
 
 
-def starving(tmp_path: Path, batch: int) -> list[Path]:
+def starving(tmp_path: Path, batch: int, name: str = "lora") -> list[Path]:
     """Two times the same training of long examples and a large vocabulary."""
     # Logits of 32 examples are 32 x 48 x 30 000 x 4 bytes = 184 MB, and a step needs them several times over.
     save_phi3(tmp_path / "phi", vocab_size=30_000, num_hidden_layers=1, hidden_size=48, initializer_range=0.05)
-    long = [{"prompt": "0123456789" * 4 + row["prompt"], "answer": row["answer"]} for row in EXAMPLES]
+    long = [row | {"prompt": "0123456789" * 4 + row["prompt"]} for row in DATA[name]]
     asked: dict[str, Any] = {"batch": batch, "epochs": 2, "lora": LoraSettings(r=4)}
-    jobs = [work(tmp_path / "phi", tmp_path / name, **asked) for name in ("starved", "whole")]
+    jobs = [work(tmp_path / "phi", tmp_path / each, name, **asked) for each in ("starved", "whole")]
     return [changed(job, data=[*long, *long, *long][:batch]) for job in jobs]
 
 
@@ -235,7 +243,7 @@ def test_settings_that_cannot_be_used_end_with_their_reason(
     assert printed.out == "" and "q_proj" in printed.err.splitlines()[-1]
 
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = [sys.executable, "-m", *TORCHRUN]
 ONE_STARVES = """
 import os, re, resource, sys
 from pathlib import Path
@@ -261,12 +269,15 @@ def launched(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-def test_when_one_of_two_runs_out_of_memory_both_take_fewer_examples_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "room_mib"), [("lora", "150"), ("dpo", "600")])
+def test_when_one_of_two_runs_out_of_memory_both_take_fewer_examples_at_once(
+    tmp_path: Path, name: str, room_mib: str
+) -> None:
     """Only the second one has too little; the first one must hear of it, in the middle of a step."""
-    jobs = starving(tmp_path, 32)
+    jobs = starving(tmp_path, 32, name)
     script = tmp_path / "one_starves.py"
     script.write_text(ONE_STARVES)
-    done = launched(str(script), str(jobs[0]), "150", MALLOC_ARENA_MAX="1")  # what it gives back is free again
+    done = launched(str(script), str(jobs[0]), room_mib, MALLOC_ARENA_MAX="1")  # what it gives back is free again
     starved, whole = tuned(done), alone(jobs[1])
     assert "out of memory in process 1" in done.stderr and "out of memory in process 0" not in done.stderr
     batch = starved["facts"]["batch"]

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.demo.scenes import LABELS, encode_png, make_scenes
+from trainer.checkpoints import CheckpointError
 from trainer.export.onnx import export_onnx
 from trainer.export.quantize import decoder_nodes, quantize_static_int8
 from trainer.tuners.settings import LoraSettings, SettingsError
@@ -160,6 +161,15 @@ def test_bad_settings_and_missing_files_are_named(base: Path, dataset: Path, tmp
         train_full(dataset, base, tmp_path / "t.pt", TrainSettings(epochs=0))
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         train_full(dataset, tmp_path / "none.pt", tmp_path / "t.pt", SMALL)
+    with pytest.raises(SettingsError, match=r"nonsense: give the path of a \.pt file, or of a network"):
+        train_full(dataset, tmp_path / "nonsense", tmp_path / "t.pt", SMALL)
+    for name, content in (("cut.pt", base.read_bytes()[:5000]), ("empty.pt", b""), ("text.pt", b"no checkpoint")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name}: not a checkpoint of ultralytics .* give a whole .pt file"):
+            train_full(dataset, tmp_path / name, tmp_path / "t.pt", SMALL)
+        with pytest.raises(CheckpointError, match=name):
+            weights_sha256(tmp_path / name)
+    assert not (tmp_path / ".t-run").exists()
     with pytest.raises(FileNotFoundError, match=r"dataset\.yaml"):
         train_full(tmp_path, base, tmp_path / "t.pt", SMALL)
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import test_yolo_tuner
 import torch
-from test_yolo_tuner import Bases, bases, child, weights
+from test_yolo_tuner import Bases, bases, child, same, weights
 
 __all__ = ["bases"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,3 +53,36 @@ def test_when_one_of_two_runs_out_of_memory_both_take_fewer_images_at_once(
     assert (facts[0]["learned"], facts[0]["sum"]) == (facts[1]["learned"], facts[1]["sum"])
     before, after = weights(bases["yolo11n"].path), weights(out)
     assert any(not torch.equal(before[name], after[name]) for name in before if name.endswith("conv.weight"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_when_one_of_two_is_killed_both_end_and_the_next_start_ends_the_same(
+    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: each process repeats the epoch that the kill met, and adds up in the same order."""
+    monkeypatch.setenv("TRAINER_COLLECTIVE_S_MAX", "60")
+    out, whole = tmp_path / "killed.pt", tmp_path / "whole.pt"
+    keys: dict[str, Any] = {"method": "lora", "epochs": 4, "patience": 4, "lora": {"r": 4, "lora_dropout": 0.1}}
+    process = child(bases, "yolo11n", out, tmp_path, LAUNCHER, **keys)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == "2":  # the second epoch is kept
+            break
+    (second,) = [each for each in psutil.Process(process.pid).children() if each.environ().get("RANK") == "1"]
+    second.send_signal(signal.SIGKILL)
+    assert process.wait(120) != 0
+    process.stdout.close()
+    assert not out.exists()
+
+    def told(into: Path) -> list[dict[str, Any]]:
+        done = child(bases, "yolo11n", into, tmp_path, LAUNCHER, **keys)
+        text, _ = done.communicate(timeout=400)
+        assert done.returncode == 0
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+    again, undisturbed = told(out), told(whole)
+    assert [2 <= fact["resumed_at_epoch"] < 4 for fact in again] == [True, True]
+    assert [fact["resumed_at_epoch"] for fact in undisturbed] == [None, None]
+    assert again[0]["sum"] == undisturbed[0]["sum"]
+    assert same(weights(out), weights(whole))

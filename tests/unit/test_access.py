@@ -52,6 +52,15 @@ def test_only_a_responder_joins_shared_subscriptions_and_only_of_its_site() -> N
     assert joins["responder"] == ["$share/+/edged/v1/plant/+/up/esc/+/+"]
 
 
+def test_a_peer_asks_and_answers_agents_of_its_site_in_its_own_name_only() -> None:
+    may = table(Identity("cam1", "plant", roles=("device", "peer")))
+    assert may[OWN]["publishClientSend"] == {
+        "edged/v1/plant/cam1/up/#", "edged/v1/plant/+/down/invoke/+/cam1", "edged/v1/plant/+/down/invoked/cam1/+",
+    }  # fmt: skip
+    assert may[OWN]["subscribePattern"] == table(Identity("cam1", "plant"))[OWN]["subscribePattern"]
+    assert may[BULK] == table(Identity("cam1", "plant"))[BULK]
+
+
 def test_only_the_admin_speaks_to_the_plugin() -> None:
     everybody = [Identity(role, "plant", roles=(role,)) for role in ROLES]
     speak = {

@@ -21,6 +21,7 @@ from trainer.core.canary import (
     worse,
 )
 from trainer.core.contrast import contrast, of_shares
+from trainer.core.planning import TIMES_MAX, audits_needed, power
 from trainer.core.sequential import quantile, surely_above_zero
 
 RULES = CanaryRules()
@@ -100,7 +101,7 @@ def name_of(world: World) -> str:
 
 @pytest.mark.parametrize("world", SAME, ids=name_of)
 def test_l12_a_release_as_good_as_the_old_one_is_seldom_called_worse(world: World) -> None:
-    """The whole level of all measures is 5 %; agreement has half of it. Looked at on the way, and judged at the end."""
+    """The whole level of all measures is 5 %; agreement has 0.65 of it. Looked at on the way, and judged at the end."""
     assert aborted(world) <= 0.04
 
 
@@ -110,11 +111,87 @@ def test_l12_a_loss_of_ten_points_is_caught_with_400_audited_canary_answers(worl
     assert aborted(replace(world, loss=0.1)) >= 0.95
 
 
-def test_l12_without_a_baseline_such_a_loss_is_not_always_caught_and_never_passes() -> None:
-    """Five canaries that differ by five points, and nobody knows how: the bound says so instead of guessing."""
-    change, variance = play(World(audits_before=0, loss=0.1), 4000, 1, seed=2)
-    assert 0.8 < aborted(World(audits_before=0, loss=0.1)) < 0.95
-    assert fine(change, variance, AGREEMENT).mean() <= PASSED_MAX
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The shares of rollouts that end so, and the audits that the first watch planned."""
+
+    audits: int
+    aborted: float
+    passed: float
+    held: float
+
+
+def course(world: World, runs: int = 1000, looks: int = 10, seed: int = 11) -> Ends:
+    """Whole rollouts, agreement alone: the planned audits come evenly over `looks` looks of a watch, and each extension
+    brings as many again. They end with the first look that says so, or are held."""
+    others = world.devices - world.canaries
+    audits = audits_needed(RULES, world.canaries, others, world.audits_before, extensions=EXTENSIONS)
+    canary, dice = np.arange(world.devices) < world.canaries, np.random.default_rng(seed)
+    share = np.where(canary, -(-audits // world.canaries // looks), np.maximum(1, audits // others // looks))
+    level = world.accuracy + world.spread * dice.standard_normal((runs, world.devices))
+    moved = level + world.drift * dice.standard_normal(level.shape) - world.tide - world.loss * canary
+    before = dice.binomial(world.audits_before, np.clip(level, 0, 1)).astype(float)
+    right, audited = np.zeros(level.shape), np.zeros(level.shape)
+    aborted, passed = np.zeros(runs, np.bool_), np.zeros(runs, np.bool_)
+    sequence, first, later = look_levels(AGREEMENT, RULES, 1, EXTENSIONS)
+    for number in range(looks * (1 + EXTENSIONS)):
+        right, audited = right + dice.binomial(share, np.clip(moved, 0, 1)), audited + share
+        readings = of_shares(before, np.full(level.shape, float(world.audits_before)), right, audited, canary)
+        found = contrast(readings, canary, AGREEMENT.spread, AGREEMENT.drift)
+        change = AGREEMENT.sign * found.change
+        at_end = number % looks == looks - 1
+        planned = (first if number < looks else later) if at_end else None
+        aborted |= worse(change, found.variance, AGREEMENT, sequence, planned) & ~passed
+        passed |= fine(change, found.variance, AGREEMENT) & ~aborted & at_end
+    return Ends(audits, float(aborted.mean()), float(passed.mean()), float((~aborted & ~passed).mean()))
+
+
+KNOWN = [World(devices=devices, canaries=canaries, audits_before=before) for devices, canaries, before in (
+    (30, 3, 80), (41, 5, 20), (47, 5, 80), (100, 10, 20), (500, 50, 20),
+)]  # fmt: skip
+UNKNOWN = [World(devices=devices, canaries=canaries, audits_before=0) for devices, canaries in (
+    (47, 5), (60, 6), (100, 10), (500, 50),
+)]  # fmt: skip
+FEW = [World(devices=devices, canaries=canaries, audits_before=0) for devices, canaries in ((10, 1), (20, 2), (30, 3))]
+
+
+@pytest.mark.parametrize("world", [*KNOWN, *UNKNOWN], ids=name_of)
+def test_l12_with_and_without_a_baseline_a_loss_of_ten_points_is_caught_and_a_good_release_is_not(world: World) -> None:
+    """Devices differ by five points; the watch plans as many audits as that needs, and 400 at least."""
+    good, bad = course(world), course(replace(world, loss=0.1))
+    assert good.audits >= 400
+    assert good.aborted <= 0.05
+    assert good.passed >= 0.9
+    assert bad.aborted >= 0.95
+
+
+@pytest.mark.parametrize("world", FEW, ids=name_of)
+def test_l12_of_few_canaries_without_a_baseline_not_every_loss_is_seen_and_what_is_not_seen_is_held(
+    world: World,
+) -> None:
+    """No number of audits tells one device's nature from the release: the power says so, and does not pass it either."""
+    good, bad = course(world), course(replace(world, loss=0.1))
+    assert power(RULES, world.canaries, world.devices - world.canaries, 0, 1e9, extensions=EXTENSIONS) < 0.95
+    assert good.aborted <= 0.05
+    assert bad.aborted < 0.95
+    assert bad.passed <= 0.1  # 0.05 a look, and there may be four
+    assert bad.held > 0.05
+
+
+def test_l12_with_exactly_400_audits_and_no_baseline_five_canaries_cannot_do_it() -> None:
+    """Why the watch plans more: even a test that spends the whole level on this one look has just 0.95."""
+    alone = replace(RULES, alpha=RULES.alpha / look_levels(AGREEMENT, RULES, 1, EXTENSIONS)[1] * RULES.alpha)
+    assert power(RULES, 5, 42, 0, 400, extensions=EXTENSIONS) < 0.93
+    assert power(alone, 5, 42, 0, 400, extensions=EXTENSIONS) < 0.95
+    assert power(RULES, 5, 42, 0, 1600, extensions=EXTENSIONS) > 0.95
+
+
+def test_l12_a_watch_plans_more_audits_where_less_is_known() -> None:
+    needed = [audits_needed(RULES, 5, 42, before, extensions=EXTENSIONS) for before in (0, 20, 80, 1000)]
+    assert needed == sorted(needed, reverse=True)
+    assert needed[0] == TIMES_MAX * RULES.audits_planned
+    assert audits_needed(RULES, 50, 450, 80, extensions=EXTENSIONS) == RULES.audits_planned
+    assert audits_needed(replace(RULES, audits_planned=0), 5, 42, 0) == 0
 
 
 @pytest.mark.parametrize("world", [*SAME, *BAD], ids=name_of)
@@ -143,12 +220,12 @@ def test_l12_device_spread_alone_would_fool_a_test_that_counts_items() -> None:
 
 
 def test_l12_peeking_every_minute_does_not_raise_the_level() -> None:
-    """Four hours' worth of looks by the sequence alone, whose level is 0.005; the same looks by a plain test of that
+    """Four hours' worth of looks by the sequence alone, whose level is 0.003; the same looks by a plain test of that
     level go wrong much more often."""
     change, variance = play(replace(World(), devices=20, audits_now=480), 2000, 240, seed=6)
     level = look_levels(AGREEMENT, RULES, 1, EXTENSIONS)[0]
-    assert level == pytest.approx(0.005)
-    assert worse(change, variance, AGREEMENT, level, None).any(1).mean() <= level + 0.004
+    assert level == pytest.approx(0.00325)
+    assert worse(change, variance, AGREEMENT, level, None).any(1).mean() <= level + 0.003
     naive = change > quantile(1 - level) * np.sqrt(variance)
     assert naive.any(1).mean() > 3 * level
 

@@ -46,7 +46,7 @@ def test_escalated_texts_become_examples_and_pairs_with_who_answered(tmp_path: P
     )
     out = tmp_path / "dataset.jsonl"
     assert write_dataset(manifest, tmp_path / "samples", out) == {}
-    examples, bad = read(out, "lora")
+    examples, bad, _ = read(out, "lora")
     assert bad == []
     assert [(each.prompt, each.wanted, each.messages) for each in examples] == [
         ("What to do?\n", "reject", ()),
@@ -58,7 +58,7 @@ def test_escalated_texts_become_examples_and_pairs_with_who_answered(tmp_path: P
         {"kind": "person", "who": "ann", "device": "d1", "captured": 8.0},
         {**WHO, "confidence": 0.9, "device": "d1", "opinions": [{"who": "x"}]},
     ]
-    (pair,), _ = read(out, "dpo")
+    (pair,), *_ = read(out, "dpo")
     assert (pair.wanted, pair.other, pair.provenance["who"]) == ("reject", "accept", "site-1")
 
 

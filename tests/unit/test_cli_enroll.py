@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 from edged.wire.bundle import decode
 from trainer.broker import PLUGIN, find_plugin
 from trainer.cli import app
+from trainer.core.presence import ALWAYS
 from trainer.database import Database, devices
 from trainer.status import fleet_status
 
@@ -100,9 +102,10 @@ def test_the_authority_shows_who_has_certificates_and_who_lost_them(folder: Path
     database = Database(folder / "data" / "trainer.sqlite")
     with database.write() as connection:
         for name in ("cam1", "cam2"):
-            connection.execute(insert(devices).values(device=name, online=True))
+            connection.execute(insert(devices).values(device=name, online=True, seen_at=time.time()))
     with database.read() as connection:
-        assert {row["device"]: row["revoked"] for row in fleet_status(connection)} == {"cam1": "stolen", "cam2": None}
+        rows = fleet_status(connection, ALWAYS)
+    assert {row["device"]: row["revoked"] for row in rows} == {"cam1": "stolen", "cam2": None}
     shown = trainer(folder, "fleet", "status").stdout.splitlines()
     assert [line.split()[:2] for line in shown[1:]] == [["cam1", "revoked"], ["cam2", "True"]]
 

@@ -121,3 +121,23 @@ def test_without_a_verdict_it_says_why(config: Path, what: str, words: str) -> N
     status, text = shown(what, config=config)
     assert status == 1
     assert words in text
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        [],
+        "text",
+        {"gate": {}},
+        {"gate": {"passed": True, "checks": [{}]}},
+        {"gate": 5},
+        {"evaluation": [1], "gate": {}},
+    ],
+)
+def test_a_damaged_verdict_is_said_to_be_one(damaged: Any, config: Path) -> None:
+    folder = config.parent / "data" / "runs" / "toy-9"
+    folder.mkdir()
+    (folder / "metadata.json").write_text(json.dumps(damaged))
+    status, said = shown("toy-9", config=config)
+    assert status == 1 and "Traceback" not in said
+    assert "metadata.json: " in said and ("damaged" in said or "changed by hand" in said)

@@ -141,6 +141,10 @@ def test_releases_are_signed_listed_and_revoked(ready: Trainer, toy: Path, toy2:
     assert "was revoked (it burns) and stays so" in ready.wrong("release", "add", toy)
     assert "was revoked (it burns) and stays so" in ready.wrong("release", "sign", "toy@1.0")
     assert "toy@1.1 is signed" in ready.ok("release", "sign", "toy@1.1")
+    assert json.loads(ready.ok("release", "sign", "toy@1.1", "--json")) == {"release": "toy@1.1", "signed": True}
+    assert json.loads(ready.ok("release", "revoke", "toy@1.1", "--reason", "it too", "--json")) == {
+        "release": "toy@1.1", "revoked": True, "was_signed": True
+    }  # fmt: skip
     assert "expected name@MAJOR.MINOR" in ready.wrong("release", "revoke", "toy", "--reason", "x")
 
 

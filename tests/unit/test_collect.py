@@ -131,7 +131,7 @@ def test_what_a_device_refuses_is_not_waited_for(world: World) -> None:
         key = connection.execute(select(commands.c.id)).scalar_one()
         detail = {"unknown": ["s1"], "refused": {"s3": "its image is gone or damaged"}}
         state = CommandState(**world.host.envelope(), command=key, state="done", detail=detail)
-        fleet.take_command_state(connection, key, state)
+        fleet.take_command_state(connection, "d1", key, state)
     world.collect.tick()
     said = {"s1": "the device does not have it", "s3": "its image is gone or damaged"}
     assert (world.pull()["state"], world.pull()["missing"]) == ("done", said)

@@ -163,6 +163,9 @@ def test_every_key_is_in_the_example_with_its_default_and_a_word_about_it() -> N
         ("slots.eye", settings.slots["eye"], tables["slots"]["eye"]),
         ("pipelines.line", settings.pipelines["line"], tables["pipelines"]["line"]),
         ("responders.big", settings.responders["big"], tables["responders"]["big"]),
+        ("agents.inspector", settings.agents["inspector"], tables["agents"]["inspector"]),
+        ("agents.inspector.limits", settings.agents["inspector"].limits, tables["agents"]["inspector"]["limits"]),
+        ("peers.stock", settings.peers["stock"], tables["peers"]["stock"]),
     ]
     server = settings.slots["farm"].server
     assert server is not None

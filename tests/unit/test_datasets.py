@@ -76,6 +76,7 @@ def test_a_label_that_the_model_lacks_is_named() -> None:
 
 
 def test_only_what_may_train_is_selected(tmp_path: Path) -> None:
+    """L6, L15: labels below the floor never train."""
     good, unsure, held, lost, broken, unknown = (image(value) for value in range(1, 7))
     unknown = image(6, "z")
     for item in (good, unsure, held, unknown):

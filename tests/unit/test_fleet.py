@@ -75,8 +75,8 @@ def test_a_will_of_an_earlier_boot_does_not_hide_a_device_that_is_back(connectio
 
 def test_a_message_counts_once(connection: Connection) -> None:
     message = entry("s1")
-    assert fleet.is_new(connection, message)
-    assert not fleet.is_new(connection, message)
+    assert fleet.is_new(connection, message, 1.0)
+    assert not fleet.is_new(connection, message, 1.0)
 
 
 def test_an_older_entry_and_a_foreign_one_change_nothing(connection: Connection) -> None:
@@ -157,7 +157,7 @@ def test_an_order_that_a_device_refuses_is_not_sent_again(connection: Connection
     row = {"device": "d1", "type": "rollback", "body": {"slot": "digits"}, "state": "open", "created": 1.0}
     put(connection, commands, {"id": "c1"}, row)
     refused = CommandState(**envelope(), command="c1", state="failed", reason="no release before")
-    fleet.take_command_state(connection, "c1", refused)
+    fleet.take_command_state(connection, "d1", "c1", refused)
     state, reason = connection.execute(select(commands.c.state, commands.c.reason)).one()
     assert (state, reason) == ("refused", "no release before")
     assert state in fleet.ENDED
@@ -247,14 +247,14 @@ def test_a_command_that_is_done_stays_done(connection: Connection) -> None:
     put(connection, commands, {"id": "c1"}, row)
     for told in ("failed", "done", "failed"):
         state = CommandState(**envelope(), command="c1", state=told, reason=told)  # type: ignore[arg-type]
-        fleet.take_command_state(connection, "c1", state)
+        fleet.take_command_state(connection, "d1", "c1", state)
     assert connection.execute(select(commands.c.state)).scalar_one() == "done"
 
 
 def test_old_things_are_forgotten(connection: Connection) -> None:
-    fleet.is_new(connection, entry("s1", ts=1.0))
+    fleet.is_new(connection, entry("s1", ts=1.0), 1.0)
     fleet.prune(connection, now=1e9)
-    assert fleet.is_new(connection, entry("s2", ts=1e9))
+    assert fleet.is_new(connection, entry("s2", ts=1e9), 1.0)
     assert connection.exec_driver_sql("select count(*) from seen").scalar_one() == 1
 
 
@@ -328,11 +328,11 @@ def test_an_entry_from_before_a_release_does_not_hold_a_sample_for_nobody(connec
     stale = [entry(sample, ts=2.0, state="claimed") for sample in ("s1", "s2", "s3")]
     done = CommandState(**envelope(3.0), command="c1", state="done", detail={"moved": ["s1", "s2", 7]})
     if late:
-        fleet.take_command_state(connection, "c1", done)
+        fleet.take_command_state(connection, "d1", "c1", done)
     for each in stale:
         fleet.take_sample(connection, "d1", each)
     if not late:
-        fleet.take_command_state(connection, "c1", done)
+        fleet.take_command_state(connection, "d1", "c1", done)
     states = {row.id: row.state for row in connection.execute(select(samples.c.id, samples.c.state))}
     assert states == {"s1": "labelled", "s2": "claimed", "s3": "claimed"}, "s2 is another job's, s3 was not given back"
     fleet.take_sample(connection, "d1", entry("s1", ts=4.0, state="rejected"))  # what is newer counts

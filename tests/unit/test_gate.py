@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.parities import SAME, Parity
 from trainer.core.evaluation import Counts, Evaluation
 from trainer.core.gate import Evidence, Holdout, Rules, Verdict, judge
 
@@ -51,11 +52,13 @@ CANDIDATE = Evidence(
     calibration_ece=0.03,
     export_before=0.905,
     export_after=0.9,
+    parity=(SAME,),
 )
 HOLDOUT = Holdout(
     frozenset(f"t{index}" for index in range(IMAGES)),
     frozenset(f"b{index}" for index in range(IMAGES)),
     frozenset(f"s{index}" for index in range(300)),
+    near_duplicates=frozenset(),
 )
 
 
@@ -94,15 +97,6 @@ assert BASE is not None
 EMPTY = replace(
     BASE, counts=[(0, 0, 0)] * IMAGES, class_counts=[(0, 0, 0)] * 3, class_rows=[], map50=math.nan, map50_95=math.nan
 )
-
-
-class Parity(NamedTuple):
-    """As `trainer.export` makes them."""
-
-    what: str
-    value: float
-    tolerance: float
-    passed: bool
 
 
 # name -> (candidate, current, holdout, the checks that must fail, a part of a reason)
@@ -266,6 +260,13 @@ FAILURES: dict[str, tuple[Evidence, Evidence, Holdout, set[str], str]] = {
         replace(HOLDOUT, near_duplicates=frozenset({"t3", "s1"})),
         {"near_duplicates"},
         "nearly ones trained on (at most): 1, bound 0",
+    ),
+    "a holdout in which nobody looked for training data": (
+        CANDIDATE,
+        CURRENT,
+        replace(HOLDOUT, near_duplicates=None),
+        {"near_duplicates"},
+        "nearly ones trained on (at most): not measured",
     ),
     "a base holdout without boxes": (
         replace(CANDIDATE, base=EMPTY),

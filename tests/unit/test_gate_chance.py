@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.support.parities import SAME
 from trainer.core.evaluation import Counts, Evaluation
 from trainer.core.gate import Evidence, Holdout, Rules, gain_interval, judge
 from trainer.core.paired import chance_of_gain, class_drops, resampled
@@ -35,7 +36,7 @@ def holdout(rng: np.random.Generator, images: int = 60, classes: int = 2) -> np.
 
 
 def evidence(letter: str, target: Evaluation, base: Evaluation) -> Evidence:
-    return Evidence(letter * 64, letter * 64, target, base, "logistic", 0.03, 0.81, 0.8)
+    return Evidence(letter * 64, letter * 64, target, base, "logistic", 0.03, 0.81, 0.8, parity=(SAME,))
 
 
 def passes(run: int, gain: float, images: int = 60) -> bool:
@@ -45,7 +46,7 @@ def passes(run: int, gain: float, images: int = 60) -> bool:
     old = evidence("a", scored("t", target, rng), scored("b", base, rng))
     new = evidence("b", scored("t", target + gain * (1 - target), rng), scored("b", base + gain * (1 - base), rng))
     sets = [frozenset(each.images) for each in (old.target, old.base) if each is not None]
-    return judge(new, old, Holdout(sets[0], sets[1], frozenset({"s"})), RULES, rng).passed
+    return judge(new, old, Holdout(sets[0], sets[1], frozenset({"s"}), frozenset()), RULES, rng).passed
 
 
 def test_the_same_model_again_passes_in_at_most_5_percent() -> None:
@@ -137,5 +138,5 @@ def test_the_simulated_gate_refuses_by_the_gain_alone() -> None:
     old = evidence("a", scored("t", skill, rng), scored("b", skill, rng))
     new = replace(old, model_sha256="b" * 64, weights_sha256="b" * 64)
     images = [frozenset(each.images) for each in (old.target, old.base) if each is not None]
-    result = judge(new, old, Holdout(images[0], images[1], frozenset({"s"})), RULES, rng)
+    result = judge(new, old, Holdout(images[0], images[1], frozenset({"s"}), frozenset()), RULES, rng)
     assert {check.name for check in result.checks if not check.passed} == {"gain", "chance"}

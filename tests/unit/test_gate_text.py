@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.parities import SAME, Parity
+from trainer.core.crossed import Crossed, pair_up
 from trainer.core.gate_text import Evidence, Rules, Scores, judge
 from trainer.core.targets import MIB, Footprint, Target
 
 NAMES = tuple(f"e{number}" for number in range(20))
+KEPT = tuple(f"k{number}" for number in range(12))
 LENGTHS = tuple(3 + number % 3 for number in range(20))
 
 
@@ -24,24 +28,31 @@ def scores(each: float, release: str = "a@1.0", names: tuple[str, ...] = NAMES, 
     return Scores(release, names, LENGTHS[: len(names)], losses, margins)
 
 
+def leads(each: float, count: int = 6, spread: float = 0.1) -> Crossed:
+    """What a model makes of `count` pairs of exchanged answers."""
+    pairs = tuple((f"e{2 * number}", f"e{2 * number + 1}") for number in range(count))
+    return Crossed(pairs, tuple(each + spread * (number % 3 - 1) for number in range(count)))
+
+
 GOOD = Evidence(
     held_out=frozenset(NAMES), trained=frozenset({"t1", "t2"}), candidate=scores(0.5), base=scores(2.0),
     adapter_sha256="new", checkpoint_base=2.0, checkpoint_adapter=0.5, shipped_base=2.01, shipped_adapter=0.52,
     near_duplicates=frozenset(), calibration_method="scaled", calibration_items=120, calibration_ece=0.04, latency_ms=1200.0,
-    before_latency_ms=1000.0, model_bytes=3 * MIB,
+    before_latency_ms=1000.0, model_bytes=3 * MIB, kept_out=frozenset(KEPT), kept=scores(1.0, names=KEPT),
+    kept_base=scores(1.0, names=KEPT), parity=(SAME,),
+    matching=leads(9.0), base_matching=leads(8.0),
 )  # fmt: skip
 QUICK = replace(GOOD, latency_ms=59.0, before_latency_ms=10.0)
 BARE = replace(GOOD, calibration_method="uncalibrated", calibration_items=40, calibration_ece=None)
 AGAIN = replace(GOOD, has_current=True, current=scores(1.0), current_sha256="old")
 PAIRS = replace(GOOD, pairs=True, candidate=scores(2.0, margin=3.0), base=scores(2.0, margin=-1.0))
-KEEPS = replace(GOOD, keeps=True, kept=scores(1.0), kept_base=scores(1.0))
 
 
 def verdict(found: Evidence) -> Any:
     return judge(found, Rules(), np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("found", [GOOD, AGAIN, PAIRS, KEEPS, BARE, QUICK])
+@pytest.mark.parametrize("found", [GOOD, AGAIN, PAIRS, BARE, QUICK])
 def test_what_is_better_passes(found: Evidence) -> None:
     assert verdict(found).reasons == []
 
@@ -66,6 +77,19 @@ def test_what_is_better_passes(found: Evidence) -> None:
         (replace(GOOD, checkpoint_adapter=math.nan), "export"),
         (replace(GOOD, shipped_base=3.0, shipped_adapter=1.5), "base_parity"),
         (replace(GOOD, checkpoint_base=None), "base_parity"),
+        (replace(GOOD, parity=()), "parity"),
+        (replace(GOOD, parity=(SAME, Parity("adapter", 0.11, 0.1, False))), "parity (adapter)"),
+        (replace(GOOD, parity=(Parity("logits", math.nan, 0.1, True),)), "parity (logits)"),
+        (replace(GOOD, matching=None), "matching"),
+        (replace(GOOD, base_matching=None), "matching"),
+        (replace(GOOD, matching=leads(9.0, 4), base_matching=leads(8.0, 4)), "matching_pairs"),
+        (replace(GOOD, matching=leads(9.0, 7)), "matching"),
+        (replace(GOOD, matching=leads(math.nan)), "matching"),
+        (replace(GOOD, matching=leads(math.inf)), "matching"),
+        (replace(GOOD, base_matching=leads(math.nan)), "matching"),
+        (replace(GOOD, matching=leads(0.0), base_matching=leads(0.0)), "matching"),
+        (replace(GOOD, matching=leads(0.1, spread=1.0), base_matching=leads(0.0)), "matching"),
+        (replace(GOOD, matching=leads(7.0)), "matching (base)"),
         (replace(AGAIN, adapter_sha256="old"), "new_bytes"),
         (replace(AGAIN, current_sha256=""), "new_bytes"),
         (replace(AGAIN, current=None), "gain (current)"),
@@ -75,8 +99,18 @@ def test_what_is_better_passes(found: Evidence) -> None:
         (replace(PAIRS, candidate=scores(2.5, margin=3.0)), "wanted"),
         (replace(PAIRS, candidate=scores(2.0, margin=-0.5)), "preferred"),
         (replace(PAIRS, candidate=scores(2.0)), "preferred"),
-        (replace(KEEPS, kept=scores(1.2)), "forgetting"),
-        (replace(KEEPS, kept=None), "forgetting"),
+        (replace(GOOD, kept=scores(1.06, names=KEPT)), "forgetting"),
+        (replace(GOOD, kept=scores(math.nan, names=KEPT)), "forgetting"),
+        (replace(GOOD, kept=None), "forgetting"),
+        (replace(GOOD, kept_base=None), "forgetting"),
+        (replace(GOOD, kept=scores(0.5, names=KEPT[:11])), "forgetting"),
+        (replace(GOOD, kept=scores(0.5, names=KEPT[:11]), kept_base=scores(0.5, names=KEPT[:11])),
+         "measured (candidate, base set)"),
+        (replace(GOOD, kept_out=frozenset(), kept=None, kept_base=None), "base_examples"),
+        (replace(GOOD, kept_out=frozenset(KEPT[:9]), kept=scores(1.0, names=KEPT[:9]),
+                 kept_base=scores(1.0, names=KEPT[:9])), "base_examples"),
+        (replace(GOOD, trained=frozenset({"t1", "k3"})), "disjoint"),
+        (replace(GOOD, near_duplicates=frozenset({"k4"})), "near_duplicates"),
         (replace(GOOD, near_duplicates=None), "near_duplicates"),
         (replace(GOOD, near_duplicates=frozenset({"e4", "elsewhere"})), "near_duplicates"),
         (replace(GOOD, calibration_method=""), "calibrated"),
@@ -107,6 +141,46 @@ def test_a_gain_that_chance_explains_is_none() -> None:
     assert noisy.loss < scores(2.0).loss
     assert not gain.passed
     assert "no better than the bare base" in gain.reason
+
+
+def test_nobody_looks_at_what_is_forgotten_only_where_that_is_said() -> None:
+    none = replace(GOOD, kept_out=frozenset(), kept=None, kept_base=None)
+    (said,) = [reason for reason in verdict(none).reasons if "examples of what" in reason]
+    assert "trainer holdout freeze MODEL --set base" in said
+    told = Rules(kept_examples_min=0)
+    assert judge(none, told, np.random.default_rng(0)).passed
+    forgets = replace(GOOD, kept=scores(1.5, names=KEPT))
+    assert not judge(forgets, told, np.random.default_rng(0)).passed, "what is there is looked at all the same"
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (replace(GOOD, matching=leads(7.3)), "a tenth less than the base's may be noise of what answers look like now"),
+        (replace(GOOD, matching=leads(7.0, spread=3.0)), "less, but not surely"),
+        (replace(GOOD, matching=leads(1.0), base_matching=leads(-3.0)), "the base was wrong"),
+        (replace(PAIRS, matching=None, base_matching=None), "of pairs both answers are to one question"),
+    ],
+)
+def test_answers_that_follow_from_the_questions_pass(found: Evidence, why: str) -> None:
+    assert verdict(found).reasons == [], why
+
+
+@pytest.mark.parametrize(
+    ("answers", "pairs"),
+    [
+        ([], []),
+        (["yes"], []),
+        (["yes", " YES ", "yes"], []),
+        (["yes", "no"], [(0, 1)]),
+        (["yes", "yes", "yes", "no", "no"], [(0, 3), (1, 4)]),
+        (["a", "b", "c", "c", "c"], [(0, 2), (1, 3)]),
+        (["a", "b", "c", "d"], [(0, 1), (2, 3)]),
+    ],
+)
+def test_examples_are_paired_with_those_of_another_answer(answers: list[str], pairs: list[tuple[int, int]]) -> None:
+    assert pair_up(answers) == pairs
+    assert pair_up(answers, 1) == pairs[:1]
 
 
 def test_nothing_measured_at_all_fails() -> None:
@@ -154,8 +228,30 @@ def test_docs_name_every_rule_with_its_default_and_every_check() -> None:
     adapters = text[text.index("## Adapters") :]
     for rule in fields(Rules):
         assert f"`{rule.name}` = {getattr(Rules(), rule.name)}" in adapters, rule.name
-    checks = {each.name for found in (GOOD, AGAIN, PAIRS, KEEPS) for each in verdict(found).checks}
-    for name in {*checks, "size (PROFILE)", "memory (PROFILE)", "latency (PROFILE)"}:
-        assert (
-            f"`{name.replace('(candidate)', '(WHAT)').replace('(base)', '(WHAT)')}`" in adapters or "current" in name
-        ), name
+    checks = {each.name for found in (GOOD, AGAIN, PAIRS) for each in verdict(found).checks}
+    for name in {*checks, "size (PROFILE)", "memory (PROFILE)", "latency (PROFILE)", "parity"}:
+        shown = re.sub(r"^(measured|parity) \(.*", r"\1 (WHAT)", name)
+        assert f"`{shown}`" in adapters or "current" in name, name
+
+
+@pytest.mark.parametrize(
+    ("bound", "words"),
+    [
+        ({"gain_confidence": 0}, "gain_confidence = 0: use a number from 0.5"),
+        ({"gain_confidence": 7}, "gain_confidence = 7"),
+        ({"examples_min": 0}, "examples_min = 0: use a number from 1"),
+        ({"bootstrap_draws": 1}, "bootstrap_draws = 1: use a number from 100"),
+        ({"parity_max": math.inf}, "parity_max = inf"),
+        ({"forget_max": math.nan}, "forget_max = nan"),
+        ({"ece_max": 2}, "ece_max = 2: use a number from 0 to 1"),
+    ],
+)
+def test_a_bound_that_bounds_nothing_is_refused(bound: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Rules(**bound)
+
+
+def test_every_bound_is_bounded() -> None:
+    from trainer.core.gate_text import _ALLOWED
+
+    assert set(_ALLOWED) == {each.name for each in fields(Rules)}

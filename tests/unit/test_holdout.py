@@ -65,6 +65,7 @@ def folder(config: TrainerConfig, name: str = "target") -> Path:
 
 
 def test_a_holdout_may_not_move(config: TrainerConfig) -> None:
+    """L10: the holdout is frozen."""
     items = [image(1), image(2)]
     identity = check_frozen(config, "digits", "target", items, 1.0)
     assert check_frozen(config, "digits", "target", items[::-1], 2.0) == identity

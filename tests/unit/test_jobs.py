@@ -117,7 +117,7 @@ class World:
             rows = connection.execute(select(commands).where(commands.c.device == device)).all()
             for row in rows:
                 state = CommandState(**self.host.envelope(), command=row.id, state="done", detail=detail)
-                fleet.take_command_state(connection, row.id, state)
+                fleet.take_command_state(connection, device, row.id, state)
 
     def told(self) -> dict[str, str]:
         with self.host.database.read() as connection:
@@ -201,6 +201,7 @@ def test_a_release_that_the_gate_refused_goes_nowhere(world: World) -> None:
 
 
 def test_a_release_that_passed_rolls_out_and_uses_its_samples_up(world: World) -> None:
+    """L10, L13, L14: registered, rolled out, and only then used."""
     finished(world, "passed")
     job = world.job()
     assert job["status"] == "deploying"

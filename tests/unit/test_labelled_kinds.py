@@ -31,7 +31,7 @@ from trainer.datasets import (
     write_folder,
 )
 from trainer.jobfile import dataset_job
-from trainer.kinds.vision import examples, read_sets
+from trainer.kinds.vision_sets import examples, read_sets
 from trainer.shapes import outline
 
 SQUARE = (2.0, 2.0, 10.0, 2.0, 10.0, 10.0, 2.0, 10.0)

@@ -112,6 +112,7 @@ def test_a_job_that_ended_every_worker_is_given_to_no_more(database: Database) -
 
 
 def test_a_host_takes_what_it_can_train(database: Database) -> None:
+    """L8: a job goes to a worker that has what it needs."""
     needs = {"large": Needs(gpu_mib=20 * 1024), "digits": Needs()}
     add(database, "l", 0.0, model="large")
     add(database, "j", 1.0)

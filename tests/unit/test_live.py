@@ -16,15 +16,18 @@ from typer.testing import CliRunner
 
 from edged.wire.manifest import Calibration
 from edged.wire.messages import Box, Metrics, Provenance, SampleEntry, Text
-from trainer import drift, fleet, live
+from trainer import dialects, drift, fleet, live
 from trainer.cli import app
 from trainer.config import load_config
 from trainer.core.drift import Look
-from trainer.database import Database, detections, events, identities, judged, looks, measured, put
+from trainer.database import Database, detections, devices, events, identities, judged, looks, measured, put
 from trainer.drift import Drift
 from trainer.files import write_whole
 from trainer.host import Host
+from trainer.inventory import give_labels
 from trainer.releases import MANIFEST, Registry, build_manifest, canonical_bytes
+
+pytestmark = pytest.mark.usefixtures("each_database")
 
 HOUR = 3600.0
 T0 = 500_000 * HOUR
@@ -86,6 +89,16 @@ class World:
             "inclusion_probability": 0.1, "captured": T0 + at,
         }  # fmt: skip
         return SampleEntry(**self.host.envelope(), **(known | fields))
+
+    def regroup(self, keys: list[str]) -> None:
+        drift = self.host.config.drift.model_copy(update={"group_by": keys})
+        self.host.config = self.host.config.model_copy(update={"drift": drift})
+
+    def enrol(self, name: str, group: str = "", profile: str = "", **given: str) -> None:
+        with self.host.database.write() as connection:
+            put(connection, devices, {"device": name}, {"profile": profile})
+            put(connection, identities, {"name": name}, {"site": "s", "group": group, "roles": [], "enrolled": 0.0})
+            assert isinstance(give_labels(connection, name, given), dict)
 
     def hours(self, count: int, start: int, rate: float, device: str = "d1", right: float = 0.9) -> None:
         """A stream: 400 items an hour, all escalations and a tenth of the rest answered."""
@@ -160,7 +173,7 @@ def test_a_database_of_a_schema_before_gets_the_new_tables(tmp_path: Path, versi
     with database.write() as connection:
         for table in ("measured", "judged", "looks", "detections"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
-        connection.exec_driver_sql(f"PRAGMA user_version = {version}")
+        dialects.set_schema_version(connection, version)
     database.close()
     with Database(tmp_path / "t.sqlite").read() as connection:
         assert connection.execute(select(measured)).all() == []
@@ -217,14 +230,19 @@ def test_live_accuracy_of_the_fleet_its_groups_and_its_devices(world: World) -> 
     world.hours(5, 0, 0.1, "d1", right=0.95)
     world.hours(5, 0, 0.1, "d2", right=0.6)
     world.take(world.window(pipeline="responder-big", items=10_000), "d1")  # other devices' questions
-    with world.host.database.write() as connection:
-        for name, group in (("d1", "north"), ("d2", "south"), ("d3", "south")):
-            put(connection, identities, {"name": name}, {"site": "s", "group": group, "roles": [], "enrolled": 0.0})
-        told = live.report(connection, "digits@1.0", T0)
+    for name, group in (("d1", "north"), ("d2", "south"), ("d3", "south")):
+        world.enrol(name, group)
+    with world.host.database.read() as connection:
+        grouped = live.groups(connection, "default", ["group"])
+        told = live.report(connection, "digits@1.0", T0, grouped=grouped)
     parts = {name: part["accuracy"] for name, part in told["groups"].items()}
-    assert parts == {"north": told["devices"]["d1"]["accuracy"], "south": told["devices"]["d2"]["accuracy"]}
+    assert parts == {"group=north": told["devices"]["d1"]["accuracy"], "group=south": told["devices"]["d2"]["accuracy"]}
     assert told["fleet"]["items"] == 4000
-    for part, truth in ((parts["north"], 0.905), (parts["south"], 0.59), (told["fleet"]["accuracy"], 0.7475)):
+    for part, truth in (
+        (parts["group=north"], 0.905),
+        (parts["group=south"], 0.59),
+        (told["fleet"]["accuracy"], 0.7475),
+    ):
         assert part["low"] - 0.01 < truth < part["high"] + 0.01
         assert part["high"] - part["low"] < 0.15
     assert told["fleet"]["latency_ms_p95"] == pytest.approx(1.4, abs=0.1)
@@ -289,18 +307,6 @@ def test_the_stream_is_compared_with_the_histogram_that_the_release_carries(worl
     assert "confidence" in {row["rule"] for row in Drift(world.host).check()}
 
 
-def test_one_group_drifts_and_is_named(world: World) -> None:
-    with world.host.database.write() as connection:
-        for name, group in (("d1", "north"), ("d2", "south")):
-            put(connection, identities, {"name": name}, {"site": "s", "group": group, "roles": [], "enrolled": 0.0})
-    for device, later in (("d1", 0.1), ("d2", 0.25)):
-        world.hours(10, 0, 0.1, device)
-        world.hours(10, 10, later, device)
-    found = {(row["scope"], row["rule"]) for row in Drift(world.host).check()}
-    assert ("south", "escalation_rate") in found
-    assert ("north", "escalation_rate") not in found
-
-
 def test_a_look_is_taken_when_it_is_due_and_not_before(world: World) -> None:
     taken: list[float] = []
 
@@ -313,8 +319,10 @@ def test_a_look_is_taken_when_it_is_due_and_not_before(world: World) -> None:
         watch.stop()
         return len(taken)
 
-    assert turn(Drift(world.host, observe)) == 0  # nothing was ever measured
+    early = Drift(world.host, observe)
+    assert turn(early) == 0  # nothing was ever measured
     world.hours(9, 0, 0.1)
+    assert turn(early) == 0
     assert turn(Drift(world.host, observe)) == 0
     world.host.at = T0 + 10 * HOUR
     watch = Drift(world.host, observe)
@@ -370,6 +378,15 @@ def test_the_command_shows_figures_looks_and_what_was_found(world: World, monkey
     assert [row["rule"] for row in told["detections"]] == ["escalation_rate"]
     assert [each["rule"] for each in told["looks"][0]["found"]][:3] == ["escalation_rate", "accuracy", "confidence"]
     assert told["next_look"] == world.host.at + 36000
+    world.enrol("d1", line="a")
+    world.enrol("d2", line="b")
+    by_line = CliRunner().invoke(app, ["fleet", "drift", "--json", "--group-by", "line", "-l", "line=a", *config])
+    (row,) = json.loads(by_line.output)["releases"]
+    assert (row["groups"].keys(), row["fleet"]["items"]) == ({"line=a"}, row["groups"]["line=a"]["items"])
+    assert "line=a" in CliRunner().invoke(app, ["fleet", "drift", "--group-by", "line", *config]).output
+    for asked in (["--group-by", "lime"], ["-l", "lime=a"]):
+        wrong = CliRunner().invoke(app, ["fleet", "drift", *asked, *config])
+        assert wrong.exit_code == 1 and "no device has a label 'lime'" in wrong.output
     plain = CliRunner().invoke(app, ["fleet", "drift", "--model", "digits", *config]).output
     assert "95 % interval" in plain and "digits@1.0: escalation rate" in plain
-    assert "nothing yet" in CliRunner().invoke(app, ["fleet", "drift", "--model", "cats", *config]).output
+    assert "no such model" in CliRunner().invoke(app, ["fleet", "drift", "--model", "cats", *config]).output

@@ -147,6 +147,16 @@ def test_success_and_failure_of_the_same_goal_in_the_same_context_are_a_pair(tmp
     assert bad == []
 
 
+def test_what_makes_no_pair_is_counted(tmp_path: Path) -> None:
+    rows = [
+        task("3 boxes"), *(task(f"no idea {n}", "error") for n in range(PAIRS_PER_GOAL_MAX + 5)),
+        task("x", goal="Other"), task("y", "error", goal="Third"), escalated("reject"), escalated("accept", goal="Fourth"),
+    ]  # fmt: skip
+    pairs, bad, left_out = labelled_pairs(written(tmp_path, *rows))
+    assert (len(pairs), bad) == (PAIRS_PER_GOAL_MAX + 1, [])
+    assert left_out == {"over_limit": 5, "no_partner": 3}
+
+
 def test_one_goal_does_not_drown_the_others(tmp_path: Path) -> None:
     rows = [task(f"{n} boxes", "success" if n % 2 else "error") for n in range(40)]
     assert len(read_pairs(written(tmp_path, *rows))[0]) == PAIRS_PER_GOAL_MAX
@@ -176,8 +186,8 @@ def test_every_example_says_who_answered_and_which_device_had_asked_when(tmp_pat
         "device": "dev7", "captured": 9.0, "asked_by": "p-terse@1.1",
     }  # fmt: skip
     for read in (read_labelled, labelled_pairs):
-        ((_, provenance),), _ = read(file)
+        ((_, provenance),), *_ = read(file)
         assert provenance == expected
     rows = [escalated("reject", kind="person", confidence=0.2), task("3 boxes"), escalated("ask", confidence=None)]
-    found, _ = read_labelled(written(tmp_path, *rows))
+    found, *_ = read_labelled(written(tmp_path, *rows))
     assert [provenance for _, provenance in found] == [{"kind": "person"}, {}, {"kind": "model", "confidence": 0.0}]

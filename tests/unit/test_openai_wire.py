@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from edged.engines.base import ChatMessage, GenerateRequest
-from edged.engines.openai_wire import TEXT_BYTES_MAX, BadAnswer, Declined, answer, meaning, models, question
+from edged.engines.openai_wire import (
+    TEXT_BYTES_MAX,
+    BadAnswer,
+    Declined,
+    answer,
+    meaning,
+    mended,
+    models,
+    question,
+    too_long,
+)
 from tests.support.bad_server import chat
 
 COMMON: dict[str, Any] = {
@@ -47,6 +57,14 @@ COMMON: dict[str, Any] = {
             {
                 "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}],
                 "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "null"}}},
+            },
+        ),
+        (
+            GenerateRequest("hi", schema={"type": "null"}),
+            {"logprobs": False, "schema_form": "json_object"},
+            {
+                "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}],
+                "response_format": {"type": "json_object", "schema": {"type": "null"}},
             },
         ),
         (GenerateRequest("go on"), {"chat": False}, {"max_tokens": 9, "prompt": "go on", "logprobs": 0}),
@@ -175,3 +193,31 @@ def test_the_list_of_models() -> None:
     assert models(b'{"data": [{"id": "a"}, {"id": 3}, "b", {}]}') == ["a"]
     with pytest.raises(BadAnswer, match="no list `data`"):
         models(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("body", "long"),
+    [
+        (b'{"error": {"code": "context_length_exceeded", "message": "512 tokens"}}', True),
+        (b'{"error": {"code": "model_not_found"}}', False),
+        (b'{"error": "context_length_exceeded"}', False),
+        (b"[]", False),
+        (b"context_length_exceeded", False),
+    ],
+)
+def test_a_question_that_is_too_long_is_known_by_its_code(body: bytes, long: bool) -> None:
+    assert too_long(body) is long
+
+
+@pytest.mark.parametrize(
+    ("text", "is_now"),
+    [
+        ('{"a": "one\ntwo\t\x00", "b":1}', '{"a": "one\\ntwo\\t\\u0000", "b": 1}'),
+        ('{"a":  "ä"}', '{"a":  "ä"}'),
+        ('{"a": "cut\noff', '{"a": "cut\noff'),
+        ("no JSON", "no JSON"),
+        ("[" * 5000, "[" * 5000),
+    ],
+)
+def test_control_characters_in_strings_are_escaped(text: str, is_now: str) -> None:
+    assert mended(text) == is_now

@@ -15,6 +15,7 @@ from edged.tallies import RELEASES_MAX, Tallies
 
 GOOD = Signs(items=100, doubtful=10, empty=5, latency_ms_p95=40.0)
 NONE = Signs()
+UNFITTED = replace(GOOD, doubtful=0, uncalibrated=100)  # it escalates everything
 
 CASES: dict[str, tuple[Signs, Signs | None, str]] = {
     "nothing has happened yet": (NONE, None, ""),
@@ -30,6 +31,8 @@ CASES: dict[str, tuple[Signs, Signs | None, str]] = {
     # Shares against the predecessor's.
     "doubts 40 % instead of 10 %": (replace(GOOD, doubtful=40), GOOD, ""),
     "doubts 41 %": (replace(GOOD, doubtful=41), GOOD, "41% of its answers are doubtful, 10% before it"),
+    "calibrated, after one that was not": (replace(GOOD, doubtful=100), UNFITTED, ""),
+    "not calibrated, after one that was": (UNFITTED, GOOD, ""),
     "finds nothing in 55 %": (replace(GOOD, empty=55), GOOD, ""),
     "finds nothing in 56 %": (replace(GOOD, empty=56), GOOD, "56% of its answers are empty, 5% before it"),
     "finds nothing, as before": (replace(GOOD, empty=100), replace(GOOD, empty=100), ""),
@@ -93,7 +96,7 @@ def test_what_is_tallied_is_the_release_that_answered() -> None:
     tallies.error("eye")
     tallies.error("eye", ended=True)
     assert tallies.signs("eye", "a@2") == Signs(1, 0, 1, 1, 1, 7.0)
-    assert tallies.before("eye", "a@2") == Signs(100, 10, 0, 0, 0, 94.0)
+    assert tallies.before("eye", "a@2") == Signs(100, 10, 0, 0, 0, 94.0, uncalibrated=90)
     assert tallies.before("ear", "a@2") is None
 
 

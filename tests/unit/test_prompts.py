@@ -24,6 +24,7 @@ from edged.metrics import Window
 from edged.outgoing import Outgoing
 from edged.pace import Pace
 from edged.prompts import PARTIAL_S, REFUSED_CHARS_MAX, Prompts
+from edged.refusals import Refusals
 from edged.services import Services
 from edged.slot import Loaded, Slot, SlotStopped
 from edged.sources import Asked, Item, Unsure
@@ -447,3 +448,16 @@ def test_a_question_that_could_not_be_answered_whole_stays_open_for_somebody_els
     (verdict,) = bench.verdicts
     assert (verdict.status, verdict.label, verdict.reason) == ("unresolved", [], f"its answer ended as {reason}")
     bench.store.close()
+
+
+def test_errors_and_answers_are_counted_for_the_adapter_that_was_on(bench: Bench) -> None:
+    refusals = Refusals(
+        "chat", lambda: False, bench.slot, bench.prompts._s, bench.prompts, cast(Any, None), bench._enqueue
+    )
+    for adapter in (None, ReleaseRef(release="p-lora@1.0", sha256="1" * 64)):
+        bench.slot.attach(adapter, Path("adapter.gguf") if adapter else None)
+        bench.prompts.handle(bench.item(ASK))
+        refusals.reject(bench.item(ASK), "engine_error", "it did not answer")
+    counted = {row["release"]: (row["items"], row["errors"]) for row in bench.window.close(1.0)}
+    assert counted == {"p@1.0": (1, 1), "p-lora@1.0": (1, 1)}
+    assert bench.replies[-1].release == "p@1.0", "whoever asked hears of the model"

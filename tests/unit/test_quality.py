@@ -128,6 +128,7 @@ calibration = "calibration"
 
 
 def test_the_command_reads_what_devices_keep_and_folders(tmp_path: Path) -> None:
+    """L2: counts and quality of the samples that devices keep."""
     (tmp_path / "trainer.toml").write_text(TOML)
     database = Database(tmp_path / "data" / "trainer.sqlite")
     (tmp_path / "data" / "samples").mkdir()

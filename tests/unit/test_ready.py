@@ -15,7 +15,9 @@ from tests.unit.test_train_cli import line, world
 from trainer.cli import app
 from trainer.config import load_config
 from trainer.database import jobs, samples
+from trainer.jobfile import dataset_job
 from trainer.ready import UnderWay, at_work, ready
+from trainer.trained import ended
 
 __all__ = ["world"]
 
@@ -40,9 +42,13 @@ def test_only_what_no_training_has_had_counts(world: Path) -> None:
     assert ask(world, "clerk", "--dataset", dataset, "--min-samples", "49")[0] == 0
     dataset = write(world, 60)
     assert ask(world, "clerk", "--dataset", dataset)[0] == 0
-    # A training that comes to nothing (there is no checkpoint) has had them all the same.
+    # A training that cannot begin (there is no checkpoint) has had nothing: cron says so until somebody mends it.
     arguments = ["train", "--model", "clerk", "--dataset", dataset, "--config", str(world / "trainer.toml")]
     assert CliRunner().invoke(app, arguments).exit_code == 1
+    assert ask(world, "clerk", "--dataset", dataset)[0] == 0
+    config = load_config(world / "trainer.toml")
+    job = dataset_job(config, "clerk", "lora", Path(dataset), world / "run", created="", job="run")
+    ended(config, "clerk", job.manifest, "refused", 1.0)
     assert ask(world, "clerk", "--dataset", dataset)[1]["samples_new"] == 0
     again = CliRunner().invoke(app, [*arguments, "--require-threshold"])
     assert again.exit_code == 4
@@ -59,6 +65,64 @@ def test_a_training_that_is_under_way_is_not_begun_twice(world: Path) -> None:
         with pytest.raises(UnderWay, match="clerk is under way"), at_work(config, "clerk"):
             pass
     assert ask(world, "clerk", "--dataset", dataset)[0] == 0
+
+
+def said_by(number: int, **who: Any) -> str:
+    row = json.loads(line(number))
+    row["execution"] = [{"tool": "escalate", "status": "success", "output": "x", "kind": "model", **who}]
+    return json.dumps(row)
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        {"confidence": 0.2, "release": "big@1.0"},
+        {"confidence": 0.9, "release": "clerk@1.0"},
+        {"confidence": 0.9, "release": "clerk-lora@1.0"},
+        {"confidence": float("nan"), "release": "big@1.0"},
+        {"confidence": 7, "release": "big@1.0"},
+    ],
+)
+def test_what_may_not_train_does_not_count(world: Path, who: dict[str, Any]) -> None:
+    path = world / "dataset.jsonl"
+    lines = [*(line(number) for number in range(40)), *(said_by(number, **who) for number in range(40, 100))]
+    path.write_text("".join(f"{each}\n" for each in lines))
+    code, said = ask(world, "clerk", "--dataset", str(path))
+    assert (code, said["samples_new"], said["samples_usable"]) == (4, 40, 40)
+    told = CliRunner().invoke(
+        app, ["train", "--model", "clerk", "--dataset", str(path), "--dry-run", "--config", str(world / "trainer.toml")]
+    )
+    plan = json.loads(told.stdout)
+    reason = "own_prediction" if "clerk" in who["release"] else "below_label_confidence"
+    assert (plan["samples_usable"], plan["left_out"]) == (40, {reason: 60})
+
+
+def test_boxes_that_may_not_train_do_not_count(world: Path) -> None:
+    path = world / "labelled" / "labels.jsonl"
+    rows = [json.loads(each) for each in path.read_text().splitlines()]
+    for row, who in zip(
+        rows,
+        (
+            {"confidence": 0.2},
+            {"confidence": float("nan")},
+            {"confidence": 7},
+            {"kind": "model", "release": "digits@1.0"},
+        ),
+        strict=False,
+    ):
+        row["provenance"] = who
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    _, said = ask(world, "digits", "--dataset", str(path.parent))
+    assert (said["samples_new"], said["samples_usable"]) == (116, 116)
+
+
+def test_to_look_makes_no_database(world: Path) -> None:
+    assert ask(world, "clerk")[0] == 4
+    arguments = ["train", "--model", "clerk", "--config", str(world / "trainer.toml")]
+    dry = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert json.loads(dry.stdout)["samples_new"] == 0
+    assert CliRunner().invoke(app, [*arguments, "--require-threshold"]).exit_code == 4
+    assert not list((world / "data").glob("*.sqlite*"))
 
 
 def test_a_labelled_folder_counts_too(world: Path) -> None:

@@ -78,6 +78,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_versions_are_numbers(tmp_path: Path) -> None:
+    """L17: 1.10 is above 1.9."""
     registry = Registry(tmp_path / "releases")
     assert str(registry.next_version("digits")) == "digits@1.0"
     for version in ("1.10", "1.9", "1.2"):

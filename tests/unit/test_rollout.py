@@ -26,7 +26,7 @@ P, E, F = Phase, Event, Effect
 BACK = (P.ABORTING, (F.AUDIT_BACK, F.RESTORE, F.ANNOUNCE))
 HOLD = (P.HELD, (F.AUDIT_BACK, F.ANNOUNCE))
 GO = (P.ROLLING, (F.AUDIT_BACK, F.DESIRE, F.ANNOUNCE))
-PAUSED = (P.PAUSED, (F.ANNOUNCE,))
+PAUSED = (P.PAUSED, (F.AUDIT_BACK, F.ANNOUNCE))
 
 # (phase, event) -> what a person who runs the fleet expects; every pair that is not here must change nothing.
 EXPECTED: dict[tuple[Phase, Event], tuple[Phase, tuple[Effect, ...]]] = {
@@ -49,20 +49,24 @@ EXPECTED: dict[tuple[Phase, Event], tuple[Phase, tuple[Effect, ...]]] = {
     (P.WATCHING, E.ABORT): BACK,
     (P.WATCHING, E.PROMOTE): GO,
     (P.ROLLING, E.ROOM): (P.ROLLING, (F.DESIRE,)),
+    (P.ROLLING, E.LAGGING): (P.ROLLING, (F.ANNOUNCE,)),
     (P.ROLLING, E.ALL_SETTLED): (P.DONE, (F.CONFIRM, F.ANNOUNCE)),
     (P.ROLLING, E.DEVICE_FAILED): BACK,
     (P.ROLLING, E.PAUSE): PAUSED,
     (P.ROLLING, E.ABORT): BACK,
     (P.HELD, E.PROMOTE): GO,
+    (P.HELD, E.RESUME): (P.CANARY, (F.ANNOUNCE,)),
     (P.HELD, E.WORSE): BACK,
     (P.HELD, E.DEVICE_FAILED): BACK,
     (P.HELD, E.ABORT): BACK,
-    (P.PAUSED, E.RESUME): (P.WATCHING, (F.ANNOUNCE,)),  # where it was paused
+    (P.PAUSED, E.SAMPLED): (P.PAUSED, (F.AUDIT_BACK,)),
+    (P.PAUSED, E.RESUME): (P.WATCHING, (F.AUDIT_MORE, F.ANNOUNCE)),  # where it was paused
     (P.PAUSED, E.WORSE): BACK,
     (P.PAUSED, E.DEVICE_FAILED): BACK,
     (P.PAUSED, E.ABORT): BACK,
     (P.ABORTING, E.ALL_SETTLED): (P.ABORTED, (F.GIVE_BACK, F.ANNOUNCE)),
     (P.DONE, E.ROOM): (P.DONE, (F.DESIRE,)),
+    (P.DONE, E.JOINED): (P.DONE, (F.ANNOUNCE,)),
     (P.DONE, E.CAME_BACK): (P.DONE, (F.ANNOUNCE,)),
     (P.ABORTED, E.CAME_BACK): (P.ABORTED, (F.ANNOUNCE,)),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from edged.wire.messages import Box, Metrics, ModelReport, Provenance, Reported,
 from trainer import fleet
 from trainer.cli import app
 from trainer.config import load_config
-from trainer.core.rollout import Event, begin
+from trainer.core.rollout import Event
 from trainer.database import Database, desired, events, jobs, judged, rollouts, samples, windows
 from trainer.files import write_whole
 from trainer.host import Host
 from trainer.jobs import Jobs
 from trainer.orders import Orders
+from trainer.presence import touch
 from trainer.releases import MANIFEST, Registry, build_manifest, canonical_bytes
 from trainer.rollouts import Rollouts, progress
 
@@ -56,7 +58,9 @@ class World:
             def now(_self) -> float:  # noqa: N805
                 return self.clock
 
-        self.host = Clocked(settings, self.config, Database(settings.database_at), Registry(settings.releases))
+        database, registry = Database(settings.database_at), Registry(settings.releases)
+        # The id of a rollout decides who its canaries are: the same every time.
+        self.host = Clocked(settings, self.config, database, registry, entropy=Random(3).randbytes)
         self.names = [f"d{number:02}" for number in range(devices)]
         self.active, self.update = dict.fromkeys(self.names, OLD), dict.fromkeys(self.names, "idle")
         self.away: set[str] = set()
@@ -113,6 +117,7 @@ class World:
                 for name in sorted(set(self.names) - self.away):
                     share = policies.get(name, {}).get("line", {}).get("audit_share", 0.02)
                     self._window(connection, name, int(self.dice.binomial(ITEMS, share)))
+                touch(connection, sorted(set(self.names) - self.away), self.clock, SILENT_S)
             for name in sorted(set(self.names) - self.away):
                 release = wanted.get(name, {}).get("digits", {}).get("release", self.active[name])
                 if release != self.active[name]:
@@ -188,17 +193,13 @@ class World:
 
 
 HOUR, DAY = 3600.0, 86400.0
-
-
-@pytest.fixture(autouse=True)
-def _same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The id of a rollout decides who its canaries are."""
-    monkeypatch.setattr("trainer.rollouts.new_id", lambda: "rollout-1")
+SILENT_S = 2 * HOUR  # as in the configuration
 
 
 QUICK = "steps = [0.2, 1.0]\naudits_planned = 120\nbaseline_s = 43200"
 
 
+@pytest.mark.usefixtures("each_database")
 def test_l12_audits_rise_for_the_watch_until_the_planned_sample_is_there_and_are_set_back(tmp_path: Path) -> None:
     world = World(tmp_path, rollout=QUICK)
     world.past()
@@ -210,13 +211,15 @@ def test_l12_audits_rise_for_the_watch_until_the_planned_sample_is_there_and_are
     shares = {name: policy.get("line", {}).get("audit_share", 0.0) for name, policy in world.told("policy").items()}
     canary = world.shown()["canary"]
     assert len(canary) == 2
-    # 120 answers of two canaries that give 1 200 an hour each, and a quarter more: some are never answered.
-    assert [shares[name] for name in canary] == [pytest.approx(1.25 * 120 / 2400, abs=2e-3)] * 2
-    assert all(shares.get(name, 0.02) <= 0.02 for name in world.names if name not in canary)  # of eight less is needed
+    # Two canaries need four times the least of 120. They give 1 200 an hour each, and are asked for a quarter more: some are
+    # never answered. The others check as many together.
+    assert [shares[name] for name in canary] == [pytest.approx(1.25 * 480 / 2400, abs=2e-3)] * 2
+    others = [shares[name] for name in world.names if name not in canary]
+    assert others == [pytest.approx(1.25 * 480 / 9600, abs=2e-3)] * 8
     assert world.told("policy")[canary[0]]["line"]["empty_share"] == shares[canary[0]]
     assert {each["digits"]["release"] for name, each in world.told().items() if name not in canary} <= {OLD}
     world.live(HOUR)
-    assert world.shown()["judged"]["audited"] >= 120
+    assert world.shown()["judged"]["audited"] >= 480
     assert all(policy == {} for policy in world.told("policy").values())  # nothing of it is left
     world.live(HOUR)
     assert world.shown()["status"] == "done"
@@ -248,14 +251,14 @@ def test_l12_a_bad_release_that_went_back_is_no_part_of_a_devices_past(tmp_path:
     """Else the same canaries would look worse than they are when the next release comes."""
     world = World(tmp_path, rollout=QUICK)
     world.past()
-    canary = begin("rollout-1", NEW, world.names, world.host.config.rollout.rules(), 0.0, world.names).canary
+    world.begin()
+    canary = world.shown()["canary"]
     bad = [
         {**AUDIT, "id": f"bad-{name}-{n}", "device": name, "release": "digits@0.9", "captured": world.clock - n,
          "right": False} for name in canary for n in range(200)
     ]  # fmt: skip
     with world.host.database.write() as connection:
         connection.execute(insert(judged), bad)
-    world.begin()
     world.live(2 * HOUR)
     assert world.shown()["status"] == "done"
     agreement = next(each for each in world.shown()["judged"]["findings"] if each["measure"] == "audited agreement")

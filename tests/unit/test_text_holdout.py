@@ -202,6 +202,7 @@ def test_the_command_line_shows_and_verifies_the_sets_of_texts(tmp_path: Path) -
         "calibration": 0,
         "test": 0,
         "holdout": 0,
+        "base": 0,
     }
     gate = shown["gate"]
     assert (gate["pairs"], gate["devices"], gate["frozen_first"]) == (1, {"d1": 2}, "2023-11-14T22:13:20Z")
@@ -211,3 +212,103 @@ def test_the_command_line_shows_and_verifies_the_sets_of_texts(tmp_path: Path) -
     path.write_text(path.read_text().replace("ann", "bob"))
     done = call("verify")
     assert done.exit_code == 1 and "entry 0): the entry was changed" in done.stderr
+
+
+class Commands:
+    """`trainer holdout` on a model whose sets are files or ledgers alone."""
+
+    def __init__(self, folder: Path, more: str = "") -> None:
+        self.folder = folder
+        text = f'data_dir = "data"\n[models.clerk]\nkind = "llm"\ncheckpoint = "c"\n{more}'
+        (folder / "trainer.toml").write_text(text)
+        self.config = load_config(folder / "trainer.toml")
+
+    def file(self, name: str, rows: Sequence[Text], *more: str) -> Path:
+        lines = []
+        for each in rows:
+            step = {"tool": "escalate", "status": "success", **each.provenance}
+            where = {"device": each.provenance.get("device"), "ts": 1.7e9}
+            steps = [{"tool": "generate", "output": each.other, "status": "failure", **where}] if each.other else []
+            row = {"goal": each.prompt, "context_summary": "", "plan": [{"tool": "generate", "arguments": {}}]}
+            lines.append(json.dumps({**row, "execution": [*steps, step], "summary": each.wanted}))
+        path = self.folder / name
+        path.write_text("".join(f"{each}\n" for each in (*lines, *more)))
+        return path
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> Any:
+        command = ["holdout", *map(str, arguments), "--config", str(self.folder / "trainer.toml"), "--json"]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == code, done.output
+        return done.stderr if code else json.loads(done.stdout)
+
+
+def test_freezing_by_hand_takes_what_may_judge_and_names_the_others(tmp_path: Path) -> None:
+    call = Commands(tmp_path)
+    own = {**BIG, "release": "clerk-lora@1.0"}
+    remember(call.config, "clerk", [text(7)])
+    freeze(call.config, "clerk", {"calibration": [text(8)]}, 1.0)
+    rows = [*TEXTS[10:16], text(20, {}), text(21, own), text(22, {**BIG, "confidence": 0.1}), text(7), text(8)]
+    given = call.file("given.jsonl", [*rows, TEXTS[10]], "{broken")
+    done = call("freeze", "clerk", "--from", given)
+    assert (done["set"], done["added"], done["texts"]) == ("target", 6, 6)
+    assert {reason: len(each) for reason, each in done["refused"].items()} == {
+        "no_provenance": 1, "own_prediction": 1, "below_label_confidence": 1, "near_training": 1, "near_other_set": 1,
+        "duplicate": 1, "bad_line": 1,
+    }  # fmt: skip
+    assert {each.prompt for each in read_sets(call.config, "clerk")["gate"]} == {each.prompt for each in TEXTS[10:16]}
+    assert "is frozen since its first entry: use `trainer holdout extend`" in call(
+        "freeze", "clerk", "--from", given, code=1
+    )
+
+    more = call.file("more.jsonl", TEXTS[14:18])
+    done = call("extend", "clerk", "--from", more)
+    assert (done["added"], done["texts"], done["refused"].keys()) == (2, 8, {"duplicate"})
+    assert call("verify", "clerk")["gate"] == done["identity"]
+    # What is frozen by hand judges, and nothing like it ever trains.
+    again = [replace(each, prompt=each.prompt.upper()) for each in TEXTS[10:18]]
+    sets = arranged([*TEXTS[10:18], *again], read_sets(call.config, "clerk"))
+    assert (sets.training, sets.validation) == ([], [])
+
+
+def test_the_base_set_is_frozen_before_it_is_extended(tmp_path: Path) -> None:
+    call = Commands(tmp_path)
+    given = call.file("general.jsonl", TEXTS[:12])
+    assert "is not frozen yet" in call("extend", "clerk", "--set", "base", "--from", given, code=1)
+    assert "--from FILE is missing" in call("freeze", "clerk", "--set", "base", code=1)
+    assert "there is target, base, test, calibration" in call(
+        "freeze", "clerk", "--set", "gold", "--from", given, code=1
+    )
+    nobody = call.file("nobody.jsonl", [text(1, {})])
+    assert "no text was frozen: 1 no_provenance" in call("freeze", "clerk", "--set", "base", "--from", nobody, code=1)
+    assert call("freeze", "clerk", "--set", "base", "--from", given)["texts"] == 12
+    assert call("show", "clerk")["base"]["examples"] == 12
+    # Target and base are one side: the same question may be in both; the test is apart from them.
+    assert call("freeze", "clerk", "--set", "target", "--from", given)["texts"] == 12
+    assert "no text was frozen: 12 near_other_set" in call("freeze", "clerk", "--set", "test", "--from", given, code=1)
+
+
+def test_a_configured_file_is_the_set_and_is_frozen_from_there(tmp_path: Path) -> None:
+    call = Commands(tmp_path, 'holdout = "judge.jsonl"\nholdout_base = "general.jsonl"\n')
+    call.file("judge.jsonl", TEXTS[:5])
+    call.file("general.jsonl", TEXTS[20:23])
+    other = call.file("other.jsonl", TEXTS[5:8])
+    assert "that file is the set; add the lines to it" in call("freeze", "clerk", "--from", other, code=1)
+    assert call("freeze", "clerk")["texts"] == 5
+    assert call("freeze", "clerk", "--set", "base")["texts"] == 3
+    call.file("judge.jsonl", TEXTS[:7])
+    assert call("extend", "clerk")["added"] == 2
+    call.file("judge.jsonl", TEXTS[1:7])
+    assert "1 examples are gone" in call("extend", "clerk", code=1)
+    assert {name: row["examples"] for name, row in call("show", "clerk").items() if row["examples"]} == {
+        "holdout": 7,
+        "base": 3,
+    }
+
+
+def test_with_pairs_the_judges_are_pairs_and_the_base_set_is_not(tmp_path: Path) -> None:
+    call = Commands(tmp_path, 'strategy = "dpo"\n')
+    rows = [text(number, other="nobody") for number in range(6)]
+    assert call("freeze", "clerk", "--from", call.file("pairs.jsonl", rows))["texts"] == 6
+    assert {each.other for each in read_sets(call.config, "clerk")["gate"]} == {"nobody"}
+    assert call("freeze", "clerk", "--set", "base", "--from", call.file("base.jsonl", TEXTS[10:15]))["texts"] == 5
+    assert {each.other for each in read_sets(call.config, "clerk")["base"]} == {None}

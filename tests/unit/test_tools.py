@@ -15,12 +15,14 @@ from sqlalchemy import delete, select, update
 from typer.testing import CliRunner
 
 from edged.wire.messages import State
+from tests.support.lived import lived
 from tests.unit.test_jobs import ALL, World
 from trainer import fleet
 from trainer.cli import app
 from trainer.core.guards import may_deploy
-from trainer.database import events, jobs, rollouts, samples
+from trainer.database import events, jobs, measured, rollouts, samples, windows
 from trainer.files import write_whole
+from trainer.inventory import give_labels
 from trainer.releases import MANIFEST, build_manifest, canonical_bytes
 from trainer.tools import TOOLS, ToolRefused, Tools
 
@@ -232,8 +234,47 @@ def test_query_metrics_adds_up_by_release_and_selector(tools: tuple[World, Tools
     (row,) = its.query_metrics(model="digits", selector="device=d2")["releases"]
     assert (row["devices"], row["items"], row["escalation_rate"]) == (1, 100, 0)
     with world.host.database.write() as connection:
-        connection.exec_driver_sql("delete from windows")
+        connection.execute(delete(measured))
     assert its.query_metrics()["releases"] == []
+
+
+def test_query_metrics_shows_how_right_answers_were_also_long_ago(tools: tuple[World, Tools]) -> None:
+    """Windows are kept for 14 days, their sums by the hour for 180."""
+    world, its = tools
+    now = world.host.now()
+    with world.host.database.write() as connection:
+        for device, days, right in (("d1", 1, 57), ("d2", 1, 45), ("d1", 20, 60), ("d2", 170, 30)):
+            lived(connection, device, now - days * 86400, items=1000, audits=60, right=right)
+        assert isinstance(give_labels(connection, "d1", {"line": "a"}), dict)
+        assert isinstance(give_labels(connection, "d2", {"line": "b"}), dict)
+        fleet.prune(connection, now)
+        assert len(connection.execute(select(windows)).all()) == 2
+
+    def row(**asked: Any) -> dict[str, Any]:
+        (found,) = its.query_metrics(model="digits", **asked)["releases"]
+        return dict(found)
+
+    day = row(hours=30, group_by=["line"])
+    assert (day["items"], day["accepted"], day["audited"], day["devices"]) == (2000, 1880, 120, 2)
+    assert day["accuracy"]["value"] == pytest.approx(102 / 120)
+    assert day["accuracy"]["low"] < 102 / 120 < day["accuracy"]["high"] < day["accuracy"]["low"] + 0.2
+    assert (day["accuracy"]["audits"], day["accuracy"]["answered"]) == (120, 0)
+    assert {name: part["accuracy"]["value"] for name, part in day["groups"].items()} == {
+        "line=a": pytest.approx(57 / 60), "line=b": pytest.approx(45 / 60),
+    }  # fmt: skip
+    assert row(hours=24 * 30)["accuracy"]["value"] == pytest.approx(162 / 180)
+    assert row(hours=4320)["items"] == 4000
+    assert row(hours=24 * 30, selector="line=a")["accuracy"]["value"] == pytest.approx(117 / 120)
+    assert its.query_metrics(hours=1)["releases"] == []
+    assert "less than or equal to 4320" in refused(lambda: its.query_metrics(hours=4321))
+    assert "no device has a label 'lime'" in refused(lambda: its.query_metrics(group_by=["lime"]))
+
+
+def test_what_nobody_checked_has_no_accuracy(tools: tuple[World, Tools]) -> None:
+    world, its = tools
+    world.window("d1", "digits@1.0", 10)
+    (row,) = its.query_metrics()["releases"]
+    assert row["accuracy"] == {"value": None, "low": 0.0, "high": 1.0, "audits": 0, "answered": 0}
 
 
 def test_what_a_tool_cannot_take_is_named(tools: tuple[World, Tools]) -> None:
@@ -338,4 +379,5 @@ def test_jobs_are_listed_for_people_and_programs(tmp_path: Path) -> None:
     (row,) = json.loads(shell.invoke(app, ["jobs", "--json", "--long", *config]).stdout)
     assert (row["job_id"], row["status"], row["target_model"]) == (job, "claiming", "digits@1.1")
     assert job in shell.invoke(app, ["jobs", "--model", "digits", *config]).stdout
-    assert json.loads(shell.invoke(app, ["jobs", "--json", "--model", "x", *config]).stdout) == []
+    refused = shell.invoke(app, ["jobs", "--json", "--model", "x", *config])
+    assert (refused.exit_code, "no such model" in json.loads(refused.stdout)["error"]) == (1, True)

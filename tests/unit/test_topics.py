@@ -79,6 +79,8 @@ def test_delivery_is_what_the_protocol_says() -> None:
         "{site}/{dev}/up/reply/{id}": (1, False, 60),
         "{site}/{dev}/up/partial/{id}": (0, False, 60),
         "{site}/{dev}/up/cmd/{type}/{id}": (1, False, 86400),
+        "{site}/{dev}/down/invoke/{agent}/{caller}": (1, False, 3600),
+        "{site}/{dev}/down/invoked/{by}/{id}": (1, False, 60),
         "{site}/{dev}/down/desired": (1, True, None),
         "{site}/_g/{group}/down/desired": (1, True, None),
         "{site}/{dev}/down/verdict": (1, False, 86400),

@@ -85,3 +85,28 @@ def test_a_wildcard_host_needs_the_address_that_devices_use(tmp_path: Path) -> N
     path.write_text(f'[http]\nhost = "0.0.0.0"\n{files}')
     with pytest.raises(ConfigError, match="set url"):
         load_config(path)
+
+
+TEXT = '[models.clerk]\nkind = "llm"\ncheckpoint = "c"\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("tuning = { nonsense = 3 }", r"models\.clerk.*tuning\.nonsense = 3: no such setting; use epochs, .*beta"),
+        ("tuning = { patience = 0 }", r"tuning\.patience = 0: .*greater than or equal to 1"),
+        ('lora = { bias = "lora_only" }', r'lora\.bias = "lora_only": an adapter that devices run .*use "none"'),
+        ('tuning = { lora = { bias = "all" } }', r'lora\.bias = "all"'),
+        ("lora = { lora_alpha = true }", r"lora\.lora_alpha = True: .*no numbers"),
+    ],
+)
+def test_what_a_training_could_not_honour_is_refused_at_load(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(write(tmp_path, TEXT + line))
+    assert "pydantic" not in str(error.value)
+
+
+def test_the_adapter_to_train_further_lies_beside_the_configuration(tmp_path: Path) -> None:
+    given = load_config(write(tmp_path, TEXT + 'tuning = { adapter = "before", patience = 2 }')).text("clerk")
+    assert given.tuning == {"adapter": tmp_path / "before", "patience": 2}
+    assert given.asked()["adapter"] == tmp_path / "before"

@@ -14,7 +14,7 @@ from edged.wire.manifest import TrainingManifest, TrainingSample
 from trainer.config import Model, TrainerConfig
 from trainer.datasets import DatasetError, LabelledBox, LabelledImage, write_folder
 from trainer.jobfile import TrainJob
-from trainer.kinds.vision import read_sets, untrained
+from trainer.kinds.vision_sets import read_sets, untrained
 
 BOXES = (LabelledBox("a", (1.0, 2.0, 5.0, 6.5)),)
 

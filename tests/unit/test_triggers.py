@@ -98,6 +98,38 @@ def test_l4_sunday_two_in_the_night_by_the_clock_on_the_wall(now: str, expected:
     assert last_due(CRON, BERLIN, at(now)) == at(expected)
 
 
+# (zone, day, cron) -> when it fires, by that zone's clock, of a trainer that looks every minute.
+OVER_A_CHANGE = [
+    ("Europe/Berlin", "2026-03-29", "30 2 * * *", ["03:00+0200"]),  # 02:30 does not exist
+    ("Europe/Berlin", "2026-03-29", "0,30 2 * * *", ["03:00+0200"]),  # neither: one instant, one training
+    ("Europe/Berlin", "2026-03-29", "15 1-3 * * *", ["01:15+0100", "03:00+0200", "03:15+0200"]),
+    ("Europe/Berlin", "2026-10-25", "30 2 * * *", ["02:30+0200"]),  # comes twice
+    ("Europe/Berlin", "2026-10-25", "0 3 * * *", ["03:00+0100"]),
+    ("America/New_York", "2026-03-08", "30 2 * * *", ["03:00-0400"]),
+    ("America/New_York", "2026-11-01", "30 1 * * *", ["01:30-0400"]),
+    ("Australia/Lord_Howe", "2026-10-04", "15 2 * * *", ["02:30+1100"]),  # half an hour is left out
+    ("Australia/Lord_Howe", "2026-04-05", "45 1 * * *", ["01:45+1100"]),
+    ("America/Santiago", "2026-09-06", "10 0 * * *", ["01:00-0300"]),  # at midnight
+]
+
+
+@pytest.mark.parametrize(("zone", "day", "cron", "expected"), OVER_A_CHANGE)
+def test_l4_a_schedule_fires_once_over_a_change_of_the_clock(
+    zone: str, day: str, cron: str, expected: list[str]
+) -> None:
+    there = ZoneInfo(zone)
+    looked = datetime.datetime.fromisoformat(day).replace(tzinfo=there).timestamp() - 1800
+    found, start = [], looked
+    for minute in range(8 * 60):
+        now = start + 60.0 * minute
+        last = last_due(cron, there, now)
+        assert last <= now
+        if due(last, looked, now) is not None:
+            found.append(datetime.datetime.fromtimestamp(now, there).strftime("%H:%M%z"))
+            looked = now
+    assert found == expected
+
+
 @pytest.mark.parametrize("cron", ["", "x", "0 2 * *", "0 2 * * 8", "@weekly", "0 2 * * 0 *", "0 0 30 2 *"])
 def test_a_bad_schedule_is_named_with_an_example(cron: str) -> None:
     with pytest.raises(BadSchedule, match="0 2 \\* \\* sun") as caught:

@@ -14,8 +14,8 @@ from typing import Literal
 from edged.wire import topics
 from edged.wire.bundle import BULK, NAME
 
-Role = Literal["device", "responder", "trainer", "observer", "admin", "broker"]
-ROLES: tuple[Role, ...] = ("device", "responder", "trainer", "observer", "admin", "broker")
+Role = Literal["device", "responder", "trainer", "observer", "admin", "broker", "peer"]
+ROLES: tuple[Role, ...] = ("device", "responder", "trainer", "observer", "admin", "broker", "peer")
 CONTROL = "$CONTROL/dynamic-security/v1"  # of Mosquitto's plugin
 
 _OWN_UP = topics.STATE.template.removesuffix("state") + "#"
@@ -114,6 +114,16 @@ def _responder(who: Identity) -> Rights:
     )  # fmt: skip
 
 
+def _peer(who: Identity) -> Rights:
+    # Its own name is a level of both topics: nobody asks or answers in another's name.
+    return Rights(
+        send=[
+            topics.INVOKE.filter(site=who.site, caller=who.name),
+            topics.INVOKED.filter(site=who.site, by=who.name),
+        ]
+    )
+
+
 def _trainer(who: Identity) -> Rights:
     everyone = {"site": who.site, "dev": "+"}
     return Rights(
@@ -132,7 +142,8 @@ def _observer(_who: Identity) -> Rights:
 
 
 def _admin(_who: Identity) -> Rights:
-    return Rights(send=[CONTROL], hear=[f"{CONTROL}/response"])
+    # What is retained of a device that may not come back is emptied; who may give rights could take this one anyway.
+    return Rights(send=[CONTROL, topics.STATE.filter(), topics.REPORTED.filter()], hear=[f"{CONTROL}/response"])
 
 
 _OF: dict[Role, Callable[[Identity], Rights]] = {
@@ -140,8 +151,9 @@ _OF: dict[Role, Callable[[Identity], Rights]] = {
     "responder": _responder,
     "trainer": _trainer,
     "observer": _observer,  # reads everything, asks devices to infer, and cancels
-    "admin": _admin,  # tells the broker whom it no longer knows
+    "admin": _admin,  # tells the broker whom it no longer knows, and to keep nothing of him
     "broker": lambda _who: Rights(),  # a server: it connects to nobody
+    "peer": _peer,  # a device whose agents ask those of other devices, or answer them
 }
 # Of the second connection, which carries blocks of files.
 _BULK_OF: dict[Role, Callable[[Identity], Rights]] = {"device": _bulk_of_device, "trainer": _bulk_of_trainer}

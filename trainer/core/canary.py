@@ -20,8 +20,8 @@ import numpy as np
 from trainer.core.contrast import Contrast, Mask, Readings, contrast, of_rates, of_shares, of_values
 from trainer.core.sequential import Values, log_evidence, quantile
 
-SEQUENCE_SHARE = 0.2  # of a measure's level, for the sequence; the rest is for the planned looks
-FIRST_LOOK_SHARE = 0.8  # of the planned looks' level, for the first; the extensions share the rest
+SEQUENCE_SHARE = 0.1  # of a measure's level, for the sequence; the rest is for the planned looks
+FIRST_LOOK_SHARE = 0.85  # of the planned looks' level, for the first; the extensions share the rest
 PASS_LEVEL = 0.95  # of the bound that a change must stay below to pass
 
 
@@ -78,13 +78,13 @@ def measures(rules: CanaryRules) -> tuple[Measure, ...]:
     latency, memory = math.log(rules.latency_factor), math.log(rules.memory_factor)
     heat, audited = rules.temperature_margin, rules.audits_planned > 0
     return (
-        Measure("audited agreement", -1, 0.0, rules.accuracy_loss_max, 0.05, 0.02, 0.5, required=audited),
-        Measure("escalation rate", 1, escalation, escalation + 0.1, 0.05, 0.02, 0.2, required=True),
-        Measure("error rate", 1, error, error + 0.05, 0.01, 0.005, 0.1, required=True),
+        Measure("audited agreement", -1, 0.0, rules.accuracy_loss_max, 0.05, 0.02, 0.65, required=audited),
+        Measure("escalation rate", 1, escalation, escalation + 0.1, 0.05, 0.02, 0.15, required=True),
+        Measure("error rate", 1, error, error + 0.05, 0.01, 0.005, 0.06, required=True),
         Measure("crashes an hour", 1, 0.05, 1.0, 0.05, 0.02, 0.05, blocks=False),
-        Measure("p95 latency", 1, latency, latency + 0.4, 0.3, 0.1, 0.05, relative=True),
-        Measure("memory", 1, memory, memory + 0.2, 0.3, 0.05, 0.05, relative=True),
-        Measure("temperature", 1, heat, heat + 5.0, 5.0, 2.0, 0.05),
+        Measure("p95 latency", 1, latency, latency + 0.4, 0.3, 0.1, 0.03, relative=True),
+        Measure("memory", 1, memory, memory + 0.2, 0.3, 0.05, 0.03, relative=True),
+        Measure("temperature", 1, heat, heat + 5.0, 5.0, 2.0, 0.03),
     )
 
 
@@ -272,13 +272,20 @@ def _find(measure: Measure, readings: Readings, canary: Mask, sequence: float, p
     verdict = Verdict.UNSURE
     if worse(change, variance, measure, sequence, planned).all():
         verdict = Verdict.WORSE
-    elif not measure.blocks or fine(change, variance, measure).all():
+    elif not measure.blocks or (fine(change, variance, measure).all() and _could_fall(measure, found)):
         verdict = Verdict.FINE
     text = _words(measure, found, error, canary, readings.weight)
     if verdict is Verdict.UNSURE:
         limit = _shown(measure, measure.excluded, signed=True)
         text += f", which does not exclude a change for the worse of {limit}"
     return Finding(measure.name, verdict, text, change, error, odds)
+
+
+def _could_fall(measure: Measure, found: Contrast) -> bool:
+    """Whether a loss as large as what is excluded could show at all: where nobody's answers are ever right, as texts in
+    other words than the teacher's are, it could not, and a pass would mean nothing."""
+    levels = (float(found.canary), float(found.control))
+    return measure.sign > 0 or any(level > measure.excluded for level in levels)
 
 
 def _words(measure: Measure, found: Contrast, error: float, canary: Mask, weight: Values) -> str:

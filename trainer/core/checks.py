@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +55,31 @@ def minimum(name: str, value: float | None, bound: float, text: str) -> Check:
 def maximum(name: str, value: float | None, bound: float, text: str) -> Check:
     """A number that must be at most `bound`."""
     return number(name, value, bound, lambda v: v <= bound, f"{text} (at most)")
+
+
+class Parity(Protocol):
+    """What an export differs by from what it was made of: `value` of `what`, within `tolerance` or not."""
+
+    @property
+    def what(self) -> str: ...
+    @property
+    def value(self) -> float: ...
+    @property
+    def tolerance(self) -> float: ...
+    @property
+    def passed(self) -> bool: ...
+
+
+def parity_checks(found: Sequence[Parity]) -> list[Check]:
+    """Each comparison of an exported file with what it was made of; none at all fails."""
+    if not found:
+        return [Check("parity", False, None, None, "the exported file was compared with nothing that it was made of")]
+    checks = []
+    for each in found:
+        # Several metrics of one thing are told apart by theirs.
+        what = " ".join(filter(None, (each.what, getattr(each, "metric", ""))))
+        known = math.isfinite(each.value)
+        text = f"export against what it was made of, {what}: {each.value:.4g}, tolerance {each.tolerance:g}"
+        value = each.value if known else None
+        checks.append(Check(f"parity ({what})", bool(each.passed) and known, value, each.tolerance, text))
+    return checks

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.core.checks import Check, Verdict, maximum, minimum
+from trainer.core.checks import Check, Parity, Verdict, maximum, minimum, parity_checks
 from trainer.core.evaluation import Evaluation
 from trainer.core.paired import chance_of_gain, class_drops, gain_low
 from trainer.core.targets import Footprint, Target, target_checks
@@ -32,6 +31,9 @@ __all__ = [
 ]
 
 NAMED_MAX = 8  # classes that one reason names
+
+
+CALIBRATION_FIX = "100 labelled images or more that trained nothing; give more with models.NAME.calibration"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +68,6 @@ class Rules:
                 raise ValueError(f"{name} = {getattr(self, name)}: use a number from {bound} on")
 
 
-class Parity(Protocol):
-    """What an export differs by from what it was made of: `value` of `what`, within `tolerance` or not."""
-
-    @property
-    def what(self) -> str: ...
-    @property
-    def value(self) -> float: ...
-    @property
-    def tolerance(self) -> float: ...
-    @property
-    def passed(self) -> bool: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """All that was measured of one release. `target` is the holdout of the work as it is now (shifted and clean),
@@ -93,7 +82,7 @@ class Evidence:
     export_before: float | None = None  # `Evaluation.quality` of the file before quantisation
     export_after: float | None = None  # and of the file that ships, on the same images
     failures: tuple[str, ...] = ()  # why something could not be measured: the model does not load, answers NaN
-    parity: Sequence[Parity] | None = None  # None: this export is compared by `export_before` alone
+    parity: Sequence[Parity] = ()  # none: the export was compared with nothing, which is refused
     model_bytes: int | None = None  # of the file that ships
     footprints: tuple[Footprint, ...] = ()  # one for each target
 
@@ -133,7 +122,7 @@ def judge(
         _boxes_check("base", candidate.base, rules),
         minimum("f1", _f1(candidate.target), rules.f1_min, f"{_figure(candidate.target)} on the target holdout"),
         _export_check(candidate, rules),
-        *_parity_checks(candidate),
+        *parity_checks(candidate.parity),
         *_calibration_checks(candidate, rules),
     ]
     if current is not None:
@@ -183,10 +172,9 @@ def _holdout_checks(holdout: Holdout, rules: Rules) -> list[Check]:
         maximum("disjoint", shared, 0, "images of the holdout that were trained on"),
         minimum("training_known", len(holdout.training), 1, "images known to have been trained on"),
     ]
-    if holdout.near_duplicates is not None:
-        near, text = len(frozen & holdout.near_duplicates), "images of the holdout that are nearly ones trained on"
-        checks.append(maximum("near_duplicates", near, rules.near_duplicates_max, text))
-    return checks
+    near = None if holdout.near_duplicates is None else len(frozen & holdout.near_duplicates)
+    text = "images of the holdout that are nearly ones trained on"
+    return [*checks, maximum("near_duplicates", near, rules.near_duplicates_max, text)]
 
 
 def _measured_check(what: str, evaluation: Evaluation | None, images: frozenset[str]) -> Check:
@@ -226,22 +214,6 @@ def _export_check(candidate: Evidence, rules: Rules) -> Check:
     return maximum("export", drop, rules.export_drop_max, f"{what} lost between the exported and the quantised file")
 
 
-def _parity_checks(candidate: Evidence) -> list[Check]:
-    if candidate.parity is None:
-        return []
-    if not candidate.parity:
-        return [Check("parity", False, None, None, "the exported file was compared with nothing that it was made of")]
-    checks = []
-    for each in candidate.parity:
-        # Several metrics of one thing are told apart by theirs.
-        what = " ".join(filter(None, (each.what, getattr(each, "metric", ""))))
-        known = math.isfinite(each.value)
-        text = f"export against what it was made of, {what}: {each.value:.4g}, tolerance {each.tolerance:g}"
-        value = each.value if known else None
-        checks.append(Check(f"parity ({what})", bool(each.passed) and known, value, each.tolerance, text))
-    return checks
-
-
 def _calibration_checks(candidate: Evidence, rules: Rules) -> list[Check]:
     method = candidate.calibration_method
     fitted = Check(
@@ -249,9 +221,12 @@ def _calibration_checks(candidate: Evidence, rules: Rules) -> list[Check]:
         method != "uncalibrated",
         method,
         "fitted",
-        f"calibration is {method!r}, it must be fitted on data",
+        f"calibration is {method!r}, it must be fitted on data: {CALIBRATION_FIX}",
     )
-    return [fitted, maximum("calibration", candidate.calibration_ece, rules.ece_max, "expected calibration error")]
+    error = "expected calibration error"
+    if candidate.calibration_ece is None:
+        error += f" ({CALIBRATION_FIX})"
+    return [fitted, maximum("calibration", candidate.calibration_ece, rules.ece_max, error)]
 
 
 def _differs(name: str, what: str, candidate: str, current: str) -> Check:

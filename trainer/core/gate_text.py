@@ -7,14 +7,15 @@ should say. exp(loss) is the perplexity. For pairs (DPO) it is how much likelier
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.core.checks import Check, Verdict, maximum, minimum
+from trainer.core.checks import Check, Parity, Verdict, maximum, minimum, parity_checks
+from trainer.core.crossed import Crossed
 from trainer.core.targets import Footprint, Target, target_checks
 
 
@@ -29,14 +30,45 @@ class Rules:
     base_parity_max: float = (
         0.25  # a token: between the base that devices run, which may be quantised, and the checkpoint
     )
+    matching_pairs_min: int = (
+        5  # of examples with different answers, by which it shows that they follow from the questions
+    )
+    matching_kept_min: float = 0.9  # share of the base's lead that an adapter must surely not have fallen below
     preferred_min: float = 0.5  # share of pairs of which the wanted answer is the likelier one, whatever it was before
     wanted_drop_max: float = 0.2  # a token: pairs may make the wanted answer itself so much less likely
+    kept_examples_min: int = 10  # of what must not be forgotten; 0: nobody has to look, what is there is looked at
     forget_max: float = 0.05  # a token: so much worse may the answers become that must not be forgotten
     near_duplicates_max: int = 0
     calibration_items_min: int = 0  # 0: an adapter may go out uncalibrated; devices then trust none of its answers
     ece_max: float = 0.1
     latency_ratio_max: float = 2.0
     latency_slack_ms: float = 50.0  # of an answer: so much longer than before is never too slow
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _ALLOWED.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} = {getattr(self, name)}: use a number from {low:g} to {high:g}")
+
+
+# Key of Rules -> its smallest and largest value: a bound that would bound nothing is none.
+_ALLOWED: Mapping[str, tuple[float, float]] = {
+    "examples_min": (1, 1_000_000),
+    "gain_confidence": (0.5, 0.9999),
+    "bootstrap_draws": (100, 1_000_000),
+    "parity_max": (0, 1),
+    "base_parity_max": (0, 2),
+    "matching_pairs_min": (5, 1_000_000),
+    "matching_kept_min": (0, 1),
+    "preferred_min": (0, 1),
+    "wanted_drop_max": (0, 2),
+    "kept_examples_min": (0, 1_000_000),
+    "forget_max": (0, 2),
+    "near_duplicates_max": (0, 1_000_000),
+    "calibration_items_min": (0, 1_000_000),
+    "ece_max": (0, 1),
+    "latency_ratio_max": (0, 1000),
+    "latency_slack_ms": (0, 3_600_000),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +107,13 @@ class Scores:
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """All that was measured. `base` is the whole model without adapter, `current` the adapter that was released last, if
-    any. `kept_*` are the scores on what must not be forgotten, where such a set is configured (`keeps`). None means: not
+    any. `kept_out` are the examples of what must not be forgotten (the base set), `kept*` the scores on it. None means: not
     measured. Hashes are of the adapters' files; `checkpoint_*` are losses a token of the checkpoint on some examples, and
-    `shipped_*` those of the shipped files on the same. `near_duplicates`: held-out examples that ask nearly what one that
-    trained or calibrated asks. `latency_ms`: of an answer of a fixed length; `before_*` is the current adapter's, the bare
-    base's where there is none. `model_bytes`: of base and adapter together."""
+    `shipped_*` those of the shipped files on the same. `parity`: the logits of the adapter that ships beside those of the
+    trained one, on a base that nothing rounds; none: nobody compared, which is refused. `near_duplicates`: held-out examples
+    that ask nearly what one that trained or calibrated asks. `matching`, `base_matching`: the leads of answers to their own
+    questions over exchanged ones. `latency_ms`: of an answer of a fixed length; `before_*` is the
+    current adapter's, the bare base's where there is none. `model_bytes`: of base and adapter together."""
 
     held_out: frozenset[str]
     trained: frozenset[str]
@@ -94,7 +128,10 @@ class Evidence:
     checkpoint_adapter: float | None = None
     shipped_base: float | None = None
     shipped_adapter: float | None = None
-    keeps: bool = False
+    parity: Sequence[Parity] = ()
+    matching: Crossed | None = None
+    base_matching: Crossed | None = None
+    kept_out: frozenset[str] = frozenset()
     kept: Scores | None = None
     kept_base: Scores | None = None
     near_duplicates: frozenset[str] | None = None
@@ -114,10 +151,13 @@ def judge(found: Evidence, rules: Rules, rng: np.random.Generator, targets: Sequ
     `rng` drives the paired bootstrap over examples (Efron & Tibshirani 1993, chapter 13); `targets` are the profiles of
     the devices that it is for.
     """
+    apart = found.held_out | found.kept_out
     checks = [
         minimum("holdout_examples", len(found.held_out), rules.examples_min, "held-out examples"),
+        minimum("base_examples", len(found.kept_out), rules.kept_examples_min,
+                "examples of what must not be forgotten (`trainer holdout freeze MODEL --set base --from FILE`)"),
         minimum("training_known", len(found.trained), 1, "examples known to have been trained on"),
-        maximum("disjoint", len(found.held_out & found.trained), 0, "held-out examples that were trained on"),
+        maximum("disjoint", len(apart & found.trained), 0, "held-out examples that were trained on"),
         _near_check(found, rules),
         _measured("candidate", found.candidate, found.held_out),
         _measured("base", found.base, found.held_out),
@@ -126,7 +166,10 @@ def judge(found: Evidence, rules: Rules, rng: np.random.Generator, targets: Sequ
                  "nats a token between the base release and the checkpoint that the adapter was trained on"),
         maximum("export", _less(found.shipped_adapter, _moved(found)), rules.parity_max,
                  "nats a token lost between the trained adapter and the one that ships"),
+        *parity_checks(found.parity),
     ]  # fmt: skip
+    if not found.pairs:  # whose two answers are to the same question
+        checks += _matching_checks(found, rules, rng)
     if found.pairs:
         drop = _less(_loss(found.candidate), _loss(found.base))
         checks += [
@@ -147,13 +190,50 @@ def judge(found: Evidence, rules: Rules, rng: np.random.Generator, targets: Sequ
     checks += target_checks(
         targets, found.model_bytes, found.footprints, found.before_footprints, rules.latency_ratio_max
     )
-    if found.keeps:
-        same = (
-            found.kept is not None and found.kept_base is not None and found.kept.examples == found.kept_base.examples
-        )
-        drop = _less(_loss(found.kept), _loss(found.kept_base)) if same else None
-        checks.append(maximum("forgetting", drop, rules.forget_max, "nats a token lost on what must not be forgotten"))
+    checks += _forgetting_checks(found, rules)
     return Verdict(tuple(checks))
+
+
+def _matching_checks(found: Evidence, rules: Rules, rng: np.random.Generator) -> list[Check]:
+    """A gain may be nothing but the look of the answers: one that was trained on shuffled ones has it too."""
+    new, old = found.matching, found.base_matching
+    text = "nats that held-out answers lead by when asked their own questions and not each other's"
+    count = 0 if new is None else len(new.leads)
+    checks = [
+        minimum("matching_pairs", count, rules.matching_pairs_min, "pairs of held-out examples with different answers")
+    ]
+    if new is None or old is None or not count or new.pairs != old.pairs or len(old.leads) != count:
+        return [*checks, Check("matching", False, None, 0.0, f"{text}: not measured, or not on the same pairs")]
+    kept = [a - rules.matching_kept_min * b for a, b in zip(new.leads, old.leads, strict=True)]
+    if not all(math.isfinite(each) for each in (*new.leads, *kept)):
+        return [*checks, Check("matching", False, None, 0.0, f"{text}: a score is no number")]
+    each = [1.0] * count
+    lead, low = gain_interval(new.leads, each, rules, rng)
+    before = sum(old.leads) / count
+    # Turned round: the upper end of the interval of what is left above the bound.
+    high = -gain_interval([-value for value in kept], each, rules, rng)[1]
+    sure = f"{rules.gain_confidence:.0%} sure of"
+    return [
+        *checks,
+        Check("matching", low > 0, low, 0.0, f"{text} {lead:.3f}, {sure} more than {low:.3f}, must be above 0"),
+        Check("matching (base)", high >= 0, lead, rules.matching_kept_min * before,
+              f"{text} {lead:.3f}, the bare base's {before:.3f}; must not surely be below {rules.matching_kept_min:.0%} "
+              f"of that, {sure} no more than {high:+.3f} above it"),
+    ]  # fmt: skip
+
+
+def _forgetting_checks(found: Evidence, rules: Rules) -> list[Check]:
+    """Against the bare base, not the adapter before: what each one loses a little of would be gone after many."""
+    if not found.kept_out and not rules.kept_examples_min:
+        return []
+    new, old = found.kept, found.kept_base
+    same = new is not None and old is not None and (new.examples, new.tokens) == (old.examples, old.tokens)
+    drop = _less(_loss(new), _loss(old)) if same else None
+    return [
+        _measured("candidate, base set", new, found.kept_out),
+        _measured("base, base set", old, found.kept_out),
+        maximum("forgetting", drop, rules.forget_max, "nats a token lost on what must not be forgotten"),
+    ]
 
 
 def gain_interval(gains: Sequence[float], weights: Sequence[float], rules: Rules, rng: np.random.Generator) -> Any:
@@ -230,7 +310,8 @@ def _distance(first: float | None, second: float | None) -> float | None:
 
 
 def _near_check(found: Evidence, rules: Rules) -> Check:
-    near = None if found.near_duplicates is None else len(found.held_out & found.near_duplicates)
+    apart = found.held_out | found.kept_out
+    near = None if found.near_duplicates is None else len(apart & found.near_duplicates)
     text = "held-out examples that ask nearly what one that trained or calibrated asks"
     return maximum("near_duplicates", near, rules.near_duplicates_max, text)
 

@@ -41,7 +41,10 @@ class Message:
 
 def wanted(kinds: Iterable[str], kind: str) -> bool:
     """Whether people are told of events of this kind; `*` at the beginning or the end of a pattern stands for anything."""
-    return any(_fits(pattern, kind) for pattern in kinds)
+    # `*` alone means every event of the trainer: what devices call theirs is their own affair.
+    return any(
+        _fits(pattern, kind) for pattern in kinds if pattern.startswith("device:") or not kind.startswith("device:")
+    )
 
 
 def _fits(pattern: str, kind: str) -> bool:

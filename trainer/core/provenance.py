@@ -7,7 +7,6 @@ A label is a list of `{"label", "box": [x1, y1, x2, y2]}`, of `{"text"}`, or `{"
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,9 +48,13 @@ def refusal(model: str, provenance: Mapping[str, Any], confidence_min: float) ->
 
 
 def confidence_of(provenance: Mapping[str, Any]) -> float:
-    """How sure who labelled is; 1 where nothing is said (a person), 0 for what is no number."""
-    value = provenance.get("confidence", 1.0)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """How sure who labelled is; 1 where nothing is said (a person), 0 for what is no number from 0 to 1."""
+    return sureness(provenance.get("confidence", 1.0))
+
+
+def sureness(value: Any) -> float:
+    """A confidence that somebody told; 0 for what is no number from 0 to 1."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1  # NaN is not
     return float(value) if number else 0.0
 
 

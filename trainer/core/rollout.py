@@ -1,4 +1,4 @@
-"""The life of a rollout, as a table: (phase, event) -> (phase, effects), and what turns observations into its events.
+"""The life of a rollout: its state, what turns observations into events, and what the table (`rollout_table`) makes of them.
 
 The coordinator saves the new state and what its effects ask for (desired states, the fate of samples) in one
 transaction, so that a restart finds both or neither. Time is an argument. A canary passes on evidence only: too little of
@@ -8,119 +8,32 @@ it extends the watch, and then holds the rollout for a person.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from hashlib import sha256
 from typing import Any
 
 from trainer.core.canary import Judgement, Verdict
 from trainer.core.rollout_rules import RolloutRules as RolloutRules
+from trainer.core.rollout_table import TABLE as TABLE
+from trainer.core.rollout_table import Effect as Effect
+from trainer.core.rollout_table import Event as Event
+from trainer.core.rollout_table import Phase as Phase
 
-
-class Phase(StrEnum):
-    """Where a rollout stands."""
-
-    PENDING = "pending"
-    CANARY = "canary"  # the devices of a step are being given the release
-    WATCHING = "watching"  # they run it, and are compared with the others
-    ROLLING = "rolling"  # everybody is being given it
-    DONE = "done"
-    ABORTING = "aborting"  # everybody who was given it is being given the previous release
-    ABORTED = "aborted"
-    HELD = "held"  # waits for a person
-    PAUSED = "paused"  # by a person: nobody else is given it, and no watch ends
-
-
-class Event(StrEnum):
-    """What happened to it."""
-
-    START = "start"
-    ROOM = "room"  # further devices may be on their way
-    CANARY_RUNNING = "canary_running"  # every device of the step committed the release
-    DEVICE_FAILED = "device_failed"  # too many devices reverted or could not install it
-    STALLED = "stalled"  # devices of the step did not get there in time
-    SAMPLED = "sampled"  # the planned audits are there
-    STEP_PASSED = "step_passed"  # not worse, and a further step comes before everybody
-    BETTER_OR_SAME = "better_or_same"
-    WORSE = "worse"
-    TOO_LITTLE = "too_little"  # evidence, and the watch may be extended
-    UNDECIDED = "undecided"  # too little evidence, and no extension left
-    ALL_SETTLED = "all_settled"  # no reachable device is still on its way
-    CAME_BACK = "came_back"  # who was away at the end got there too
-    PAUSE = "pause"
-    RESUME = "resume"
-    ABORT = "abort"
-    PROMOTE = "promote"  # a person says: go on
-
-
-class Effect(StrEnum):
-    """What to do about it; all idempotent."""
-
-    DESIRE = "desire"  # tell those whom `told` has gained
-    RESTORE = "restore"  # previous release back to whoever was given this one
-    AUDIT_MORE = "audit_more"  # canaries and the others have more answers checked, for as long as the watch needs it
-    AUDIT_BACK = "audit_back"  # as before
-    CONFIRM = "confirm"  # the samples that trained it are used up
-    GIVE_BACK = "give_back"  # the samples that trained it may train again
-    ANNOUNCE = "announce"
-
+NAMED_MAX = 20  # devices named in a reason
+TOLD_MIN = 20  # failures are a share of those who were told, and of so many where fewer were told
 
 P, E, F = Phase, Event, Effect
 
-_BACK = (P.ABORTING, (F.AUDIT_BACK, F.RESTORE, F.ANNOUNCE))
-_HOLD = (P.HELD, (F.AUDIT_BACK, F.ANNOUNCE))
-_GO = (P.ROLLING, (F.AUDIT_BACK, F.DESIRE, F.ANNOUNCE))
-_PAUSE = (P.PAUSED, (F.ANNOUNCE,))
-
-# The phase None: the one in which it was paused.
-TABLE: dict[tuple[Phase, Event], tuple[Phase | None, tuple[Effect, ...]]] = {
-    (P.PENDING, E.START): (P.CANARY, (F.DESIRE, F.ANNOUNCE)),
-    (P.PENDING, E.ABORT): (P.ABORTED, (F.GIVE_BACK, F.ANNOUNCE)),
-    #
-    (P.CANARY, E.ROOM): (P.CANARY, (F.DESIRE,)),
-    (P.CANARY, E.CANARY_RUNNING): (P.WATCHING, (F.AUDIT_MORE, F.ANNOUNCE)),
-    (P.CANARY, E.DEVICE_FAILED): _BACK,
-    (P.CANARY, E.STALLED): _HOLD,
-    (P.CANARY, E.PAUSE): _PAUSE,
-    (P.CANARY, E.ABORT): _BACK,
-    #
-    (P.WATCHING, E.SAMPLED): (P.WATCHING, (F.AUDIT_BACK,)),
-    (P.WATCHING, E.STEP_PASSED): (P.CANARY, (F.AUDIT_BACK, F.DESIRE, F.ANNOUNCE)),
-    (P.WATCHING, E.BETTER_OR_SAME): _GO,
-    (P.WATCHING, E.WORSE): _BACK,
-    (P.WATCHING, E.DEVICE_FAILED): _BACK,
-    (P.WATCHING, E.TOO_LITTLE): (P.WATCHING, (F.AUDIT_MORE, F.ANNOUNCE)),
-    (P.WATCHING, E.UNDECIDED): _HOLD,
-    (P.WATCHING, E.PAUSE): _PAUSE,
-    (P.WATCHING, E.ABORT): _BACK,
-    (P.WATCHING, E.PROMOTE): _GO,
-    #
-    (P.ROLLING, E.ROOM): (P.ROLLING, (F.DESIRE,)),
-    (P.ROLLING, E.ALL_SETTLED): (P.DONE, (F.CONFIRM, F.ANNOUNCE)),
-    (P.ROLLING, E.DEVICE_FAILED): _BACK,
-    (P.ROLLING, E.PAUSE): _PAUSE,
-    (P.ROLLING, E.ABORT): _BACK,
-    #
-    (P.HELD, E.PROMOTE): _GO,
-    (P.HELD, E.WORSE): _BACK,
-    (P.HELD, E.DEVICE_FAILED): _BACK,
-    (P.HELD, E.ABORT): _BACK,
-    #
-    (P.PAUSED, E.RESUME): (None, (F.ANNOUNCE,)),
-    (P.PAUSED, E.WORSE): _BACK,
-    (P.PAUSED, E.DEVICE_FAILED): _BACK,
-    (P.PAUSED, E.ABORT): _BACK,
-    #
-    (P.ABORTING, E.ALL_SETTLED): (P.ABORTED, (F.GIVE_BACK, F.ANNOUNCE)),
-    #
-    (P.DONE, E.ROOM): (P.DONE, (F.DESIRE,)),
-    (P.DONE, E.CAME_BACK): (P.DONE, (F.ANNOUNCE,)),
-    (P.ABORTED, E.CAME_BACK): (P.ABORTED, (F.ANNOUNCE,)),
-}
 
 ENDED = frozenset({P.DONE, P.ABORTED})
 OPEN = frozenset(Phase) - ENDED
+# What became of the canary, by the event that said so, else by the phase; of all others it stays.
+_RESULTS: dict[Phase | Event, str] = {
+    E.BETTER_OR_SAME: "passed", E.PROMOTE: "promoted",
+    P.HELD: "held", P.ABORTING: "aborting", P.ABORTED: "aborted",
+}  # fmt: skip
 _GIVING = frozenset({P.CANARY, P.ROLLING, P.DONE})  # who is in reach and has not been told may be told now
 
 
@@ -130,7 +43,9 @@ class Rollout:
 
     `devices` is the fleet at its start, in the order in which it is reached: the first `cohorts[n]` of them are step n.
     `told`: whom it was given to, and when. `raised`: device -> pipeline -> the policy that was told before, and what was
-    added to it. `left`: who was away at the end.
+    added to it. `stalled`: who did not get there in time while rolling, and was said to. `left`: who was away at the end.
+    `adapters`: device -> the adapter that it had on the model before, where a new model takes that off.
+    `result`: what became of the canary; empty before that.
     """
 
     id: str
@@ -147,13 +62,24 @@ class Rollout:
     reason: str = ""
     told: Mapping[str, float] = field(default_factory=dict)
     raised: Mapping[str, Any] = field(default_factory=dict)
+    stalled: tuple[str, ...] = ()
+    planned: int = 0  # audits of canaries that this watch goes for; 0: as many as the rules say
     left: tuple[str, ...] = ()
+    result: str = ""
     judged: Mapping[str, Any] = field(default_factory=dict)  # the last look at the canary, for people
+    adapters: Mapping[str, Any] = field(default_factory=dict)
+    part: str = (
+        "models"  # what it changes of a device's desired state: the slot's model, or in `adapters` what is on it
+    )
 
     @property
     def canary(self) -> tuple[str, ...]:
         """The devices that this step is judged by."""
-        return self.devices[: self.cohorts[min(self.stage, len(self.cohorts) - 2)]]
+        return self.canary_of(self.stage)
+
+    def canary_of(self, stage: int) -> tuple[str, ...]:
+        """The devices that a step is judged by, from 0."""
+        return self.devices[: self.cohorts[min(stage, len(self.cohorts) - 2)]]
 
     @property
     def reach(self) -> tuple[str, ...]:
@@ -166,20 +92,20 @@ class Rollout:
         return tuple(device for device in self.devices if device in self.told)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` reads it back."""
-        return asdict(self)
+        """JSON-able; `from_dict` reads it back. Not copied to its depths: a fleet may have 100 000 devices."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Rollout:
         """The rollout that `to_dict` wrote; raises TypeError or KeyError for another form."""
-        fields = dict(values)
-        if "cohorts" not in fields:
-            fields = _upgraded(fields)
-        for name in ("devices", "cohorts", "left"):
-            fields[name] = tuple(fields[name])
-        fields["phase"] = Phase(fields["phase"])
-        fields["paused_in"] = Phase(fields["paused_in"]) if fields["paused_in"] else None
-        return cls(**fields)
+        given = dict(values)
+        if "cohorts" not in given:
+            given = _upgraded(given)
+        for name in ("devices", "cohorts", "left", "stalled"):
+            given[name] = tuple(given.get(name, ()))
+        given["phase"] = Phase(given["phase"])
+        given["paused_in"] = Phase(given["paused_in"]) if given["paused_in"] else None
+        return cls(**given)
 
 
 class Outcome(StrEnum):
@@ -190,6 +116,7 @@ class Outcome(StrEnum):
     OFFLINE = "offline"  # on the way, and not reachable
     FAILED = "failed"
     PINNED = "pinned"  # a person keeps it on another release: it is waited for no more than it is counted
+    GONE = "gone"  # removed, or its certificate is revoked: the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,20 +162,27 @@ def step(
         return rollout, ()
     target, effects = row
     phase = target or rollout.paused_in or rollout.phase
+    if target is None and phase is not P.WATCHING:
+        effects = tuple(each for each in effects if each is not F.AUDIT_MORE)
     after = replace(rollout, phase=phase, since=rollout.since if phase is rollout.phase else now)
+    after = replace(after, result=_RESULTS.get(event, _RESULTS.get(phase, after.result)))
     if event not in (E.ROOM, E.SAMPLED):
         after = replace(after, reason=reason)
     watch_s = rules.watches[min(rollout.stage, len(rules.watches) - 1)]
     if event is E.CANARY_RUNNING:
-        after = replace(after, watch_from=now, watch_until=now + watch_s, extended=0)
+        after = replace(after, watch_from=now, watch_until=now + watch_s, extended=0, judged={})
     elif event is E.TOO_LITTLE:
         after = replace(after, extended=rollout.extended + 1, watch_until=now + watch_s)
     elif event is E.STEP_PASSED:
         after = replace(after, stage=rollout.stage + 1, watch_from=0.0, watch_until=0.0, extended=0)
+    elif event is E.LAGGING:
+        after = replace(after, stalled=_stalled(rollout, fleet or {}, rules, now))
     elif phase is P.ROLLING and rollout.phase is not P.PAUSED:
         after = replace(after, stage=len(rollout.cohorts) - 1)
     elif event is E.PAUSE:
         after = replace(after, paused_in=rollout.phase)
+    elif event is E.RESUME and rollout.phase is P.HELD:
+        after = replace(after, watch_from=0.0, watch_until=0.0, extended=0, result="")
     elif event is E.RESUME:
         # What the watch still had to go when it was paused, it has to go now.
         rest = max(0.0, rollout.watch_until - rollout.since) if phase is P.WATCHING else 0.0
@@ -261,20 +195,27 @@ def step(
     return after, effects
 
 
+def join(rollout: Rollout, names: Iterable[str]) -> Rollout:
+    """The rollout, which is over, with devices that came later at the end of its order: each is told as who was away is."""
+    new = tuple(name for name in names if name not in frozenset(rollout.devices))
+    cohorts = (*rollout.cohorts[:-1], len(rollout.devices) + len(new))
+    return replace(rollout, devices=rollout.devices + new, cohorts=cohorts, left=rollout.left + new)
+
+
 def admitted(rollout: Rollout, fleet: Mapping[str, Outcome], rules: RolloutRules, now: float) -> tuple[str, ...]:
     """Who is told next: in the rollout's order, those in reach, as many as may be on their way at once.
 
     Who is away is told when he comes back, except a canary: the step waits for it, and its desired state waits at the
-    broker. Who went away on its way counts as on its way for as long as an installation may take.
+    broker. Who is on its way, or went away on it, counts for as long as an installation may take.
     """
-    waiting = [device for device in rollout.reach if device not in rollout.told]
+    waiting = [name for name in rollout.reach if name not in rollout.told and fleet.get(name) is not Outcome.GONE]
     if rollout.phase is not P.CANARY:
         waiting = [device for device in waiting if fleet.get(device) is not Outcome.OFFLINE]
     if rules.disruption_max <= 0:
         return tuple(waiting)
+    underway = (Outcome.ON_THE_WAY, Outcome.OFFLINE)
     busy = sum(
-        fleet.get(device) is Outcome.ON_THE_WAY
-        or (fleet.get(device, Outcome.OFFLINE) is Outcome.OFFLINE and now - at < rules.install_s_max)
+        fleet.get(device, Outcome.OFFLINE) in underway and now - at < rules.install_s_max
         for device, at in rollout.told.items()
     )
     return tuple(waiting[: max(0, rules.disruption_max - busy)])
@@ -283,8 +224,7 @@ def admitted(rollout: Rollout, fleet: Mapping[str, Outcome], rules: RolloutRules
 def observe(rollout: Rollout, seen: Observation, rules: RolloutRules, now: float) -> tuple[Event, str] | None:
     """The event that the observation amounts to in this phase, with its reason; None when there is nothing to do."""
     if rollout.phase is P.PENDING:
-        names = ", ".join(rollout.canary[:5]) + (", ..." if len(rollout.canary) > 5 else "")
-        return E.START, f"canary: {len(rollout.canary)} of {len(rollout.devices)} devices: {names}"
+        return E.START, f"canary: {len(rollout.canary)} of {len(rollout.devices)} devices: {_named(rollout.canary, 5)}"
     if rollout.phase in (P.CANARY, P.WATCHING, P.ROLLING, P.HELD, P.PAUSED):
         failed = _too_many_failed(rollout, seen, rules)
         if failed is not None:
@@ -302,7 +242,9 @@ def observe(rollout: Rollout, seen: Observation, rules: RolloutRules, now: float
     if rollout.phase is P.WATCHING:
         return _observe_watch(rollout, seen.judged, rules, now)
     if rollout.phase in (P.ROLLING, P.ABORTING):
-        return _observe_settled(rollout, seen)
+        return _observe_settled(rollout, seen, rules, now)
+    if rollout.phase is P.PAUSED and rollout.raised:  # by a version that did not take it back at the pause
+        return E.SAMPLED, "no watch goes on"
     if rollout.phase in ENDED and rollout.left:
         return _observe_left(rollout, seen)
     return None
@@ -315,7 +257,7 @@ def look_of(rollout: Rollout, now: float) -> int | None:
 
 
 def _observe_watch(rollout: Rollout, judged: Judgement, rules: RolloutRules, now: float) -> tuple[Event, str] | None:
-    planned = rules.canary.audits_planned
+    planned = max(rules.canary.audits_planned, rollout.planned)
     if now < rollout.watch_until:
         if rollout.raised and judged.audited >= planned:
             return E.SAMPLED, f"{judged.audited} of {planned} planned audits are there"
@@ -334,7 +276,7 @@ def _too_many_failed(rollout: Rollout, seen: Observation, rules: RolloutRules) -
     of_canary = [device for device in failed if device in canary]
     if (
         len(of_canary) <= rules.canary_failed_fraction_max * len(canary)
-        and len(failed) <= rules.failed_fraction_max * len(rollout.devices)
+        and len(failed) <= rules.failed_fraction_max * min(len(rollout.devices), max(len(rollout.told), TOLD_MIN))
     ):  # fmt: skip
         return None
     first = (of_canary or failed)[0]
@@ -342,30 +284,40 @@ def _too_many_failed(rollout: Rollout, seen: Observation, rules: RolloutRules) -
 
 
 def _observe_canary(rollout: Rollout, seen: Observation, rules: RolloutRules, now: float) -> tuple[Event, str] | None:
-    settled = (Outcome.RUNNING, Outcome.PINNED)
+    settled = (Outcome.RUNNING, Outcome.PINNED, Outcome.GONE)
     outcomes = {device: seen.outcomes.get(device) for device in rollout.canary}
     # A failure that is not yet too many is not waited for: it does not run the release, and does not count as if it did.
     waiting = [name for name, found in outcomes.items() if found not in settled and found is not Outcome.FAILED]
     if not waiting and Outcome.RUNNING not in outcomes.values():
-        return E.STALLED, f"every canary is pinned to another release: {', '.join(rollout.canary)}"
+        return E.STALLED, f"every canary is removed or pinned to another release: {_named(rollout.canary)}"
     if not waiting:
         running = [name for name, found in outcomes.items() if found is Outcome.RUNNING]
         return E.CANARY_RUNNING, f"{len(running)} of {len(rollout.canary)} canaries run {rollout.release}; watching"
     latest = max([rollout.since, *(rollout.told.get(device, 0.0) for device in waiting)])
     if now - latest > rules.install_s_max:
-        return E.STALLED, f"{', '.join(waiting)} did not commit the release within {rules.install_s_max:.0f} s"
+        if len(waiting) <= rules.canary_failed_fraction_max * len(rollout.canary):
+            # Of thousands somebody is always away; who runs it is enough to judge it by.
+            count = sum(found is Outcome.RUNNING for found in outcomes.values())
+            return E.CANARY_RUNNING, (
+                f"{count} of {len(rollout.canary)} canaries run {rollout.release}, {len(waiting)} did not commit it "
+                f"within {rules.install_s_max:.0f} s; watching"
+            )
+        return E.STALLED, f"{_named(waiting)} did not commit the release within {rules.install_s_max:.0f} s"
     return None
 
 
-def _observe_settled(rollout: Rollout, seen: Observation) -> tuple[Event, str] | None:
+def _observe_settled(rollout: Rollout, seen: Observation, rules: RolloutRules, now: float) -> tuple[Event, str] | None:
     rolling = rollout.phase is P.ROLLING
     outcomes = [
         seen.outcomes.get(device, Outcome.OFFLINE) for device in (rollout.devices if rolling else rollout.given)
     ]
     untold = [name for name in rollout.devices if rolling and name not in rollout.told]
-    if Outcome.ON_THE_WAY in outcomes or any(
-        seen.outcomes.get(name, Outcome.OFFLINE) is not Outcome.OFFLINE for name in untold
+    stalled = _stalled(rollout, seen.outcomes, rules, now)
+    if outcomes.count(Outcome.ON_THE_WAY) > len(stalled) or any(
+        seen.outcomes.get(name, Outcome.OFFLINE) not in (Outcome.OFFLINE, Outcome.GONE) for name in untold
     ):
+        if rolling and not frozenset(stalled) <= frozenset(rollout.stalled):
+            return E.LAGGING, f"{_too_late(stalled, rules)}: waited for no longer; the others go on"
         return None
     running = outcomes.count(Outcome.RUNNING)
     what = "run the release" if rollout.phase is P.ROLLING else "are back on the previous release"
@@ -373,27 +325,54 @@ def _observe_settled(rollout: Rollout, seen: Observation) -> tuple[Event, str] |
     return E.ALL_SETTLED, (
         f"{running}/{len(outcomes)} {what}, {outcomes.count(Outcome.OFFLINE)} offline, "
         f"{outcomes.count(Outcome.FAILED)} failed, {outcomes.count(Outcome.PINNED)} pinned"
+        + (f", {outcomes.count(Outcome.GONE)} removed" if Outcome.GONE in outcomes else "")
+        + (f"; {_too_late(stalled, rules)}" if stalled else "")
         + (f"; {rollout.reason}" if rollout.phase is P.ABORTING else "")
     )
 
 
 def _observe_left(rollout: Rollout, seen: Observation) -> tuple[Event, str] | None:
-    """Those who were away at the end: each that has come back and got there is said once."""
+    """Those who were away at the end: each that has come back and got there, or will never, is said once."""
     away = (Outcome.OFFLINE, Outcome.ON_THE_WAY, None)
-    there = [name for name in rollout.left if name in rollout.told and seen.outcomes.get(name) not in away]
+    there = [
+        name
+        for name in rollout.left
+        if seen.outcomes.get(name) is Outcome.GONE or (name in rollout.told and seen.outcomes.get(name) not in away)
+    ]
     if not there:
         return None
     said = [f"{name} {seen.outcomes[name].value}" for name in there]
     where = "with the release" if rollout.phase is P.DONE else "with the previous release"
-    return E.CAME_BACK, f"back {where}: {', '.join(said)}; {len(rollout.left) - len(there)} are still away"
+    return E.CAME_BACK, f"back {where}: {_named(said)}; {len(rollout.left) - len(there)} are still away"
+
+
+def _stalled(rollout: Rollout, fleet: Mapping[str, Outcome], rules: RolloutRules, now: float) -> tuple[str, ...]:
+    """Who was told longer ago than an installation may take, and is there and still on the way."""
+    back = rollout.phase is P.ABORTING
+    return tuple(
+        name
+        for name, at in rollout.told.items()
+        if fleet.get(name) is Outcome.ON_THE_WAY and now - (rollout.since if back else at) > rules.install_s_max
+    )
+
+
+def _too_late(names: Sequence[str], rules: RolloutRules) -> str:
+    return f"{len(names)} did not get there within {rules.install_s_max:.0f} s: {_named(names)}"
+
+
+def _named(names: Sequence[str], shown: int = NAMED_MAX) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def _away(rollout: Rollout, fleet: Mapping[str, Outcome]) -> tuple[str, ...]:
     concerned = rollout.devices if rollout.phase is P.DONE else rollout.given
     away = (Outcome.OFFLINE, Outcome.ON_THE_WAY)
     return tuple(
-        name for name in concerned if name not in rollout.told or fleet.get(name, Outcome.OFFLINE) in away
-    )  # fmt: skip
+        name
+        for name in concerned
+        if fleet.get(name) is not Outcome.GONE
+        and (name not in rollout.told or fleet.get(name, Outcome.OFFLINE) in away)
+    )
 
 
 def _upgraded(fields: dict[str, Any]) -> dict[str, Any]:

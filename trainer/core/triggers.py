@@ -83,7 +83,8 @@ def decide(facts: Facts, rules: TriggerRules, now: float, wish: Wish = "") -> Fi
         return Wait(f"{facts.samples_new} new labelled samples, more than {rules.threshold} are needed")
     if facts.samples_new < rules.called:
         return Wait(f"{facts.samples_new} new labelled samples, {calls[0]} needs {rules.called}")
-    # A clock that was set back must not stop training for ever, so a last start in the future does not count.
+    # A clock that was set back must not stop training for ever, so a last start in the future does not count; who asks for
+    # the last one looks for it among those that are not in the future.
     if facts.last_started is not None and 0 <= now - facts.last_started < rules.minimum_interval_s:
         left_s = rules.minimum_interval_s - (now - facts.last_started)
         text = f"the last job started too recently: {left_s:.0f} s of the minimum interval are left"
@@ -107,7 +108,7 @@ def last_due(cron: str, zone: datetime.tzinfo | None, now: float) -> float:
     """The last time of a schedule at or before `now`, in seconds since the epoch; raises BadSchedule.
 
     `zone` None: this machine's local time. The clock on the wall counts: a time that a change to summer time leaves out
-    is due as the clock jumps over it, and one that comes twice in autumn is due once.
+    is due at the instant at which the clock jumps over it, and one that comes twice in autumn is due once.
     """
     from croniter import CroniterError, croniter  # here: a dry run does without it
 
@@ -118,7 +119,22 @@ def last_due(cron: str, zone: datetime.tzinfo | None, now: float) -> float:
         found: datetime.datetime = croniter(cron, minute).get_prev(datetime.datetime)
     except CroniterError as error:
         raise BadSchedule(f"schedule {cron!r}: no day fits it ({error}); for example {CRON!r}") from None
-    return found.replace(tzinfo=zone, fold=0).timestamp()
+    return _instant(found, zone)
+
+
+def _instant(wall: datetime.datetime, zone: datetime.tzinfo | None) -> float:
+    """When the clock on the wall first shows this time, or jumps over it."""
+    late = wall.replace(tzinfo=zone, fold=0).timestamp()
+    if datetime.datetime.fromtimestamp(late, zone).replace(tzinfo=None, fold=0) == wall:
+        return late
+    # It is never shown. By the offset after the jump it lies before the jump, by the one before it after.
+    early = math.floor(wall.replace(tzinfo=zone, fold=1).timestamp())
+    high = math.ceil(late)
+    while high - early > 1:
+        middle = (early + high) // 2
+        shown = datetime.datetime.fromtimestamp(middle, zone).replace(tzinfo=None, fold=0)
+        early, high = (middle, high) if shown < wall else (early, middle)
+    return float(high)
 
 
 def check_schedule(cron: str) -> None:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from edged.engines.base import EngineError, EngineOptions
 from edged.engines.causal import STEP_TOKENS_MAX, CausalModel
 from edged.engines.ort import Session
-from trainer.core.parity import TEXT_TOLERANCES, ParityReport, compare_logits, rows_of
+from trainer.core.parity import TEXT_TOLERANCES, Exported, ParityReport, compare_logits, rows_of
 from trainer.export.gguf import read_json
 from trainer.export.gguf_architectures import ExportError
 from trainer.export.parity import GOLDEN_TEXTS, load_checkpoint
@@ -54,18 +54,17 @@ def export_phi(checkpoint: Path, folder: Path, *, int8: bool = True) -> dict[str
 
     Needs no network. Raises ExportError naming what is wrong with the checkpoint, ParityFailed saying how far it is off.
     """
-    roles, report = export_phi_as(checkpoint, folder, "int8-dynamic" if int8 else "fp32")
-    report.check()
-    return roles
+    exported = export_phi_as(checkpoint, folder, "int8-dynamic" if int8 else "fp32").check()
+    return dict(exported.roles)
 
 
-def export_phi_as(
-    checkpoint: Path, folder: Path, precision: str, texts: Sequence[str] = GOLDEN_TEXTS
-) -> tuple[dict[str, str], ParityReport]:
-    """Write the checkpoint in `precision` (of PRECISIONS) into `folder`: the roles with their file names, and how far the
-    files are off on `texts` and made-up tokens.
+def export_phi_as(checkpoint: Path, folder: Path, precision: str, texts: Sequence[str] = GOLDEN_TEXTS) -> Exported:
+    """Write the checkpoint in `precision` (of PRECISIONS) into `folder`, with how far the files are off on `texts` and
+    made-up tokens.
 
-    fp16 has weights of half the size and computes as exactly as a GPU would; its inputs, outputs and cache stay float32.
+    A rounded file is judged in two steps: the fp32 file that it is made of, whose tolerances are tight, and what rounding
+    did to it. fp16 has weights of half the size and computes as exactly as a GPU would; its inputs, outputs and cache stay
+    float32.
     Raises ExportError naming what is wrong with the checkpoint.
     """
     if precision not in PRECISIONS:
@@ -79,20 +78,38 @@ def export_phi_as(
     model, tokenizer = _load(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     described = _describe(checkpoint, model, tokenizer)
+    given = [list(tokenizer(text)["input_ids"]) for text in texts]
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as scratch:
-        files = _trace(model, Path(scratch) / "fp32")
+        files, reports = _trace(model, Path(scratch) / "fp32"), []
+        if precision != "fp32":
+            whole = _beside_model(files, tokenizer, described)
+            reports.append(
+                _parity(model, described["max_position_embeddings"], files, whole, checkpoint, given, "fp32")
+            )
+            for role in ("tokenizer", "config"):
+                (files / whole[role]).unlink()
         if precision == "int8-dynamic":
             files = _quantise(files, Path(scratch) / "int8")
         elif precision == "fp16":
             files = convert_fp16(files / _MODEL, Path(scratch) / "fp16" / _MODEL).parent
-        roles = {"tokenizer": _TOKENIZER, "config": _CONFIG}
         for path in sorted(files.iterdir()):
             path.replace(folder / path.name)
-            roles["model" if path.name == _MODEL else "model_data"] = path.name
+    roles = _beside_model(folder, tokenizer, described)
+    reports.append(_parity(model, described["max_position_embeddings"], folder, roles, checkpoint, given, precision))
+    return Exported(roles, tuple(reports))
+
+
+def _beside_model(folder: Path, tokenizer: Any, described: dict[str, Any]) -> dict[str, str]:
+    """Write tokenizer and config beside a model in `folder`; the roles of all that is there."""
+    roles = {"model" if name == _MODEL else "model_data": name for name in sorted(_models(folder))}
     tokenizer.backend_tokenizer.save(str(folder / _TOKENIZER))
     write_whole(folder / _CONFIG, json.dumps(described, ensure_ascii=False, indent=1).encode())
-    given = [list(tokenizer(text)["input_ids"]) for text in texts]
-    return roles, _parity(model, described["max_position_embeddings"], folder, roles, checkpoint, given, precision)
+    return {"tokenizer": _TOKENIZER, "config": _CONFIG, **roles}
+
+
+def _models(folder: Path) -> list[str]:
+    """The names of a model's files in `folder`."""
+    return [path.name for path in folder.iterdir() if path.name.startswith(_MODEL)]
 
 
 def _load(checkpoint: Path) -> tuple[Any, Any]:

@@ -12,14 +12,16 @@ import numpy as np
 
 from edged.engines.base import Detector, EngineOptions, Image, open_engine
 from edged.wire.manifest import Kind, ReleaseManifest, Thresholds
+from trainer.checkpoints import CheckpointError
 from trainer.core.parity import Exported
 from trainer.export.gguf_architectures import ExportError
+from trainer.export.golden_images import check_apart
 from trainer.export.onnx import export_onnx
 from trainer.export.parity import image_parity
 from trainer.export.quantize import convert_fp16, quantize_dynamic_int8, quantize_static_int8
 from trainer.export.uint8 import take_uint8
 from trainer.releases import build_manifest
-from trainer.tuners.yolo import prepare_process
+from trainer.tuners.yolo.weights import open_weights
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-dynamic")
 KINDS: tuple[Kind, ...] = ("detect", "segment", "classify")
@@ -41,14 +43,11 @@ def vision_model(checkpoint: Path) -> VisionModel:
     """Read a .pt checkpoint of ultralytics; raises ExportError for one that devices have no engine for."""
     if not checkpoint.is_file():
         raise ExportError(f"checkpoint {checkpoint} does not exist; give the path of a trained .pt file")
-    prepare_process()
-    from ultralytics.models.yolo import YOLO
-
     try:
-        network: Any = YOLO(checkpoint)
-        kind, names = network.task, network.names
-    except Exception as error:  # whatever unpickling foreign bytes raises
-        raise ExportError(f"{checkpoint}: not a checkpoint of ultralytics ({error})") from error
+        network = open_weights(checkpoint)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
+    kind, names = network.task, network.names
     if kind not in KINDS:
         raise ExportError(f"{checkpoint}: task {kind!r}; devices have engines for {', '.join(KINDS)}")
     size = network.overrides.get("imgsz") or getattr(network.model, "args", {}).get("imgsz") or SIZE
@@ -80,12 +79,14 @@ def export_vision(
 ) -> Exported:
     """Write a .pt checkpoint as `model.onnx` into `folder`, in a precision of PRECISIONS.
 
-    `golden` images are those that parity is judged on; `calibration` images show int8 the activations' ranges and must
-    have trained nothing. int8 takes uint8 pixels, the others float32. Judged in two steps: the float32 export, whose
-    tolerances are tight, and what the precision did to it. Raises ExportError, EngineError, ValueError for too few images.
+    `golden` images are those that parity is judged on; `calibration` images, others, show int8 the activations' ranges and
+    must have trained nothing. int8 takes uint8 pixels, the others float32. Judged in two steps: the float32 export, whose
+    tolerances are tight, and what the precision did to it. Raises ExportError, EngineError, ValueError for too few images
+    or for the same on both sides.
     """
     if precision not in PRECISIONS:
         raise ExportError(f"precision {precision!r}: vision models are written as {', '.join(PRECISIONS)}")
+    notes = check_apart(golden, calibration) if precision == "int8" else ()
     model = vision_model(checkpoint)
     fields: dict[str, Any] = {"labels": model.labels, "imgsz": imgsz or model.imgsz,
                               "thresholds": thresholds or Thresholds()}  # fmt: skip
@@ -108,7 +109,8 @@ def export_vision(
         else:
             inputs = _inputs(single, manifest(single), calibration, seed)
             take_uint8(quantize_static_int8(source, single / "int8.onnx", inputs), folder / MODEL)
-    return Exported({"model": MODEL}, (first, image_parity(checkpoint, folder, manifest(folder), golden, precision)))
+    last = image_parity(checkpoint, folder, manifest(folder), golden, precision)
+    return Exported({"model": MODEL}, (first, last), notes)
 
 
 def _inputs(folder: Path, manifest: ReleaseManifest, images: Sequence[Image], seed: int) -> list[Any]:

@@ -21,6 +21,8 @@ from trainer.files import make_folder, sync_folder, sync_tree
 IMAGES = "images"
 _KINDS = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"BM", ".bmp"), (b"II*\0", ".tif"), (b"MM\0*", ".tif"))
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
+PICTURE_BYTES_MAX = 256 << 20  # of one picture or text
+DATA_BYTES_MAX = 2 << 30  # of the one file that holds all labels of a data set
 SIZE_SLACK_PX = 1  # between the size that an annotation file states and the picture's
 
 
@@ -59,12 +61,14 @@ class Problem:
 @dataclass(frozen=True, slots=True)
 class Asked:
     """How a data set is to be read. `task` None: what it holds; `known`: the classes allowed, None: all; `rename`: another
-    name for a class; `images`: the pictures' folder, None: where the format has it."""
+    name for a class; `images`: the pictures' folder, None: where the format has it; `incomplete`: take a picture of which
+    some rows cannot be used with those that can."""
 
     task: Task | None
     known: Collection[str] | None
     rename: Mapping[str, str]
     images: Path | None = None
+    incomplete: bool = False
 
 
 @dataclass(slots=True)
@@ -96,12 +100,16 @@ def examine(
     data: bytes,
     task: Task,
     rows: Sequence[Mapping[str, Any]],
-    known: Collection[str] | None,
+    asked: Asked,
     place: str,
     numbered: str = "annotation",
+    *,
+    spoilt: int = 0,
     **fields: Any,
 ) -> Iterator[Example | Problem]:
-    """A problem for each row that cannot be used, then the example, unless the picture or its only row cannot be."""
+    """A problem for each row that cannot be used, then the example, unless the picture or one of its rows cannot be: what
+    a label does not name counts as not there, so that one without all its rows teaches what is wrong. `spoilt`: of the
+    picture's rows, those that could not even be read."""
     size = (0, 0)
     if task in IMAGE_TASKS:
         found = size_of(data)
@@ -109,12 +117,20 @@ def examine(
             yield Problem("image_unreadable", place, f"{len(data)} bytes that do not decode as a picture")
             return
         size = found
-    checked = check(task, rows, size, known)
+    checked = check(task, rows, size, asked.known)
     for bad in checked.bad:
         yield Problem(f"{numbered}_bad", f"{place}, {numbered} {bad.number}", bad.reason)
     if task in ("classify", "text") and not checked.rows:
         if not checked.bad:
             yield Problem("label_missing", place, f"no {task} label")
+        return
+    lost = spoilt + len(checked.bad)
+    if lost and not asked.incomplete:
+        reason = (
+            f"{lost} of {spoilt + len(rows)} {numbered}s cannot be used, so it is left out whole; mend them, name classes "
+            "anew with --rename, or take the rest as all there is with --allow-incomplete"
+        )
+        yield Problem("label_incomplete", place, reason)
         return
     if checked.clipped:
         yield Problem("clipped", place, f"{checked.clipped} boxes reached over the border and were cut there")
@@ -129,15 +145,24 @@ def read_inside(folder: Path, name: str) -> bytes:
         raise FormatError(f"{name!r} leads out of {folder}: use names below it, or name the folder with --images")
     path = folder / plain
     try:
-        return path.read_bytes()
+        return read_bounded(path, PICTURE_BYTES_MAX)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise FormatError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """A file's bytes; raises FormatError for more than `most`, and OSError."""
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise FormatError(f"{path}: larger than {most} bytes; take it out, or split the data set")
+    return data
 
 
 def read_json(path: Path) -> Any:
     """A JSON file's value; raises FormatError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(read_bounded(path, DATA_BYTES_MAX).decode("utf-8-sig"))
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,8 @@
 """COCO: one instances JSON and a folder of pictures (https://cocodataset.org/#format-data).
 
-Read: boxes [x, y, width, height] and polygons in pixels, categories with any ids, pictures without annotations; crowds
-(iscrowd 1) are left out and counted. Written: `annotations/instances.json` and `images/`, a picture's name is its SHA-256.
+Read: boxes [x, y, width, height] and polygons in pixels, categories with any ids, pictures without annotations; a picture
+with a crowd (iscrowd 1) is left out and counted, for its boxes are not all there. Written: `annotations/instances.json` and
+`images/`, a picture's name is its SHA-256.
 A picture's key `edged` says whose label it is; it counts at an import only while the label is the one it was written with.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ from trainer.formats.base import (
 )
 
 TASKS: tuple[Task, ...] = ("detect", "segment")
-NAMES = ("annotations/instances*.json", "instances*.json", "labels.json", "result.json", "_annotations.coco.json")
+# As tools name it; the last: the only JSON file that is there.
+NAMES = (
+    "annotations/instances*.json", "instances*.json", "labels.json", "result.json", "_annotations.coco.json",
+    "annotations.json", "*.json",
+)  # fmt: skip
 OURS = "edged"
 
 
@@ -54,7 +59,7 @@ def read(path: Path, asked: Asked) -> Reading:
         raise FormatError(f"task {task}: COCO has boxes and polygons only; use yolo or jsonl")
     folder = asked.images or _folder(file, value["images"])
     reading = Reading(len(value["images"]), iter(()), task)
-    reading.items = _items(file, folder, value["images"], annotations, stray, categories, asked.known, reading)
+    reading.items = _items(file, folder, value["images"], annotations, stray, categories, asked, reading)
     return reading
 
 
@@ -123,7 +128,7 @@ def _items(
     annotations: dict[Any, list[tuple[int, dict[str, Any]]]],
     stray: list[int],
     categories: dict[Any, str],
-    known: Collection[str] | None,
+    asked: Asked,
     reading: Reading,
 ) -> Iterator[Example | Problem]:
     for number in stray:
@@ -144,7 +149,7 @@ def _items(
         except FormatError as error:
             yield Problem("image_missing", place, str(error))
             continue
-        yield from _image(image, data, place, annotations.get(image["id"], []), categories, known, reading)
+        yield from _image(image, data, place, annotations.get(image["id"], []), categories, asked, reading)
 
 
 def _image(
@@ -153,7 +158,7 @@ def _image(
     place: str,
     annotations: list[tuple[int, dict[str, Any]]],
     categories: dict[Any, str],
-    known: Collection[str] | None,
+    asked: Asked,
     reading: Reading,
 ) -> Iterator[Example | Problem]:
     size, stated = size_of(data), (image.get("width"), image.get("height"))
@@ -164,19 +169,21 @@ def _image(
         )
         yield Problem("image_bad", place, reason)
         return
-    rows, numbers = [], []
+    rows, numbers, spoilt = [], [], 0
     for number, annotation in annotations:
         if _crowd(annotation):
             reading.skipped["crowd"] = reading.skipped.get("crowd", 0) + 1
+            spoilt += 1
             continue
         try:
             rows.append(_row(annotation, categories, reading.task))
             numbers.append(number)
         except FormatError as error:
             yield Problem("annotation_bad", f"{place}, annotation {number}", str(error))
+            spoilt += 1
     fields: dict[str, Any] = {"captured": _captured(image)}
     ours = image.get(OURS)
-    for item in examine(data, reading.task, rows, known, place, **fields):
+    for item in examine(data, reading.task, rows, asked, place, spoilt=spoilt, **fields):
         if isinstance(item, Problem) and item.kind == "annotation_bad":
             inner = int(item.place.rpartition(" ")[2])  # of the rows that were left; the file's number is meant
             yield Problem(item.kind, f"{place}, annotation {numbers[inner - 1]}", item.reason)

@@ -19,6 +19,7 @@ from typing import Any
 from trainer.core.labels import IMAGE_TASKS, Row, Task
 from trainer.core.labels import TASKS as ALL_TASKS
 from trainer.formats.base import (
+    DATA_BYTES_MAX,
     IMAGES,
     Asked,
     Example,
@@ -28,6 +29,7 @@ from trainer.formats.base import (
     examine,
     mark,
     put,
+    read_bounded,
     read_inside,
     suffix,
     whole_folder,
@@ -43,7 +45,7 @@ def read(path: Path, asked: Asked) -> Reading:
     """A data set: a folder that holds labels.jsonl, or a file of lines. Raises FormatError."""
     file = path / LABELS if path.is_dir() else path
     try:
-        data = file.read_bytes()
+        data = read_bounded(file, DATA_BYTES_MAX)
     except OSError as error:
         raise FormatError(
             f"{file}: {error.strerror}; give a labelled folder ({LABELS}, {IMAGES}/) or a .jsonl"
@@ -69,12 +71,12 @@ def _items(file: Path, lines: list[tuple[int, bytes]], asked: Asked) -> Iterator
             yield Problem("line_bad", place, f"no JSON: {error}")
             continue
         provenance = row.get("provenance")
-        fields = {
+        fields: dict[str, Any] = {
             "captured": _seconds(row.get("captured")),
             "device": row["device"] if isinstance(row.get("device"), str) else "",
             "provenance": provenance if isinstance(provenance, dict) else {},
         }
-        for item in examine(data, found, label, asked.known, place, "box", **fields):
+        for item in examine(data, found, label, asked, place, "box", **fields):
             changed = isinstance(item, Example) and "mark" in row and row["mark"] != mark(item.label)
             yield replace(item, provenance={}) if changed and isinstance(item, Example) else item
 

@@ -2,7 +2,7 @@
 
 Detect and segment: `data.yaml`, `images/SPLIT/NAME.png`, `labels/SPLIT/NAME.txt` with a line for each object, in shares of
 the picture's sides: `class x_centre y_centre width height`, or `class x1 y1 x2 y2 x3 y3 ...`. Classify:
-`SPLIT/CLASS/NAME.png`.
+`SPLIT/CLASS/NAME.png`. Label Studio writes the older form: `classes.txt` with a class a line, `images/` and `labels/`.
 
 Numbers are written with DIGITS digits: what is read again differs by less than 1e-4 pixels up to 8192 pixels. The format
 has no place for who labelled, for scores, and for a polygon in parts (each becomes an object of its own, and is said).
@@ -10,7 +10,7 @@ has no place for who labelled, for scores, and for a polygon in parts (each beco
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import yaml
 from trainer.core.labels import Row, Task, names
 from trainer.formats.base import (
     IMAGES,
+    PICTURE_BYTES_MAX,
     SUFFIXES,
     Asked,
     Example,
@@ -27,6 +28,7 @@ from trainer.formats.base import (
     Reading,
     examine,
     put,
+    read_bounded,
     share_of,
     size_of,
     suffix,
@@ -35,6 +37,7 @@ from trainer.formats.base import (
 
 TASKS: tuple[Task, ...] = ("detect", "segment", "classify")
 YAML = "data.yaml"
+CLASSES = "classes.txt"
 LABELS = "labels"
 SPLITS = ("train", "val", "test")
 OTHER_SPLITS = {"valid": "val", "validation": "val"}
@@ -51,17 +54,21 @@ def read(path: Path, asked: Asked) -> Reading:
     if file is None:
         found = sorted(_classified(path))
         if not found:
-            raise FormatError(f"{path}: neither a {YAML} nor class folders with pictures (train/CLASS/NAME.png)")
+            raise FormatError(
+                f"{path}: neither a {YAML}, nor {CLASSES} beside {IMAGES}/, nor class folders with pictures "
+                "(train/CLASS/NAME.png)"
+            )
         return Reading(len(found), _classes(path, found, asked), "classify")
-    classes, folders = _settings(file, asked.rename)
+    classes, folders = (_listed if file.name == CLASSES else _settings)(file, asked.rename)
     pictures = [picture for folder in folders for picture in _pictures(file, folder)]
     if not pictures:
         shown = ", ".join(map(str, folders))
-        raise FormatError(f"{file}: no picture in {shown}: correct `path`, `train` and `val` in it")
+        fix = "export it with its pictures" if file.name == CLASSES else "correct `path`, `train` and `val` in it"
+        raise FormatError(f"{file}: no picture in {shown}: {fix}")
     if task is None:
         task = "segment" if any(_has_polygons(_label_file(picture)) for picture in pictures) else "detect"
     root = file.parent
-    return Reading(len(pictures), _items(root, pictures, task, classes, asked.known), task)
+    return Reading(len(pictures), _items(root, pictures, task, classes, asked), task)
 
 
 def _find(path: Path, task: Task | None) -> Path | None:
@@ -77,7 +84,22 @@ def _find(path: Path, task: Task | None) -> Path | None:
     if len(found) > 1:
         shown = ", ".join(each.name for each in found)
         raise FormatError(f"{path} holds {len(found)} YAML files ({shown}): give one of them")
+    if not found and (path / CLASSES).is_file() and (path / IMAGES).is_dir():
+        return path / CLASSES
     return found[0] if found else None
+
+
+def _listed(file: Path, rename: Mapping[str, str]) -> tuple[dict[int, str], list[Path]]:
+    """The same of `classes.txt`, a class a line."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{file}: {error}") from None
+    named = [line.strip() for line in lines]
+    classes = {number: rename.get(name, name) for number, name in enumerate(named) if name}
+    if not classes:
+        raise FormatError(f"{file} is empty: it lists the classes, one a line")
+    return classes, [file.parent.resolve() / IMAGES]
 
 
 def _settings(file: Path, rename: Mapping[str, str]) -> tuple[dict[int, str], list[Path]]:
@@ -138,15 +160,19 @@ def _has_polygons(file: Path) -> bool:
 
 
 def _items(
-    root: Path, pictures: Sequence[Path], task: Task, classes: dict[int, str], known: Collection[str] | None
+    root: Path, pictures: Sequence[Path], task: Task, classes: dict[int, str], asked: Asked
 ) -> Iterator[Example | Problem]:
     for picture in pictures:
         place = str(picture.relative_to(root)) if picture.is_relative_to(root) else str(picture)
         file = _label_file(picture)
         try:
-            data = picture.read_bytes()
+            data = read_bounded(picture, PICTURE_BYTES_MAX)
             # No label file: nothing is in the picture, as ultralytics takes it.
-            text = file.read_text(encoding="utf-8-sig", errors="replace") if file.exists() else ""
+            said = read_bounded(file, PICTURE_BYTES_MAX) if file.exists() else b""
+            text = said.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+        except FormatError as error:
+            yield Problem("image_missing", place, str(error))
+            continue
         except OSError as error:
             yield Problem("image_missing", place, f"{error.filename}: {error.strerror}")
             continue
@@ -154,7 +180,7 @@ def _items(
         if size is None:
             yield Problem("image_unreadable", place, f"{len(data)} bytes that do not decode as a picture")
             continue
-        rows, numbers = [], []
+        rows, numbers, spoilt = [], [], 0
         for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
@@ -163,7 +189,8 @@ def _items(
                 numbers.append(number)
             except FormatError as error:
                 yield Problem("line_bad", f"{place}, {file.name} line {number}", str(error))
-        for item in examine(data, task, rows, known, place, "line"):
+                spoilt += 1
+        for item in examine(data, task, rows, asked, place, "line", spoilt=spoilt):
             if isinstance(item, Problem) and item.kind == "line_bad":
                 inner = int(item.place.rpartition(" ")[2])
                 yield Problem(item.kind, f"{place}, {file.name} line {numbers[inner - 1]}", item.reason)
@@ -177,7 +204,7 @@ def _row(words: list[str], task: Task, classes: dict[int, str], size: tuple[int,
     except ValueError:
         raise FormatError(f"{' '.join(words)[:60]!r}: numbers are wanted") from None
     if number not in classes:
-        raise FormatError(f"class {words[0]} is none of {YAML}'s names")
+        raise FormatError(f"class {words[0]} is none of the data set's {len(classes)} names")
     row: Row = {"label": classes[int(number)]}
     polygon = len(words) > DETECT_COLUMNS + 1
     if not polygon and len(words) not in (DETECT_COLUMNS, DETECT_COLUMNS + 1):
@@ -210,12 +237,12 @@ def _classes(root: Path, found: Sequence[tuple[str, Path]], asked: Asked) -> Ite
     for name, picture in found:
         place = str(picture.relative_to(root))
         try:
-            data = picture.read_bytes()
-        except OSError as error:
-            yield Problem("image_missing", place, str(error.strerror))
+            data = read_bounded(picture, PICTURE_BYTES_MAX)
+        except (FormatError, OSError) as error:
+            yield Problem("image_missing", place, getattr(error, "strerror", None) or str(error))
             continue
         rows = [{"label": asked.rename.get(name, name)}]
-        yield from examine(data, "classify", rows, asked.known, place, "class")
+        yield from examine(data, "classify", rows, asked, place, "class")
 
 
 def write(folder: Path, examples: Iterable[Example], labels: Iterable[str], *, val_share: float = 0.1) -> list[Problem]:

@@ -17,6 +17,11 @@ class Training(Protocol):
         """Take in the data and keep its parts (training, calibration, holdouts) apart; how many samples are usable."""
         ...
 
+    def check(self) -> None:
+        """Refuse what could only fail, or be refused, after the training: too little to train on or to judge by, a
+        checkpoint or settings that do not fit. What is refused here has used no sample."""
+        ...
+
     def tune(self) -> None:
         """Train: the trainable result lies in the run's folder."""
         ...

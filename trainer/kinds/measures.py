@@ -9,7 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from edged.core.confidence import answer_probability
-from edged.engines.base import EngineError, EngineOptions, Finished, Generator, Token, generate_all, open_engine
+from edged.engines.base import (
+    EngineError,
+    EngineOptions,
+    Finished,
+    GenerateRequest,
+    Generator,
+    Token,
+    generate_all,
+    open_engine,
+)
 from edged.wire.manifest import Calibration, ReleaseManifest
 from trainer.calibrate import ITEMS_MIN, PARTS, CalibrationReport, expected_calibration_error
 from trainer.core.provenance import agree
@@ -27,12 +36,14 @@ from trainer.kinds.texts import Text
 from trainer.likelihood import request_of
 from trainer.releases import MANIFEST, ReleaseError, StoredRelease, canonical_bytes
 from trainer.scaling import fit_scaling
+from trainer.side_by_side import Times, settled
 
 Answered = tuple[float, bool]  # an answer's mean log-probability a token, and whether it was right
 
 LATENCY_EXAMPLES_MAX = 4  # a large model takes minutes for them all
-LATENCY_ROUNDS = 3  # of each example the fastest token counts: other work on the machine makes the others slow
 LATENCY_TOKENS = 32  # of the answer whose time is reckoned
+GOLDEN_PROMPTS_MAX = 4
+GOLDEN_TOKENS = 32  # of an answer: as many as a device asks for when it checks a golden prompt
 
 
 @contextmanager
@@ -61,6 +72,25 @@ def answered(engine: Generator, texts: Sequence[Text]) -> list[Answered]:
     return found
 
 
+def golden_answers(base: StoredRelease, adapter: Path, prompts: Iterable[str]) -> list[tuple[str, str]]:
+    """The first prompts, which must have judged nothing, with what the base answers to them with the adapter on it.
+
+    Raises EngineError, ValueError where it answers nothing to any of them.
+    """
+    found: list[tuple[str, str]] = []
+    with generator(base) as engine:
+        engine.attach(adapter)
+        for prompt in prompts:
+            answer, _ = generate_all(engine, GenerateRequest(prompt, tokens_max=GOLDEN_TOKENS))
+            if answer.strip():
+                found.append((prompt, answer))
+            if len(found) == GOLDEN_PROMPTS_MAX:
+                break
+    if not found:
+        raise ValueError("with the adapter the model answers nothing to any prompt: there is no golden set to make")
+    return found
+
+
 def cross_validate_answers(pairs: Sequence[Answered]) -> CalibrationReport:
     """What a fit on two thirds of the answers says about the other third, for every third; needs ITEMS_MIN answers.
 
@@ -82,10 +112,10 @@ def cross_validate_answers(pairs: Sequence[Answered]) -> CalibrationReport:
     return CalibrationReport(len(pairs), int(right.sum()), ece, brier, float(p.mean()))
 
 
-def latencies(engine: Generator, sides: dict[str, Path | None], texts: Sequence[Text]) -> dict[str, float | None]:
+def latencies(engine: Generator, sides: dict[str, Path | None], texts: Sequence[Text]) -> Times:
     """Milliseconds that an answer of LATENCY_TOKENS takes with each adapter (None: the bare base): the time to the first
     token and that from token to token, of each example the fastest, medians over the examples. Sides take turns, so that
-    they meet the same machine.
+    they meet the same machine (`trainer.side_by_side`).
 
     None where nothing was answered. Raises EngineError.
     """
@@ -95,7 +125,8 @@ def latencies(engine: Generator, sides: dict[str, Path | None], texts: Sequence[
         engine.attach(adapter)
         for each in texts[:1]:
             _times(engine, each)
-    for _ in range(LATENCY_ROUNDS):
+
+    def measure() -> Times:
         for number, each in enumerate(texts[:LATENCY_EXAMPLES_MAX]):
             for name, adapter in sides.items():
                 engine.attach(adapter)
@@ -103,12 +134,16 @@ def latencies(engine: Generator, sides: dict[str, Path | None], texts: Sequence[
                 first[name][number] = min(begins, first[name].get(number, math.inf))
                 if steps:
                     step[name][number] = min(*steps, step[name].get(number, math.inf))
+        return {name: _answer_ms(first[name], step[name]) for name in sides}
+
+    found = settled(measure)
     engine.attach(None)
-    found: dict[str, float | None] = {}
-    for name in sides:
-        whole = statistics.median(step[name].values()) * (LATENCY_TOKENS - 1) if step[name] else 0.0
-        found[name] = (statistics.median(first[name].values()) + whole) * 1000 if first[name] else None
     return found
+
+
+def _answer_ms(first: dict[int, float], step: dict[int, float]) -> float | None:
+    whole = statistics.median(step.values()) * (LATENCY_TOKENS - 1) if step else 0.0
+    return (statistics.median(first.values()) + whole) * 1000 if first else None
 
 
 def _times(engine: Generator, text: Text) -> tuple[float, list[float]]:

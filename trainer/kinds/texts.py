@@ -80,15 +80,16 @@ class Texts:
     usable: int = 0  # examples of the data set that train, calibrate or judge
 
 
-def read(path: Path, strategy: str) -> tuple[list[Text], list[str]]:
-    """The examples of a dataset.jsonl for `strategy`, and what is wrong with its other lines; raises DatasetError."""
+def read(path: Path, strategy: str) -> tuple[list[Text], list[str], dict[str, int]]:
+    """The examples of a dataset.jsonl for `strategy`, what is wrong with its other lines, and how much was left out besides,
+    by reason (pairs: `no_partner`, `over_limit`); raises DatasetError."""
     from trainer.kinds.tuning import reader
 
     try:
-        given, bad = reader(strategy)(path)
+        given, bad, left_out = reader(strategy)(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: {error}; --dataset names a dataset.jsonl") from None
-    return [_text(*each) for each in given], [f"line {number}: {reason}" for number, reason in bad]
+    return [_text(*each) for each in given], [f"line {number}: {reason}" for number, reason in bad], left_out
 
 
 def arrange(
@@ -129,6 +130,18 @@ def arrange(
     )  # fmt: skip
 
 
+def may_not_train(text: Text, names: Sequence[str], confidence_min: float) -> str:
+    """Why an answer may be in no set, whatever else is there; "" when it may. One that nobody is named for may: an agent's
+    execution."""
+    who = text.provenance
+    if any(is_own(name, who, str(who.get("device") or "")) for name in names):
+        return "own_prediction"
+    sure = confidence_of(who)
+    if not sure >= confidence_min:
+        return "below_label_confidence"
+    return "disputed" if is_disputed([{"text": text.wanted}], who, sure, confidence_min) else ""
+
+
 def may_not_judge(text: Text, names: Sequence[str], confidence_min: float) -> str:
     """Why an answer is not the truth for a gate; "" when it is."""
     reasons = (refusal(name, text.provenance, confidence_min) for name in names)
@@ -156,19 +169,8 @@ def _asked(text: Text, names: Sequence[str], confidence_min: float) -> Asked:
     device, captured = taken_at(text.provenance)
     return Asked(
         text.identity, sha256(plain(text.question).encode(errors="surrogatepass")).hexdigest(), text.sketch, device,
-        captured, _refused(text, names, confidence_min), not may_not_judge(text, names, confidence_min),
+        captured, may_not_train(text, names, confidence_min), not may_not_judge(text, names, confidence_min),
     )  # fmt: skip
-
-
-def _refused(text: Text, names: Sequence[str], confidence_min: float) -> str:
-    """Why an answer may not train either; "" when it may. One that nobody is named for may: an agent's execution."""
-    who = text.provenance
-    if any(is_own(name, who, str(who.get("device") or "")) for name in names):
-        return "own_prediction"
-    sure = confidence_of(who)
-    if not sure >= confidence_min:
-        return "below_label_confidence"
-    return "disputed" if is_disputed([{"text": text.wanted}], who, sure, confidence_min) else ""
 
 
 def _place(question: str, what: str) -> float:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,53 +21,27 @@ from edged.engines.base import Image
 from edged.wire.manifest import Calibration, ReleaseManifest
 from trainer import calibrate
 from trainer.candidate import candidate_manifest, complete_candidate, detector, export_int8
-from trainer.config import Model
 from trainer.core.evaluation import Evaluation
 from trainer.core.gate import Evidence, Holdout, Verdict, judge
 from trainer.core.parity import PARITY_KEY, Exported
-from trainer.datasets import (
-    Apart,
-    DatasetError,
-    LabelledImage,
-    Selected,
-    choose_replay,
-    hold_back,
-    read_folder,
-    select_samples,
-    shuffle_labels,
-)
+from trainer.datasets import DatasetError, LabelledImage, shuffle_labels
 from trainer.evaluate import Labelled, calibration_items, evaluate_release, image_sha256, observe
 from trainer.evidence import gather
+from trainer.export.golden_images import APART_KEY, Parts, part
 from trainer.footprint import Profile, read_profile
-from trainer.holdout import check_frozen, near_duplicates, remember
-from trainer.jobfile import TrainJob, bring_samples
+from trainer.holdout import near_duplicates, remember
+from trainer.jobfile import bring_samples
+from trainer.kinds.vision_sets import Sets, examples, provenance, read_sets, untrained
 from trainer.releases import Registry
 from trainer.run import Run
+from trainer.side_by_side import detector_latencies
 from trainer.tuners.base import Work, tuner
-
-if TYPE_CHECKING:
-    from trainer.tuners.yolo import Example
 
 log = logging.getLogger(__name__)
 LEARNED_MAX = 2000  # images that tell the novelty reference what has been learned
 
 # Keys of models.NAME that are the tuner's own, by the same names.
 TUNING = ("method", "lora", "epochs", "patience", "imgsz", "batch", "lr", "replay_ratio", "device", "threads")
-
-
-@dataclass(slots=True)
-class Sets:
-    """All images of a job, apart from each other. `validation` and `validation_replay` are of the training side, new and
-    old ones: they say when to stop."""
-
-    selected: Selected
-    validation: list[LabelledImage]
-    replay: list[LabelledImage]
-    validation_replay: list[LabelledImage]
-    calibration: list[LabelledImage]
-    target: list[LabelledImage]
-    base: list[LabelledImage]
-    holdout_sha256: dict[str, str]
 
 
 def begin(run: Run) -> Vision:
@@ -82,6 +55,7 @@ class Vision:
     sets: Sets
     trained_on: list[LabelledImage]  # or stopped by
     calibration: list[Labelled]  # decoded, without what was trained on
+    parts: Parts  # of the calibration: what sets the ranges of int8, and what proves parity
     exported: Exported
     manifest: ReleaseManifest  # of the candidate, calibrated
     ece: float | None  # expected calibration error on items not fitted
@@ -136,10 +110,28 @@ class Vision:
         selected = self.sets.selected
         return len(selected.training) + len(self.sets.validation) + len(selected.calibration)
 
-    def tune(self) -> None:
-        if not self.sets.selected.training:
-            left_out = self.sets.selected.left_out
+    def check(self) -> None:
+        sets, rules, model = self.sets, self.settings.gate_rules(), f"models.{self.job.model}"
+        if not sets.selected.training:
+            left_out = sets.selected.left_out
             raise DatasetError(f"none of {len(self.job.manifest.samples)} samples is usable: {left_out}")
+        if self.settings.ablate:  # to see the gate refuse is what it is for
+            return
+        for key, items in (("holdout", sets.target), ("holdout_clean", sets.base)):
+            found = {"images": len(items), "boxes": sum(len(item.boxes) for item in items)}
+            for what, least in (("images", rules.images_min), ("boxes", rules.boxes_min)):
+                if found[what] < least:
+                    raise DatasetError(
+                        f"{model}.{key}: {found[what]} {what}, {least} must judge ({model}.gate.{what}_min): give more with "
+                        "`trainer holdout extend`"
+                    )
+        if len(sets.calibration) < calibrate.ITEMS_MIN:
+            raise DatasetError(
+                f"{model}.calibration: {len(sets.calibration)} images calibrate, of the folder and of the samples together; "
+                f"{calibrate.ITEMS_MIN} are needed: put more labelled images that trained nothing into the folder"
+            )
+
+    def tune(self) -> None:
         sets = self.sets
         items, validation = [*sets.selected.training, *sets.replay], [*sets.validation, *sets.validation_replay]
         self.trained_on = [*items, *validation]
@@ -176,12 +168,13 @@ class Vision:
 
     def export(self) -> None:
         self.calibration = untrained(self.sets.calibration, self.trained_on, self.settings)
+        self.parts = part([item.image for item in self.calibration])
         self.exported = export_int8(
             self.run.folder / "model.pt",
             self.run.folder / "fp32",
             self.run.candidate,
             lambda folder: candidate_manifest(self.job, folder),
-            self.calibration,
+            self.parts,
             imgsz=self.settings.imgsz,
             seed=self.settings.seed,
         )
@@ -238,8 +231,23 @@ class Vision:
         self.old = gather(
             current.folder, current.manifest, self.target, self.base, weights_sha256=source, profiles=profiles
         )
+        self._compare_latency()
         self.run.facts["evaluation"] = _evaluations(self.new, self.old)
         shutil.rmtree(self.run.folder / "fp32")  # only what ships is kept
+
+    def _compare_latency(self) -> None:
+        """Time both releases side by side: what the machine had to do while one of them was scored says nothing of it."""
+        new, old = self.new.target, self.old.target
+        if new is None or old is None:
+            return
+        self.run.progress("evaluate", what="how long answers take")
+        sides = {
+            "candidate": (self.run.candidate, self.manifest),
+            "current": (self.current.folder, self.current.manifest),
+        }
+        took = detector_latencies(sides, [item.image for item in self.target])
+        self.new = replace(self.new, target=replace(new, latency_ms_median=took["candidate"] or math.nan))
+        self.old = replace(self.old, target=replace(old, latency_ms_median=took["current"] or math.nan))
 
     def _profiles(self) -> list[Profile]:
         return [read_profile(name, self.settings.kind) for name in self.settings.profiles]
@@ -275,7 +283,7 @@ class Vision:
         holdouts = {"holdout_sha256": self.sets.holdout_sha256, "gate": verdict.to_dict()}
         evaluation = self.run.facts["evaluation"] | holdouts
         complete_candidate(
-            self.job, self.manifest, self.calibration, evaluation=evaluation, lineage=self._lineage()
+            self.job, self.manifest, self.parts, evaluation=evaluation, lineage=self._lineage()
         )  # fmt: skip
 
     def _lineage(self) -> dict[str, Any]:
@@ -293,106 +301,8 @@ class Vision:
             # The same weights on the target holdout, in float32 and as they ship.
             "export": {"precision": "int8", "quality_float32": new.export_before, "quality": new.export_after},
             PARITY_KEY: self.exported.lineage(),
+            APART_KEY: self.parts.lineage(),
         }
-
-
-def read_sets(job: TrainJob, settings: Model) -> Sets:
-    """All images of a job, no image in two sets; raises DatasetError where the configured folders overlap."""
-    target, base = read_folder(settings.holdout), read_folder(settings.holdout_clean)
-    test = read_folder(settings.holdout_test) if settings.holdout_test is not None else []
-    sets = {"target": target, "base": base, **({"test": test} if test else {})}
-    hashes = {name: check_frozen(job.config, job.model, name, items, time.time()) for name, items in sets.items()}
-    judges = [*target, *base, *test]
-    held_out = frozenset(item.sha256 for item in judges)
-    folder = read_folder(settings.calibration)
-    shared = [item for item in folder if item.sha256 in held_out]
-    if shared:
-        raise DatasetError(
-            f"{settings.calibration}: {len(shared)} of its images are in a holdout ({shared[0].sha256[:12]}...): "
-            "what calibrates cannot judge; take them out of one of the two"
-        )
-    past = read_folder(settings.replay) if settings.replay is not None else []
-    trained = {item.sha256 for item in past}.intersection(item.sha256 for item in folder)
-    if trained:
-        raise DatasetError(
-            f"{settings.calibration}: {len(trained)} of its images are in {settings.replay} ({min(trained)[:12]}...): "
-            "on what the weights have learned they look surer than they are; take them out of the calibration"
-        )
-    again = near_duplicates(folder, judges)
-    if any(again):
-        log.warning("%d calibration images are left out: nearly the same pictures are in a holdout", sum(again))
-        folder = [item for item, known in zip(folder, again, strict=True) if not known]
-    selected = select_samples(
-        job.manifest,
-        job.samples,
-        labels=settings.labels,
-        confidence_min=settings.label_confidence_min,
-        held_out=held_out | frozenset(item.sha256 for item in folder),
-        calibration_share=settings.calibration_share,
-        apart=Apart(judges, folder, settings.split_guard_s),
-        split=settings.split_rules(),
-        thin=settings.near_duplicates == "thin",
-        kind=settings.kind,
-    )
-    count = round(settings.replay_ratio * len(selected.training))
-    apart = [*judges, *folder, *selected.calibration]
-    excluded = frozenset(item.sha256 for item in [*apart, *selected.training])
-    replay = choose_replay(past, count, settings.seed, excluded, apart)
-    found = Sets(selected, [], replay, [], [*folder, *selected.calibration], target, base, hashes)
-    return _stopped_by_a_share(found, settings) if settings.patience else found
-
-
-def _stopped_by_a_share(sets: Sets, settings: Model) -> Sets:
-    """The same sets, but that a share of what would train says when to stop: of the old images too, because by new ones
-    alone the epoch that forgot most would look best."""
-    rules, share = settings.split_rules(), settings.validation_share
-    new, validation = hold_back(sets.selected.training, share, rules)
-    if not validation:
-        log.warning(
-            "patience = %d: all of %d epochs are trained, because none of %d new images can be held back: they are nearly "
-            "the same, or were taken together; give more", settings.patience, settings.epochs, len(new),
-        )  # fmt: skip
-        return sets
-    again = near_duplicates(sets.replay, validation)
-    fresh = [item for item, known in zip(sets.replay, again, strict=True) if not known]
-    replay, old = hold_back(fresh, share, rules)
-    trains = near_duplicates(old, new)
-    replay += [item for item, known in zip(old, trains, strict=True) if known]
-    old = [item for item, known in zip(old, trains, strict=True) if not known]
-    selected = replace(sets.selected, training=new)
-    return replace(sets, selected=selected, validation=validation, replay=replay, validation_replay=old)
-
-
-def examples(items: list[LabelledImage], settings: Model, replayed: frozenset[str] = frozenset()) -> list[Example]:
-    """What the tuner reads; `replayed` are the hashes of what the base has learned from."""
-    from trainer.tuners.yolo import Example
-
-    found = []
-    for item in items:
-        truth = item.decode(settings.labels, settings.kind)
-        boxes = truth.boxes if settings.kind == "detect" else None
-        old = item.sha256 in replayed
-        found.append(Example(item.sha256, item.data, truth.classes, boxes, truth.outlines, old))
-    return found
-
-
-def untrained(items: list[LabelledImage], trained: list[LabelledImage], settings: Model) -> list[Labelled]:
-    """The calibration's images, decoded, without those whose pixels were trained on under another file's hash."""
-    known = {image_sha256(item.decode(settings.labels, settings.kind).image) for item in trained}
-    decoded = [item.decode(settings.labels, settings.kind) for item in items]
-    fresh = [item for item in decoded if image_sha256(item.image) not in known]
-    if len(fresh) < len(decoded):
-        log.warning("%d calibration images are left out: their pixels are trained on", len(decoded) - len(fresh))
-    return fresh
-
-
-def provenance(items: list[LabelledImage]) -> dict[str, int]:
-    """How many labels came from whom: "person ann", "model yolo-big"."""
-    counts: dict[str, int] = {}
-    for item in items:
-        who = f"{item.provenance.get('kind', 'unknown')} {item.provenance.get('who', '')}".strip()
-        counts[who] = counts.get(who, 0) + 1
-    return dict(sorted(counts.items()))
 
 
 def _evaluations(new: Evidence, old: Evidence) -> dict[str, Any]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from trainer.tuners.base import Work
 from trainer.tuners.lora.data import Turn
@@ -38,42 +39,116 @@ class Base:
 
 
 def load(folder: Path, settings: LanguageSettings) -> Base:
-    """Load a Hugging Face checkpoint for training; raises SettingsError for what this host cannot do."""
+    """Load a Hugging Face checkpoint for training; raises SettingsError for what this host cannot do, or for one that
+    is not whole."""
     gpu = torch.cuda.is_available()
     four_bit, why = four_bits(settings.load_4bit, gpu=gpu, installed=find_spec("bitsandbytes") is not None)
     options: dict[str, Any] = {"dtype": torch.float32}
-    if gpu and torch.cuda.is_bf16_supported():
+    if bf16(settings):
         options["dtype"] = torch.bfloat16  # of the frozen base alone: PEFT keeps the adapter in 32 bits
     if four_bit:
-        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0")) if gpu else "cpu"}
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=options["dtype"],
         )
-    words = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    words, model = _whole(folder, AutoTokenizer.from_pretrained), causal_lm(folder, **options)
     if four_bit:
-        model = prepare_model_for_kbit_training(model)
+        _keep_gradients(model)
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
-    end = model.generation_config.eos_token_id
+    ends = _ends(folder, words, model.generation_config)
+    context = int(model.config.max_position_embeddings)
+    facts = {
+        "load_4bit": why,
+        "dtype": str(options["dtype"]).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+    }
+    return Base(model, words, ends, min(context, settings.context or context), facts)
+
+
+def fitting(
+    folder: Path, settings: LanguageSettings, asked: Iterable[tuple[str, Sequence[Turn], Sequence[str]]]
+) -> list[bool]:
+    """Which examples fit the context that a training of the checkpoint in `folder` would have: each a prompt, the same as a
+    conversation, and its answers, of which the longest counts. Loads no weights; raises SettingsError."""
+    try:
+        config, words = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        generation = GenerationConfig.from_model_config(config)
+        if (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"{folder}: no checkpoint of a language model: {error}") from None
+    context = int(config.max_position_embeddings)
+    base = Base(None, words, _ends(folder, words, generation), min(context, settings.context or context))
+    return [
+        len(prompt_tokens(base, prompt, turns)) + max(len(answer_tokens(base, each, turns)) for each in answers)
+        <= base.context
+        for prompt, turns, answers in asked
+    ]
+
+
+def _ends(folder: Path, words: Any, generation: Any) -> frozenset[int]:
+    """The tokens that end an answer; raises SettingsError without one."""
+    end = generation.eos_token_id
     ends = {words.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
     if not ends:
         raise SettingsError(f"{folder}: neither its tokenizer nor its generation_config.json names an end of text")
-    context = int(model.config.max_position_embeddings)
-    facts = {"load_4bit": why, "device": torch.cuda.get_device_name() if gpu else "cpu"}
-    return Base(model, words, frozenset(ends), min(context, settings.context or context), facts)
+    return frozenset(ends)
+
+
+def causal_lm(folder: Path, **options: Any) -> Any:
+    """The weights of a Hugging Face checkpoint, `options` as transformers has them; raises SettingsError naming the folder
+    of one that is absent or broken."""
+    if not (folder / "config.json").is_file():
+        raise SettingsError(
+            f"base = {str(folder)!r}: no Hugging Face checkpoint is there (config.json); name the folder of one"
+        )
+    return _whole(folder, AutoModelForCausalLM.from_pretrained, **options)
+
+
+def _whole(folder: Path, read: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return read(folder, **options)
+    except Exception as error:  # transformers, safetensors and tokenizers each have their own
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            raise  # nothing is wrong with the checkpoint
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingsError(
+            f"base = {str(folder)!r}: not a whole checkpoint of a language model ({said}); save it with save_pretrained()"
+        ) from error
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keep bitsandbytes from packing weights for inference on CPUs with AVX512-BF16, at the first look at held-out examples:
+    it does not unpack them for training (0.50), and then no gradient goes through them any more."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def bf16(settings: LanguageSettings) -> bool:
+    """Whether to compute in bfloat16: where it is asked for, else on GPUs that have it."""
+    if settings.bf16 == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return settings.bf16
 
 
 def four_bits(asked: bool | str, *, gpu: bool, installed: bool) -> tuple[bool, str]:
-    """Whether the base is loaded in four bits, and why or why not; raises SettingsError when it must be and cannot."""
+    """Whether the base is loaded in four bits, and why or why not; raises SettingsError when it must be and cannot.
+
+    Without a GPU only when it is asked for: bitsandbytes computes on CPUs too, to save memory, not time.
+    """
     lacking = [what for what, there in (("a GPU", gpu), ("the package bitsandbytes", installed)) if not there]
-    if asked is True and lacking:
-        raise SettingsError(f'load_4bit = true: this host lacks {" and ".join(lacking)}; use "auto" or false')
-    if lacking or asked is False:
+    if asked is True and not installed:
+        raise SettingsError(
+            'load_4bit = true: this host lacks the package bitsandbytes; install it, or use "auto" or false'
+        )
+    if asked is False or (lacking and asked is not True):
         return False, f"no: {'not asked for' if asked is False else 'without ' + ' and '.join(lacking)}"
-    return True, "yes: NF4"
+    return True, "yes: NF4" if gpu else "yes: NF4, on the CPU"
 
 
 def adapted(base: Base, settings: LanguageSettings) -> Any:
@@ -85,6 +160,23 @@ def adapted(base: Base, settings: LanguageSettings) -> Any:
         return get_peft_model(base.model, lora_config(base.model, settings.lora))
     _check_same(settings.adapter, settings.lora)
     return PeftModel.from_pretrained(base.model, settings.adapter, is_trainable=True)
+
+
+def check_shape(folder: Path, settings: LanguageSettings) -> None:
+    """Whether a checkpoint can have the adapter that is asked for, by its configuration alone: no weights are loaded.
+
+    Raises SettingsError.
+    """
+    if settings.adapter is not None:
+        _check_same(settings.adapter, settings.lora)
+        return
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(f"{folder}: no checkpoint of a language model: {error}") from None
+    lora_config(model, settings.lora)
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from transformers.trainer_callback import TrainerState
 from trainer.core.batching import Batching, shared
 from trainer.core.curves import by_epoch, named, warm_then_decay
 from trainer.tuners.base import Report, Tuned, Work
-from trainer.tuners.language import adapter_config
+from trainer.tuners.joining import join
+from trainer.tuners.language import adapter_config, bf16
 from trainer.tuners.lora.settings import LanguageSettings
 from trainer.tuners.scratch import Scratch, fingerprint, replace_folder
 from trainer.tuners.settings import SettingsError
@@ -61,6 +62,11 @@ def device() -> PartialState:
     if not gpu:
         # Else accelerate numbers the CPUs of several processes, and torch.load knows no "cpu:1".
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    # The settings say what is computed how: not `accelerate launch --mixed_precision`, nor a training before this one, whose
+    # TrainingArguments leave theirs here.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        join("nccl" if gpu else "gloo")
     return PartialState(cpu=not gpu, timeout=patience())
 
 
@@ -131,6 +137,8 @@ def arguments(work: Work, settings: LanguageSettings, batching: Batching, scratc
         "per_device_eval_batch_size": batching.at_once,
         "gradient_accumulation_steps": batching.passes,
         "gradient_checkpointing": False,
+        # What trl switches on again where four bits have it: the other kind gives frozen inputs no gradient.
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "learning_rate": settings.learning_rate,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
@@ -151,7 +159,7 @@ def arguments(work: Work, settings: LanguageSettings, batching: Batching, scratc
         "ddp_find_unused_parameters": False,
         "ddp_broadcast_buffers": False,  # they do not change, and nothing inside a step waits for another process
         "use_cpu": not gpu,
-        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "bf16": bf16(settings),
     }
 
 

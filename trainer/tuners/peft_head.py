@@ -9,8 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from trainer.checkpoints import find_checkpoint
 from trainer.tuners.base import Report, Tuned, Work, tuner
-from trainer.tuners.settings import LoraSettings, SettingsError
+from trainer.tuners.settings import LoraSettings, SettingsError, parse_settings
+
+_LANGUAGE = ("llm", "lora")  # kinds of releases whose models are of transformers
 
 
 class PeftHead:
@@ -32,10 +35,14 @@ class PeftHead:
         self.adapter: Path | None = None
 
     def settings(self, **values: Any) -> BaseModel:
-        """The tuner's settings with this head's adapter; `values` are the tuner's others (`epochs`, ...)."""
+        """The tuner's settings with this head's adapter; `values` are the tuner's others (`epochs`, a vision model's
+        `labels`, ...). Raises SettingsError naming every one that is wrong, or that would leave the adapter out."""
         if self._key in values:
             raise SettingsError(f"{self._key} = {values[self._key]!r}: the head has its own; set learning_head_config")
-        return self.tuner.settings(**{self._key: self.peft_config, **values})
+        method = values.get("method", self._key)  # of a tuner that can train without an adapter too
+        if method != self._key:
+            raise SettingsError(f"method = {method!r}: a head trains its adapter; leave the key out")
+        return parse_settings(self.tuner.settings, {self._key: self.peft_config, **values}, self.tuner.name)
 
     def tune(
         self,
@@ -55,18 +62,38 @@ class PeftHead:
         return tuned
 
     def prepare_peft_model(self, loaded: Any = None) -> Any:
-        """The model with this head's fresh adapter, for whoever trains the weights himself; a causal language model.
+        """The model with this head's fresh adapter, for whoever trains the weights himself; only what learns has gradients.
 
-        `loaded`: a transformers model to wrap; without it the checkpoint is loaded. Raises SettingsError for keys that the
-        model cannot honour.
+        `loaded`: a transformers model to wrap, for `learner="yolo"` the network (the `model` of ultralytics' YOLO); without
+        it the checkpoint is loaded: a folder or an id of the hub, for `learner="yolo"` a .pt file. Raises SettingsError for
+        keys that the model cannot honour and for a checkpoint that is broken or of another kind of model, CheckpointError
+        for one that is nowhere and for a broken .pt file, FileNotFoundError for an absent one.
         """
+        if not set(self.tuner.kinds) & set(_LANGUAGE):
+            return self._prepare_network(loaded)
+        if loaded is None and self.model.is_file():
+            raise SettingsError(
+                f"model {str(self.model)!r}: the learner {self.tuner.name!r} takes the Hugging Face folder of a language "
+                "model; name that folder"
+            )
         from peft import get_peft_model  # heavy
-        from transformers import AutoModelForCausalLM
 
-        from trainer.tuners.language import lora_config
+        from trainer.tuners.language import causal_lm, lora_config
 
-        model = AutoModelForCausalLM.from_pretrained(self.model) if loaded is None else loaded
+        model = causal_lm(find_checkpoint(str(self.model))) if loaded is None else loaded
         return get_peft_model(model, lora_config(model, self.peft_config))
+
+    def _prepare_network(self, loaded: Any) -> Any:
+        from trainer.tuners.yolo.process import prepare_process
+
+        prepare_process()
+        from trainer.tuners.yolo import methods  # heavy
+        from trainer.tuners.yolo.weights import open_weights
+
+        loaded = open_weights(self.model).model if loaded is None else loaded
+        methods.inject(loaded, self.peft_config, set())
+        methods.freeze(loaded, "lora", self.peft_config, set())
+        return loaded
 
 
 def _lora_key(name: str, settings: type[BaseModel]) -> str:

@@ -22,8 +22,8 @@ from tests.support.sim.life import Life
 from tests.support.sim.world import Inbox, Violation, World
 from trainer import coordinator as module
 from trainer import worker
-from trainer.config import Broker as BrokerConfig
 from trainer.config import Drift, Rollout, TrainerConfig
+from trainer.config_network import Broker as BrokerConfig
 from trainer.coordinator import Coordinator
 from trainer.core.placement import HostFacts
 from trainer.core.rollout import Phase

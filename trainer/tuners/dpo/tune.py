@@ -92,6 +92,9 @@ def _prepare(
         eval_dataset=_stored(held_out, scratch.folder / "held-out") if held_out else None,
         callbacks=loop.callbacks(work, settings),
     )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # on a base in four bits trl makes it 16: small steps would be lost
     return loop.Prepared(trainer, base.facts | facts | {"beta": settings.beta})
 
 

@@ -13,6 +13,7 @@ LINE_BYTES_MAX = 4 << 20
 Bad = list[tuple[int, str]]  # line number from 1, why it is left out
 
 _GENERATE = "generate"  # the step of a language request
+_RESPOND = "final_response"  # the step that ends an agent's run with its response
 _ESCALATE = "escalate"  # the step of somebody else who answered it
 _FAILED = ("failure", "failed", "error")
 _ROLES = ("system", "user", "assistant")
@@ -67,14 +68,14 @@ def read_examples(path: Path, *, confidence_min: float = 0.0, own_answers: bool 
     `confidence_min`, and, without `own_answers`, what nobody but the model itself has said: its own confident answer is
     no label. Raises OSError.
     """
-    labelled, bad = read_labelled(path, confidence_min=confidence_min, own_answers=own_answers)
+    labelled, bad, _ = read_labelled(path, confidence_min=confidence_min, own_answers=own_answers)
     return [example for example, _ in labelled], bad
 
 
 def read_labelled(
     path: Path, *, confidence_min: float = 0.0, own_answers: bool = False
-) -> tuple[list[tuple[Example, Mapping[str, Any]]], Bad]:
-    """`read_examples`, each with its provenance."""
+) -> tuple[list[tuple[Example, Mapping[str, Any]]], Bad, dict[str, int]]:
+    """`read_examples`, each with its provenance, and how much was left out for another reason than a line's own: nothing."""
     examples: list[tuple[Example, Mapping[str, Any]]] = []
     bad: Bad = []
     for line in read_lines(path, bad):
@@ -82,7 +83,7 @@ def read_labelled(
             bad.append((line.number, reason))
         else:
             examples.append((line.example(line.answer), line.provenance))
-    return examples, sorted(bad)
+    return examples, sorted(bad), {}
 
 
 def unfit(line: Line, confidence_min: float, own_answers: bool) -> str:
@@ -122,7 +123,7 @@ def _line(number: int, row: Any) -> Line:
         raise ValueError("context_summary is not a text")
     plan, steps = _steps(row, "plan"), _steps(row, "execution")
     escalated = [step for step in steps if step.get("tool") == _ESCALATE]
-    own = [step for step in steps if step.get("tool") == _GENERATE]
+    own = [step for step in steps if step.get("tool") in (_GENERATE, _RESPOND)]
     replaced = next((step.get("output") for step in own if escalated and _failed(step)), None)
     said = escalated[-1] if escalated else {}
     confidence = said.get("confidence")
@@ -132,7 +133,7 @@ def _line(number: int, row: Any) -> Line:
     return Line(
         number, goal, context, _messages(plan, goal, context), answer,
         failed=bool(steps) and _failed(steps[-1]),
-        own=bool(steps) and len(own) == len(steps),
+        own=bool(own) and (len(own) == len(steps) or steps[-1].get("tool") == _RESPOND),
         replaced=replaced if isinstance(replaced, str) and replaced.strip() else None,
         confidence=sure if escalated and said.get("kind") != "person" else None,
         provenance=_provenance(said, own[0] if own else said, sure) if escalated else {},

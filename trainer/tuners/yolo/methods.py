@@ -101,8 +101,9 @@ def _targets(model: nn.Module, wanted: tuple[str, ...] | str) -> list[str]:
         if any(name == ending or name.endswith(f".{ending}") for ending in wanted)
     ]
     fix = f'name convolutions such as {adaptable[0]!r}, or use "all"'
-    if not chosen:
-        raise SettingsError(f"lora.target_modules = {wanted!r}: no layer of the model is called so; fix: {fix}")
+    for ending in wanted:
+        if not any(name == ending or name.endswith(f".{ending}") for name in chosen):
+            raise SettingsError(f"lora.target_modules = {ending!r}: no layer of the model is called so; fix: {fix}")
     for name in chosen:
         if name not in adaptable:
             raise SettingsError(

@@ -149,7 +149,7 @@ def overrides(settings: YoloSettings, start: str, scratch: Path, seed: int, batc
         "save": True,
         "plots": False,
         "verbose": False,
-        "project": str(scratch),
+        "project": str(scratch.resolve()),  # a relative one would be the library's, below its own folder of runs
         "name": "run",
         "exist_ok": True,
     }

@@ -21,9 +21,11 @@ from trainer.tuners.settings import LoraSettings, SettingsError
 from trainer.tuners.yolo.data import Files, mix, read_dataset, write_examples
 from trainer.tuners.yolo.process import Place, prepare_process
 from trainer.tuners.yolo.settings import OnEpoch, Trained, TrainSettings, YoloSettings, overrides, threads
+from trainer.tuners.yolo.weights import open_weights
 
 log = logging.getLogger(__name__)
 
+NETWORKS = (".yaml", ".yml")  # what ultralytics builds a fresh network from
 _INTEGRATIONS = ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -60,7 +62,8 @@ def train_full(
     """Train every weight of `start` (a .pt, or a network such as "yolo11n.yaml") on `dataset` (folder or yaml); save
     to `out`.
 
-    Raises ValueError for unusable settings or data, FileNotFoundError for a missing file.
+    Raises ValueError for unusable settings or data, FileNotFoundError for a missing file, CheckpointError for a .pt that is
+    none.
     """
     return _train(dataset, Path(start), out, settings, None, on_epoch)
 
@@ -85,15 +88,10 @@ def tune_lora(
 def weights_sha256(checkpoint: Path) -> str:
     """Identity of the weights in a .pt file: its tensors by name. The file's own hash changes with every save.
 
-    Raises FileNotFoundError for a missing file.
+    Raises FileNotFoundError for a missing file, CheckpointError for one that is no checkpoint.
     """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"model {checkpoint} does not exist; give the path of a .pt file")
-    prepare_process()
-    from ultralytics import YOLO
-
     digest = hashlib.sha256()
-    for name, tensor in sorted(YOLO(str(checkpoint)).model.state_dict().items()):
+    for name, tensor in sorted(open_weights(checkpoint).model.state_dict().items()):
         values = tensor.float().cpu().numpy()
         digest.update(f"{name}{values.shape}".encode() + values.tobytes())
     return digest.hexdigest()
@@ -136,8 +134,10 @@ def _tune(
     report: Report,
     place: Place,
 ) -> Tuned:
-    if base.suffix == ".pt" and not base.is_file():
-        raise FileNotFoundError(f"model {base} does not exist; give the path of a .pt file")
+    if base.suffix == ".pt":
+        open_weights(base)  # what is wrong with it is said before anything is written
+    elif base.suffix not in NETWORKS:
+        raise SettingsError(f"base {base}: give the path of a .pt file, or of a network ({', '.join(NETWORKS)})")
     for folder in (out.parent, scratch):
         folder.mkdir(parents=True, exist_ok=True)
     prepare_process()
@@ -170,7 +170,7 @@ def _joined(place: Place, settings: YoloSettings) -> Iterator[tuple[str, Callabl
     import torch
     from torch import distributed
 
-    from trainer.tuners.together import patience
+    from trainer.tuners.joining import join
 
     device = settings.device
     if device == "auto":
@@ -186,7 +186,7 @@ def _joined(place: Place, settings: YoloSettings) -> Iterator[tuple[str, Callabl
     if joins:
         if device != "cpu":
             torch.cuda.set_device(int(device))
-        distributed.init_process_group("gloo" if device == "cpu" else "nccl", timeout=patience())
+        join("gloo" if device == "cpu" else "nccl")
 
     def share(make: Callable[[], Files]) -> Files:
         everywhere: list[Any] = [None] * place.count

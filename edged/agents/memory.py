@@ -1,0 +1,133 @@
+"""What an agent remembers of its conversation: kept whole, shown to the model as far as its context reaches.
+
+Law of this file: a message is kept before anybody acts on it, and it is shown whole or not at all. What no longer fits is
+left out from the oldest on, so much at once that the next requests begin with the same messages: what an engine has read
+already it need not read again (docs/agents.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edged.agents.messages import Message
+
+if TYPE_CHECKING:
+    from edged.store import Conversations
+
+MESSAGES_MAX = 1000  # kept of one conversation
+BYTES_MAX = 4 << 20
+KEPT_SHARE = 0.5  # of the characters shown, when it becomes too much
+NOTE = "[{count} earlier messages of this conversation are left out.]"
+
+
+class MemoryFull(ValueError):
+    """One message alone is more than the model's context, or more than a conversation may hold."""
+
+
+class Conversation(Protocol):
+    """Where a conversation is kept beyond the process; every call is on the disk when it returns."""
+
+    def load(self) -> tuple[list[Message], int]:
+        """The messages, oldest first, and how many of the oldest are not shown."""
+        ...
+
+    def append(self, message: Message) -> None: ...
+
+    def drop(self, count: int, hidden: int) -> None:
+        """Forget the `count` oldest; of those that are left the `hidden` oldest are not shown."""
+        ...
+
+
+class Kept:
+    """The conversation of one agent in the device's store."""
+
+    def __init__(self, conversations: Conversations, agent: str) -> None:
+        self._all, self._agent = conversations, agent
+
+    def load(self) -> tuple[list[Message], int]:
+        """As Conversation."""
+        messages, hidden = self._all.load(self._agent)
+        return [Message(**message) for message in messages], hidden
+
+    def append(self, message: Message) -> None:
+        """As Conversation."""
+        self._all.append(self._agent, message.to_dict())
+
+    def drop(self, count: int, hidden: int) -> None:
+        """As Conversation."""
+        self._all.drop(self._agent, count, hidden)
+
+
+class MemoryManager:
+    """One agent's conversation, oldest first. Not for several threads at once: an agent does one thing at a time."""
+
+    def __init__(
+        self, conversation: Conversation | None = None, *, messages_max: int = MESSAGES_MAX, bytes_max: int = BYTES_MAX
+    ) -> None:
+        self._conversation, self._messages_max, self._bytes_max = conversation, messages_max, bytes_max
+        self._history, self._hidden = conversation.load() if conversation else ([], 0)
+
+    @property
+    def history(self) -> Sequence[Message]:
+        """Everything that is kept."""
+        return tuple(self._history)
+
+    @property
+    def shown(self) -> Sequence[Message]:
+        """What the model gets to see."""
+        return tuple(self._history[self._hidden :])
+
+    def update_memory(self, message: Message) -> None:
+        """Keep a message, and forget the oldest where there are too many. Raises MemoryFull for one that is too large."""
+        if _bytes(message) > self._bytes_max:
+            raise MemoryFull(f"a message of {_bytes(message)} bytes; a conversation holds at most {self._bytes_max}")
+        if self._conversation:
+            self._conversation.append(message)
+        self._history.append(message)
+        over, size = 0, sum(map(_bytes, self._history))
+        while len(self._history) - over > self._messages_max or size > self._bytes_max:
+            size -= _bytes(self._history[over])
+            over += 1
+        if over:
+            self._drop(over, max(0, self._hidden - over))
+
+    def retrieve_recent(self, limit: int) -> list[Message]:
+        """The newest `limit` messages, oldest first."""
+        return self._history[-limit:] if limit > 0 else []
+
+    def to_llm_format(self) -> list[dict[str, Any]]:
+        """What is shown, as chat models take it, with a note where something is left out."""
+        note = [{"role": "user", "content": NOTE.format(count=self._hidden)}] if self._hidden else []
+        return note + [message.to_llm_dict() for message in self.shown]
+
+    def make_room(self) -> int:
+        """Show less: leave out the oldest until KEPT_SHARE of the characters is left, never the last message. Answers how
+        many are left out by it; raises MemoryFull when there is nothing to leave out."""
+        shown = self.shown
+        if len(shown) < 2:
+            raise MemoryFull("the last message alone is more than the model's context")
+        sizes = [len(message.text) for message in shown]
+        left, gone = sum(sizes), 0
+        while gone < len(shown) - 1 and (gone == 0 or left > KEPT_SHARE * sum(sizes)):
+            left -= sizes[gone]
+            gone += 1
+        # An answer without what was asked is no use to the model.
+        while gone < len(shown) - 1 and shown[gone].role != "user":
+            gone += 1
+        self._drop(0, self._hidden + gone)
+        return gone
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._drop(len(self._history), 0)
+
+    def _drop(self, count: int, hidden: int) -> None:
+        if self._conversation:
+            self._conversation.drop(count, hidden)
+        del self._history[:count]
+        self._hidden = hidden
+
+
+def _bytes(message: Message) -> int:
+    return len(message.text.encode())

@@ -1,0 +1,120 @@
+"""The memory of an agent: whole messages, limits that hold, and the newest ones always shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edged.agents import MemoryManager, Message
+from edged.agents.memory import Kept, MemoryFull
+from edged.store import Store
+
+
+def test_what_was_said_is_shown_in_order() -> None:
+    memory = MemoryManager()
+    memory.update_memory(Message("user", "My favourite colour is blue."))
+    memory.update_memory(Message("assistant", {"ok": True}))
+    memory.update_memory(Message("tool", "12.5", name="measure"))
+    assert [(said["role"], said["content"]) for said in memory.to_llm_format()] == [
+        ("user", "My favourite colour is blue."), ("assistant", '{"ok": true}'), ("user", "12.5"),
+    ]  # fmt: skip
+    assert [message.role for message in memory.retrieve_recent(2)] == ["assistant", "tool"]
+    assert memory.retrieve_recent(0) == []
+
+
+@given(sizes=st.lists(st.integers(0, 60), max_size=40), messages_max=st.integers(1, 10), bytes_max=st.integers(60, 300))
+def test_limits_hold_and_the_newest_stay(sizes: list[int], messages_max: int, bytes_max: int) -> None:
+    memory = MemoryManager(messages_max=messages_max, bytes_max=bytes_max)
+    texts = [f"{number}".ljust(size, "x") for number, size in enumerate(sizes)]
+    for text in texts:
+        memory.update_memory(Message("user", text))
+        kept = [message.text for message in memory.history]
+        assert len(kept) <= messages_max and sum(map(len, kept)) <= bytes_max
+    assert [message.text for message in memory.history] == texts[len(texts) - len(memory.history) :]
+    if texts:
+        assert memory.history[-1].text == texts[-1]
+
+
+@given(
+    turns=st.lists(
+        st.tuples(st.sampled_from(["user", "assistant", "tool"]), st.integers(1, 50)), min_size=2, max_size=30
+    )
+)
+def test_making_room_leaves_out_whole_messages_until_one_is_left(turns: list[tuple[str, int]]) -> None:
+    memory = MemoryManager()
+    for role, size in turns:
+        memory.update_memory(Message(role, "x" * size))  # type: ignore[arg-type]
+    everything = memory.history
+    while len(memory.shown) > 1:
+        before = sum(len(message.text) for message in memory.shown)
+        gone = memory.make_room()
+        assert gone >= 1
+        assert memory.shown == everything[len(everything) - len(memory.shown) :]
+        after = sum(len(message.text) for message in memory.shown)
+        assert after <= before / 2 or len(memory.shown) == 1
+        assert memory.to_llm_format()[0]["content"].startswith(
+            f"[{len(everything) - len(memory.shown)} earlier messages"
+        )
+    assert memory.history == everything, "what is not shown is still kept"
+    with pytest.raises(MemoryFull):
+        memory.make_room()
+
+
+def test_what_is_left_begins_with_a_question_where_it_can() -> None:
+    memory = MemoryManager()
+    for role in ("user", "assistant", "tool", "assistant", "user", "assistant"):
+        memory.update_memory(Message(role, "x" * 10))  # type: ignore[arg-type]
+    memory.make_room()
+    assert [message.role for message in memory.shown] == ["user", "assistant"]
+
+
+def test_forgotten_messages_are_forgotten_from_what_is_left_out_too() -> None:
+    memory = MemoryManager(messages_max=4)
+    for number in range(4):
+        memory.update_memory(Message("user", str(number)))
+    memory.make_room()
+    shown = [message.text for message in memory.shown]
+    memory.update_memory(Message("user", "4"))
+    assert [message.text for message in memory.shown] == [*shown, "4"]
+    memory.clear()
+    assert memory.history == () and memory.to_llm_format() == []
+
+
+def test_a_message_larger_than_the_memory_is_refused() -> None:
+    memory = MemoryManager(bytes_max=10)
+    with pytest.raises(MemoryFull, match="20 bytes; a conversation holds at most 10"):
+        memory.update_memory(Message("user", "x" * 20))
+    assert memory.history == ()
+
+
+@given(acts=st.lists(st.one_of(st.text(max_size=20), st.just(None)), max_size=15))
+def test_a_conversation_survives_a_restart_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, acts: list[str | None]
+) -> None:
+    """A5."""
+    folder = tmp_path_factory.mktemp("store")
+    store = Store(folder)
+    memory = MemoryManager(Kept(store.conversations, "clerk"), messages_max=5)
+    other = MemoryManager(Kept(store.conversations, "other"))
+    other.update_memory(Message("user", "of somebody else"))
+    for act in acts:
+        if act is not None:
+            memory.update_memory(Message("user", {"said": act}))
+        elif len(memory.shown) > 1:
+            memory.make_room()
+    store.close()
+    again = MemoryManager(Kept(Store(folder).conversations, "clerk"), messages_max=5)
+    assert again.history == memory.history
+    assert again.to_llm_format() == memory.to_llm_format()
+    assert len(MemoryManager(Kept(Store(folder).conversations, "other")).history) == 1
+
+
+def test_the_same_message_is_kept_once(tmp_path: Path) -> None:
+    kept = Kept(Store(tmp_path).conversations, "clerk")
+    message = Message("user", "once")
+    kept.append(message)
+    kept.append(message)
+    assert kept.load() == ([message], 0)

@@ -1,0 +1,192 @@
+"""Tools of agents: what the model is told of them, and that no call can harm the run."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from datetime import datetime
+from typing import Any, Literal, Optional
+
+import pytest
+
+from edged.agents import BadSchema, Tool
+from edged.agents.tools import ABANDONED_MAX, OUTPUT_CHARS_MAX, tools_of
+
+
+def get_current_time(timezone: Optional[str] = None) -> str:  # noqa: UP045 - as in the seed's example
+    """Returns the current date and time, optionally for a specific timezone."""
+    return f"The current date and time is: {datetime.now().isoformat()}"
+
+
+def measure(part: str, unit: Literal["mm", "in"] = "mm", *, times: int = 1) -> dict[str, Any]:
+    """Measure a part with the caliper.
+
+    It takes a second or so.
+
+    Args:
+        part: the part's number,
+            as it stands on the tray
+        unit (str): of the answer
+        times: how often; the mean is answered
+
+    Returns:
+        The length.
+    """
+    return {"part": part, "length": 12.5, "unit": unit, "times": times}
+
+
+def test_the_schema_comes_from_signature_and_docstring() -> None:
+    """A3."""
+    assert Tool("measure", measure).schema == {
+        "type": "function",
+        "function": {
+            "name": "measure",
+            "description": "Measure a part with the caliper. It takes a second or so.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "part": {"type": "string", "description": "the part's number, as it stands on the tray"},
+                    "unit": {"enum": ["mm", "in"], "default": "mm", "description": "of the answer"},
+                    "times": {"type": "integer", "default": 1, "description": "how often; the mean is answered"},
+                },
+                "required": ["part"],
+                "additionalProperties": False,
+            },
+        },
+    }
+
+
+def test_the_seeds_tool() -> None:
+    tool = Tool("get_current_time_tool", get_current_time)
+    assert tool.description == "Returns the current date and time, optionally for a specific timezone."
+    assert tool.parameters["required"] == []
+    for arguments in ({}, {"timezone": None}, {"timezone": "UTC"}):
+        seen = asyncio.run(tool.call(arguments))
+        assert seen.ok and seen.text.startswith("The current date and time is: ")
+
+
+def test_sphinx_docstrings() -> None:
+    def weigh(part: str, tare_g: float) -> float:
+        """Weigh a part.
+
+        :param part: its number
+        :param float tare_g: what the tray weighs
+        :returns: grams
+        """
+        return 1.0 - tare_g
+
+    tool = Tool("weigh", weigh)
+    assert tool.description == "Weigh a part."
+    assert {name: each["description"] for name, each in tool.parameters["properties"].items()} == {
+        "part": "its number", "tare_g": "what the tray weighs",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"part": 5}, {"part": "a", "unit": "ft"}, {"part": "a", "more": 1}, "a", None, {"part": "a", "times": 1.5}],
+)
+def test_wrong_arguments_never_reach_the_function(arguments: Any) -> None:
+    called = []
+
+    def spy(part: str, unit: Literal["mm", "in"] = "mm", times: int = 1) -> None:
+        called.append(part)
+
+    seen = asyncio.run(Tool("spy", spy).call(arguments))
+    assert not seen.ok and "spy was not called: its arguments are wrong" in seen.text
+    assert called == []
+
+
+def test_an_exception_is_an_observation() -> None:
+    def broken() -> None:
+        raise OSError("the caliper is not connected")
+
+    async def broken_too() -> None:
+        raise KeyError("port")
+
+    def leaves() -> None:
+        raise SystemExit(3)
+
+    assert asyncio.run(Tool("a", broken).call({})).text == "a failed: OSError: the caliper is not connected"
+    assert asyncio.run(Tool("b", broken_too).call({})).text == "b failed: KeyError: 'port'"
+    assert not asyncio.run(Tool("c", leaves).call({})).ok
+
+
+def test_what_takes_too_long_is_left_behind_and_not_for_ever() -> None:
+    go_on = threading.Event()
+
+    def stuck() -> str:
+        go_on.wait(30)
+        return "late"
+
+    async def stuck_too() -> None:
+        await asyncio.sleep(30)
+
+    tool = Tool("stuck", stuck, seconds_max=0.05)
+
+    async def all_of_it() -> None:
+        for _ in range(ABANDONED_MAX):
+            assert (await tool.call({})).text == "stuck did not end within 0.05 s"
+        assert "earlier calls ran out of time and still run" in (await tool.call({})).text
+        assert not (await Tool("stuck_too", stuck_too, seconds_max=0.05).call({})).ok
+        go_on.set()
+        while not (seen := await tool.call({})).ok:  # the threads end
+            assert "still run" in seen.text or "did not end" in seen.text
+        assert seen.text == "late"
+
+    asyncio.run(all_of_it())
+
+
+def test_output_is_limited_and_says_so() -> None:
+    seen = asyncio.run(Tool("talk", lambda: "x" * 10_000).call({}))
+    assert seen.ok and seen.text.endswith("[cut: 10000 characters, 4000 shown]")
+    assert len(seen.text) < OUTPUT_CHARS_MAX + 60
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        ("as it is", "as it is"),
+        ({"a": [1, None]}, '{"a": [1, null]}'),
+        (None, "null"),
+        (float("nan"), "nan"),
+        (b"b", "b'b'"),
+    ],
+)
+def test_results_as_the_model_sees_them(result: Any, text: str) -> None:
+    assert asyncio.run(Tool("say", lambda: result).call({})).text == text
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "said"),
+    [
+        ("2fast", measure, "tool '2fast': a name is"),
+        ("x", 5, "5 cannot be called"),
+        ("x", lambda *parts: parts, "has no name to call it by"),
+        ("x", lambda **parts: parts, "has no name to call it by"),
+    ],
+)
+def test_a_function_that_no_model_could_call_is_refused(name: str, function: Any, said: str) -> None:
+    with pytest.raises(BadSchema) as error:
+        Tool(name, function)
+    assert said in str(error.value)
+
+
+def test_tools_by_name_or_by_themselves() -> None:
+    assert list(tools_of({"caliper": measure})) == ["caliper"]
+    assert list(tools_of([measure, get_current_time])) == ["measure", "get_current_time"]
+    assert tools_of(None) == {}
+
+
+def test_a_tool_does_not_hold_up_the_others() -> None:
+    first, second = threading.Event(), threading.Event()
+
+    def meet(mine: int) -> bool:
+        (first, second)[mine].set()
+        return (second, first)[mine].wait(20)
+
+    async def both() -> list[str]:
+        tool = Tool("meet", meet)
+        return [seen.text for seen in await asyncio.gather(tool.call({"mine": 0}), tool.call({"mine": 1}))]
+
+    assert asyncio.run(both()) == ["true", "true"]
