@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.demo.scenes import LABELS, SHIFTS, SIZE, Scene, decode_png, encode_png, make_scenes
+from bench.kept import kept
 from trainer.tuners.yolo import TrainSettings, train_full, write_yolo_dataset
 
 NETWORK = "yolo11n.yaml"
@@ -73,12 +73,9 @@ def as_items(given: Iterable[Scene], prefix: str) -> Iterator[Item]:
 
 def _make(name: str, start: str, build: Path, seed: int, recipe: Recipe, say: Say) -> Path:
     out = build / f"{name}-{_key(start, seed, recipe)}.pt"
-    folder = build / f".{out.stem}"
     if out.is_file():
         say(f"{name}: made before, {out}")
         return out
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    say(f"{name}: drawing {recipe.clean} clean and {recipe.shifted} shifted scenes")
     settings = TrainSettings(
         epochs=recipe.epochs,
         imgsz=SIZE,
@@ -88,18 +85,19 @@ def _make(name: str, start: str, build: Path, seed: int, recipe: Recipe, say: Sa
         seed=seed,
         augment={"hsv_v": recipe.hsv_v},
     )
-    try:
-        data = write_yolo_dataset(folder, _training_items(recipe, seed), LABELS)
+
+    def make(beside: Path) -> None:
+        say(f"{name}: drawing {recipe.clean} clean and {recipe.shifted} shifted scenes")
+        data = write_yolo_dataset(beside.with_suffix(".data"), _training_items(recipe, seed), LABELS)
         train_full(
             data,
             start,
-            out,
+            beside,
             settings,
             lambda epoch, epochs, losses: say(f"{name}: epoch {epoch}/{epochs}, loss {losses['loss']:.3f}"),
         )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return out
+
+    return kept(out, make)
 
 
 def _training_items(recipe: Recipe, seed: int) -> Iterator[Item]:

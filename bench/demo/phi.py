@@ -213,10 +213,8 @@ def main(build: Path, seed: int) -> None:
         "model_gguf": base / "model.gguf",
         "adapter_gguf": adapter / "adapter.gguf",
     }
-    if not paths["model_gguf"].is_file():
-        export_gguf(base, paths["model_gguf"])
-    if not paths["adapter_gguf"].is_file():
-        export_lora_gguf(adapter, base, paths["adapter_gguf"])
+    kept(paths["model_gguf"], lambda beside: export_gguf(base, beside))
+    kept(paths["adapter_gguf"], lambda beside: export_lora_gguf(adapter, base, beside))
     print(json.dumps({name: str(path) for name, path in paths.items()}))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.demo import models, phi
 from bench.demo.scenes import LABELS, SIZE, Scene, encode_png, make_scenes
+from bench.kept import kept
 from edged.wire.manifest import Thresholds
 from trainer.datasets import LabelledBox, LabelledImage, write_folder
 from trainer.evaluate import Labelled
@@ -76,9 +77,14 @@ def labelled(scenes: Sequence[Scene]) -> list[Labelled]:
     return [Labelled(scene.image, scene.boxes, scene.classes) for scene in scenes]
 
 
-def prepare(cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say) -> Assets:
-    """Make what is missing in `cache` (models, releases) and `work` (labelled folders of this run)."""
-    checkpoint, base_release, teacher_release = detectors(cache, seed, plan.calibration, say)
+def prepare(
+    cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say, calibrates: str = "calibration"
+) -> Assets:
+    """Make what is missing in `cache` (models, releases) and `work` (labelled folders of this run).
+
+    `calibrates`: the split whose clean scenes calibrate. Each split has handwriting of its own, so that a detector that is
+    calibrated on `calibration` sees unlike hands on the line; `stream` calibrates it on other pictures of that line."""
+    checkpoint, base_release, teacher_release = detectors(cache, seed, plan.calibration, say, calibrates)
     phi_release, adapter_release = _language(cache, seed, say)
     say("holdouts: drawing labelled folders")
     half = plan.holdout // 2
@@ -90,7 +96,7 @@ def prepare(cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say
             *make_scenes("holdout", half // 2, seed + 22, None, DIGITS),
         ],
         "holdout_clean": make_scenes("holdout", plan.holdout_clean, seed + 23, None, DIGITS),
-        "calibration": make_scenes("calibration", plan.calibration, seed + 11, None, DIGITS),
+        "calibration": make_scenes(calibrates, plan.calibration, seed + 11, None, DIGITS),
     }
     for name, scenes in folders.items():
         write_folder(work / name, [_image(scene) for scene in scenes])
@@ -100,16 +106,18 @@ def prepare(cache: Path, work: Path, seed: int, shift: str, plan: Plan, say: Say
     )  # fmt: skip
 
 
-def detectors(cache: Path, seed: int, calibration: int, say: Say) -> tuple[Path, Path, Path]:
+def detectors(
+    cache: Path, seed: int, calibration: int, say: Say, calibrates: str = "calibration"
+) -> tuple[Path, Path, Path]:
     """Make what is missing of the base's checkpoint, its release, and the teacher's release, each calibrated on
-    `calibration` scenes."""
+    `calibration` scenes of the split `calibrates`."""
     checkpoint = models.make_base(cache, seed, say)
     teacher = models.make_teacher(cache, seed, say)
-    clean = labelled(make_scenes("calibration", calibration, seed + 11, None, DIGITS))
+    clean = labelled(make_scenes(calibrates, calibration, seed + 11, None, DIGITS))
     # The teacher is calibrated on what it is asked about: shifted scenes.
     mixed = [
         *clean[: calibration // 3],
-        *labelled(make_scenes("calibration", calibration, seed + 12, "mix", DIGITS)),
+        *labelled(make_scenes(calibrates, calibration, seed + 12, "mix", DIGITS)),
     ]
     base_release = _detector(cache, checkpoint, "digits@1.0", clean, say)
     return checkpoint, base_release, _detector(cache, teacher, "digits-teacher@1.0", mixed, say)
@@ -130,14 +138,15 @@ def _detector(cache: Path, checkpoint: Path, release: str, calibration: Sequence
         told.update(item.image.tobytes())
     for source in (*RELEASE, *DETECTOR):
         told.update((ROOT / source).read_bytes())
-    folder = cache / f"{release}-{told.hexdigest()[:12]}"
-    if not folder.is_dir():
+
+    def make(beside: Path) -> None:
         say(f"{release}: export, int8, calibration, golden set")
         package_vision(
-            checkpoint, folder, release, labels=LABELS, imgsz=SIZE, calibration=calibration,
+            checkpoint, beside, release, labels=LABELS, imgsz=SIZE, calibration=calibration,
             thresholds=Thresholds(score=SCORE), lineage={"checkpoint": checkpoint.name},
         )  # fmt: skip
-    return folder
+
+    return kept(cache / f"{release}-{told.hexdigest()[:12]}", make)
 
 
 def _language(cache: Path, seed: int, say: Say) -> tuple[Path, Path]:
@@ -147,27 +156,21 @@ def _language(cache: Path, seed: int, say: Say) -> tuple[Path, Path]:
     for source in RELEASE:
         told.update((ROOT / source).read_bytes())
     key = told.hexdigest()[:12]
-    release, lora = cache / f"phi@1.0-{key}", cache / f"phi-style@1.0-{key}"
-    if not release.is_dir():
+
+    def make_release(beside: Path) -> None:
         say("phi@1.0: GGUF from the checkpoint")
-        gguf = cache / f".phi-{key}.gguf"
-        export_gguf(base, gguf)
-        package_language(
-            gguf, release, "phi@1.0", checkpoint=base, golden=[(e.prompt, e.base) for e in phi.EXAMPLES[:3]]
-        )
-        gguf.unlink()
-    if not lora.is_dir():
+        gguf = export_gguf(base, beside.with_name("phi.gguf"))
+        golden = [(e.prompt, e.base) for e in phi.EXAMPLES[:3]]
+        package_language(gguf, beside, "phi@1.0", checkpoint=base, golden=golden)
+
+    def make_lora(beside: Path) -> None:
         say("phi-style@1.0: LoRA adapter as GGUF")
-        gguf = cache / f".phi-style-{key}.gguf"
+        gguf = beside.with_name("phi-style.gguf")
         export_lora_gguf(adapter, base, gguf)
+        golden = [(e.prompt, e.adapter) for e in phi.EXAMPLES[:3]]
         package_language(
-            gguf,
-            lora,
-            "phi-style@1.0",
-            checkpoint=base,
-            golden=[(e.prompt, e.adapter) for e in phi.EXAMPLES[:3]],
-            adapter=adapter,
-            base=reference(release),
+            gguf, beside, "phi-style@1.0", checkpoint=base, golden=golden, adapter=adapter, base=reference(release)
         )
-        gguf.unlink()
-    return release, lora
+
+    release = kept(cache / f"phi@1.0-{key}", make_release)
+    return release, kept(cache / f"phi-style@1.0-{key}", make_lora)

@@ -158,7 +158,7 @@ def trainer_config(line: Line, assets: Assets, hook: Hook) -> Path:
 def test_l5_drift_is_found_told_trained_for_and_answered_and_a_steady_stream_alarms_nobody(
     tmp_path: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assets = prepare(ROOT / "build" / "demo-cache", tmp_path / "data", 1, "mix", REDUCED, print)
+    assets = prepare(ROOT / "build" / "demo-cache", tmp_path / "data", 1, "mix", REDUCED, print, "stream")
     with Line(tmp_path / "line", ROOT / "build" / "venv-device" / "bin" / "python") as line:
         plant = start(tmp_path, line, assets, hook, monkeypatch)
         for number in range(3):  # the baseline, then two windows that are like it

@@ -79,6 +79,7 @@ def lost(trainer: Trainer, trail: Path) -> set[str]:
     return told - {row.id for row in kept(trainer, select(seen.c.id))}
 
 
+@pytest.mark.alone  # fifty devices and their trainer take both cores of a small machine, and a rollout has its limits
 @pytest.mark.timeout(300)
 def test_fifty_devices_are_a_fleet_that_releases_go_through(tmp_path: Path) -> None:
     with Broker(tmp_path / "broker") as broker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class Hall:
         )
         self.config: TrainerConfig = load_config(self.path)
         self.database = Database(self.config.database_at)
+        self.database_file = self.config.data_dir / "trainer.sqlite"
         self.processes: list[subprocess.Popen[str]] = []
 
     def add(self, job: str) -> Path:
@@ -75,6 +77,24 @@ class Hall:
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
+
+    def stand_still(self, worker: subprocess.Popen[str]) -> None:
+        """Stop it as a suspended host does, between two writes: who holds SQLite's lock keeps everybody from writing."""
+
+        def between() -> bool:
+            worker.send_signal(signal.SIGSTOP)
+            connection = sqlite3.connect(self.database_file, timeout=0.5, isolation_level=None)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+            except sqlite3.OperationalError:
+                worker.send_signal(signal.SIGCONT)
+                return False
+            finally:
+                connection.close()
+            return True
+
+        until("it stands between two writes", between)
 
     def close(self) -> None:
         for process in self.processes:
@@ -200,7 +220,7 @@ def test_a_worker_that_stood_still_ends_its_training_before_another_begins(hall:
     at_work(hall)
     run, late = hall.add("j1"), hall.worker("late")
     process = until("it trains", lambda: training(run), 60)
-    late.send_signal(signal.SIGSTOP)
+    hall.stand_still(late)
     hall.worker("other")
     until("the other has found the folder locked", lambda: "still being run by another" in hall.log("other"), 60)
     assert not gone(process) and training(run) == process
