@@ -166,8 +166,9 @@ class Agent(BaseAgent):
             schema = step_schema(self.tools, peer_schemas(self.allowed_peers), self.output_schema)
         system = self._construct_full_system_prompt(self.description, json_mode_for_output=run_mode == AUTO_STEP)
         said = await self._ask(system, schema)
-        if said.end.reason in UNFINISHED and (schema is not None or said.end.reason != "length"):
-            raise StepFailed(f"the answer of model {self.model_config.name} {UNFINISHED[said.end.reason]}")
+        ended = said.end.reason
+        if ended in UNFINISHED and not (ended == "length" and schema is None) and not _readable(ended, run_mode):
+            raise StepFailed(f"the answer of model {self.model_config.name} {UNFINISHED[ended]}")
         answer = Message("assistant", said.text, name=self.name)
         self._remember(answer)
         return answer
@@ -244,6 +245,11 @@ class Agent(BaseAgent):
         if json_mode_for_output:
             parts.append(_how_to_step(bool(self.tools), bool(peers), self.output_schema))
         return "\n\n".join(part for part in parts if part)
+
+
+def _readable(ended: str, run_mode: str) -> bool:
+    """Whether an answer is whole although its form is wrong: who reads it as a step says what is wrong with it."""
+    return ended == "invalid" and run_mode == AUTO_STEP
 
 
 def _before(memory: MemoryManager) -> str:

@@ -29,11 +29,11 @@ from edged.clock import Clock
 from edged.config_agents import Agent as AgentConfig
 from edged.config_agents import Peer
 from edged.core.health import Problem
-from edged.engines.base import EngineError, Generator, Unsuitable
+from edged.engines.base import EngineError, Generator, Unanswered, Unsuitable
 from edged.engines.host import EngineEnded
 from edged.pace import Pace
 from edged.slot import Slot, SlotStopped
-from edged.store import Store
+from edged.store import Store, StoreError
 
 if TYPE_CHECKING:
     from edged.agents.peers import Courier
@@ -73,8 +73,8 @@ class LentSlot:
                 yield loaded.generator, loaded.ref.release, loaded.adapter.release if loaded.adapter else ""
         except SlotStopped:
             raise EngineError(f"slot {slot.name}: the daemon is ending") from None
-        except Unsuitable:
-            raise  # the request's fault, not the engine's
+        except (Unsuitable, Unanswered):
+            raise  # the request's fault, or nobody's: not the engine's
         except EngineError as error:
             if slot.live is not None:
                 self._failed(slot.name, ended=isinstance(error, EngineEnded))
@@ -165,18 +165,25 @@ class Hosted:
             offer_slot(name, lessor)
         offer_recorder(self.recorder)
         for name, each in self._configs.items():
-            kept = Kept(self._store.conversations, name) if each.remember else None
             try:
-                self._agents[name] = build(name, each, MemoryManager(kept), self.recorder)
+                memory = MemoryManager(Kept(self._store.conversations, name) if each.remember else None)
+                self._agents[name] = build(name, each, memory, self.recorder)
             except BadAgent as error:
-                self._wrong[name] = str(error)
-                log.error("agent %s was not made: %s", name, error)
-                self._store.count("agents_not_made")
-                self._say("agent_not_made", str(error), agent=name)
+                self._not_made(name, str(error))
+            except (StoreError, ValueError, TypeError) as error:
+                self._not_made(
+                    name, f"agents.{name}: its conversation cannot be read ({error}); `remember = false` leaves it"
+                )
         for name, peer in self._peers.items():
             self._make_peer(name, peer)
         self._thread.start()
         log.info("agents: %s", ", ".join(self._agents) or "none")
+
+    def _not_made(self, name: str, why: str) -> None:
+        self._wrong[name] = why
+        log.error("agent %s was not made: %s", name, why)
+        self._store.count("agents_not_made")
+        self._say("agent_not_made", why, agent=name)
 
     def _make_peer(self, name: str, peer: Peer) -> None:
         from edged.agents.peers import RemoteAgent

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,10 @@ class LearningMemory:
         """Those that no training has been asked for yet."""
         return self.lessons[self._asked :]
 
-    def asked(self) -> None:
-        """A training has been asked for with all of them."""
-        self._asked = len(self._lessons)
+    def asked(self, lessons: Sequence[Lesson]) -> None:
+        """A training has been asked for with these, the oldest of the fresh ones."""
+        gone = sum(1 for lesson in lessons if lesson in self._lessons)  # the others made room while it was asked for
+        self._asked = min(self._asked + gone, len(self._lessons))
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,7 @@ class LearnableAgent(BaseLearnableAgent, Agent):
                 refused = str(error)[:ANSWER_CHARS_MAX] or type(error).__name__
                 self.logger.info("training refused: %s", refused)
             else:
-                self.learning_memory.asked()
+                self.learning_memory.asked(fresh)
         return Adaptation(samples, wish, answer, refused, before, after)
 
 

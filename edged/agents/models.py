@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
@@ -36,6 +37,7 @@ PROVIDERS: dict[str, tuple[str, Literal["json_schema", "json_object"]]] = {
     "openai": ("https://api.openai.com/v1", "json_schema"),
     "llama-cpp-python": ("", "json_object"),
 }
+TOKEN_CHARS = 4  # of a token, about, where a server does not count them
 THREADS_MAX = 16  # generations that wait or run, of all agents of this process
 
 
@@ -154,6 +156,8 @@ class ServerModel:
 
     def say(self, request: GenerateRequest, hear: Hear | None = None) -> Said:
         text, end = generate_all(self._generator, request, hear)
+        if text and not end.answer_tokens:  # it does not say: a limit of tokens must act all the same
+            end = replace(end, answer_tokens=math.ceil(len(text) / TOKEN_CHARS))
         return Said(text, end, end.model)
 
 

@@ -156,6 +156,10 @@ class _Form:
         """The text that would have given `response`. Raises BadFeedback for one that the agent may not give (`fit`)."""
         if fit and (why := faults(response, self._schema)):
             raise BadFeedback(f"{what} does not fit the agent's output_schema: {why}")
+        if fit and self._stepwise and self._schema is None and not isinstance(response, str):
+            raise BadFeedback(
+                f"{what} {json.dumps(response)[:80]}: an agent without output_schema answers in text; give one"
+            )
         if not self._stepwise:
             return Message("assistant", response).text
         step = {"thought": "", "next_action": "final_response", "action_input": {"response": response}}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from edged.agents.schemas import for_grammar
 from edged.agents.tools import Tool
+from edged.engines.openai_wire import unfenced
 
 Action = Literal["call_tool", "invoke_agent", "final_response"]
 ACTIONS: tuple[Action, ...] = ("call_tool", "invoke_agent", "final_response")
@@ -53,7 +54,7 @@ def read_step(text: str) -> Step:
     if len(text) > STEP_CHARS_MAX:
         raise BadStep(f"the step has {len(text)} characters, at most {STEP_CHARS_MAX} are read")
     try:
-        said = json.loads(_bare(text))
+        said = json.loads(unfenced(text))
     except (ValueError, RecursionError) as error:
         raise BadStep(f"the step is no JSON ({error}); {_FORM}") from None
     if not isinstance(said, dict) or said.get("next_action") not in ACTIONS:
@@ -88,11 +89,3 @@ def _option(action: Action, given: dict[str, Any]) -> dict[str, Any]:
 
 def _closed(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
-def _bare(text: str) -> str:
-    """Without the fence that some servers' models put around JSON."""
-    stripped = text.strip()
-    if stripped.startswith("```") and stripped.endswith("```") and "\n" in stripped:
-        return stripped[stripped.index("\n") : -3]
-    return stripped

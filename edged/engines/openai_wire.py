@@ -111,17 +111,27 @@ def answer(data: bytes, model: str, *, chat: bool) -> Said:
 
 
 def mended(text: str) -> str:
-    """A JSON text whose strings have control characters as they are, which some servers' grammars let through, with them
-    escaped; any other text as it is."""
+    """A JSON text without the fence that some models put around it, and with the control characters escaped that some
+    servers' grammars let through in strings; any other text as it is."""
+    bare = unfenced(text)
+    for found in (text, bare):
+        try:
+            json.loads(found)
+            return found
+        except (ValueError, RecursionError):
+            pass
     try:
-        json.loads(text)
-        return text
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return json.dumps(json.loads(text, strict=False), ensure_ascii=False)
+        return json.dumps(json.loads(bare, strict=False), ensure_ascii=False)
     except (ValueError, RecursionError):
         return text
+
+
+def unfenced(text: str) -> str:
+    """What stands between the lines of a Markdown fence; a text without one as it is."""
+    stripped = text.strip()
+    if stripped.startswith("```") and stripped.endswith("```") and "\n" in stripped:
+        return stripped[stripped.index("\n") : -3].strip()
+    return text
 
 
 def too_long(data: bytes) -> bool:

@@ -200,12 +200,27 @@ def test_a_refusal_is_reported_and_the_lessons_are_asked_for_again(recorder: Sto
     assert third.answer == {"action": "training_triggered"}
 
 
+def test_what_is_said_while_a_training_is_asked_for_is_asked_for_the_next_time() -> None:
+    memory = LearningMemory(2)
+    first, second, third = (Lesson(str(number), Feedback(score=1, who="ann")) for number in range(3))
+    memory.keep(first)
+    asking = memory.fresh
+    memory.keep(second)
+    memory.asked(asking)
+    assert memory.fresh == (second,)
+    asking = memory.fresh
+    memory.keep(third)
+    memory.keep(first)  # the second one makes room while it is asked for
+    memory.asked(asking)
+    assert memory.fresh == (third, first)
+
+
 def test_experience_is_limited() -> None:
     memory = LearningMemory(3)
     lessons = [Lesson(str(number), Feedback(score=1, who="ann")) for number in range(5)]
     for lesson in lessons[:2]:
         memory.keep(lesson)
-    memory.asked()
+    memory.asked(memory.fresh)
     for lesson in lessons[2:]:
         memory.keep(lesson)
     assert (memory.lessons, memory.fresh) == (tuple(lessons[2:]), tuple(lessons[2:]))

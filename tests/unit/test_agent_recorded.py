@@ -216,6 +216,9 @@ def test_feedback_that_cannot_be_used_says_why(kept: Kept) -> None:
     kept.store.claim([kept.entries()[0].sample], "job-1")
     with pytest.raises(BadFeedback, match="its sample is claimed: a training has taken it"):
         kept.recorder.feedback(run_id, Feedback(correction={"verdict": "unsure"}, who=ANN))
+    free = kept.run(final("accept"), output_schema=None)
+    with pytest.raises(BadFeedback, match="correction 5: an agent without output_schema answers in text"):
+        kept.recorder.feedback(free, Feedback(correction=5, who=ANN))
 
 
 def test_answers_of_the_model_that_are_plain_text_stay_so(kept: Kept) -> None:
