@@ -21,6 +21,7 @@ from edged.agents.turns import QueueFull
 from edged.engines.base import ChatMessage, EngineError, PromptTooLong
 
 MAX_STEPS = 10
+HISTORY, SINGLE = "conversation_history", "single_request"  # kinds of memory
 AUTO_STEP, PLAIN = "auto_step", "plain"  # modes of a `_run`
 BEFORE_CHARS_MAX = 4000  # of what was said before a run, in its record
 REPAIRS_MAX = 1  # of a final answer that does not fit its schema
@@ -48,13 +49,15 @@ class Run:
 class Agent(BaseAgent):
     """An agent with a memory, that runs by itself. One run at a time: a second one waits for the first."""
 
-    def __init__(self, *args: Any, memory: MemoryManager | None = None, memory_type: str = "conversation_history",
+    def __init__(self, *args: Any, memory: MemoryManager | None = None, memory_type: str = HISTORY,
                  recorder: Recorder | None = None, **kwargs: Any) -> None:  # fmt: skip
         """As BaseAgent; `memory`: one that outlives the process, else the conversation lives as long as the agent.
-        `memory_type`: only "conversation_history" is there. `recorder`: who keeps the runs, else whom the daemon offers."""
-        if memory_type != "conversation_history":
-            raise ValueError(f'memory_type {memory_type!r}: the one kind of memory is "conversation_history"')
+        `memory_type`: "conversation_history", or "single_request" for an agent whose requests have nothing to do with each
+        other: each one begins a new conversation. `recorder`: who keeps the runs, else whom the daemon offers."""
+        if memory_type not in (HISTORY, SINGLE):
+            raise ValueError(f"memory_type {memory_type!r}: use {HISTORY} or {SINGLE}")
         super().__init__(*args, **kwargs)
+        self.memory_type = memory_type
         self.memory = memory or MemoryManager()
         self.recorder = recorder
         self.last_execution: str | None = None  # by which feedback names the newest run that was recorded
@@ -79,6 +82,8 @@ class Agent(BaseAgent):
         assert context.deadline is not None
         # Whoever waits for this answer must not be waited for.
         async with nullcontext() if self.name in context.path else self._one_at_a_time:
+            if self.memory_type == SINGLE and not self._runs:  # what calls back into a run belongs to its request
+                self.memory.clear()
             run = Run(initial_request, context.deadline, self.limits.tokens_max, before=_before(self.memory))
             self._runs.append(run)
             try:

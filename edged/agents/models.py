@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from edged.agents.turns import Turns
+from edged.core.transcript import STOP, transcript
 from edged.engines.base import (
     ChatMessage,
     EngineError,
@@ -129,12 +130,9 @@ class LentModel:
 
 
 def plain(request: GenerateRequest) -> GenerateRequest:
-    """A conversation as one text, in the form that Phi-2 was trained on, for a model without a chat template."""
-    turns = []
-    for turn in request.messages:
-        head = {"user": "Instruct: ", "assistant": "Output: "}.get(turn.role, "")
-        turns.append(f"{head}{turn.content}")
-    return replace(request, prompt="\n".join([*turns, "Output:"]), messages=(), stop=("\nInstruct:", *request.stop))
+    """A conversation as one text, for a model without a chat template."""
+    said = transcript((turn.role, turn.content) for turn in request.messages)
+    return replace(request, prompt=said, messages=(), stop=(STOP, *request.stop))
 
 
 class OwnEngine:

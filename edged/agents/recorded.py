@@ -16,7 +16,6 @@ again, the same feedback changes nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -33,7 +32,7 @@ from edged.agents.feedback import (
 )
 from edged.agents.messages import Message
 from edged.agents.schemas import faults
-from edged.agents.steps import BadStep, read_step
+from edged.agents.steps import BadStep, final_step, read_step
 from edged.cases import EXCERPT_CHARS_MAX, question
 from edged.clock import Clock, new_id
 from edged.dataset import FEEDBACK
@@ -162,9 +161,8 @@ class _Form:
             )
         if not self._stepwise:
             return Message("assistant", response).text
-        step = {"thought": "", "next_action": "final_response", "action_input": {"response": response}}
         try:
-            return json.dumps(step, ensure_ascii=False, allow_nan=False)
+            return final_step(response)
         except (TypeError, ValueError) as error:
             raise BadFeedback(f"{what}: {error}; a response is JSON") from None
 

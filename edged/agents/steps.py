@@ -68,6 +68,13 @@ def read_step(text: str) -> Step:
     return Step(str(thought)[:THOUGHT_CHARS_MAX], action, value[name] if name else "", value[content])
 
 
+def final_step(response: Any) -> str:
+    """The text of the step that gives `response`, as the grammar lets a model write it. Raises TypeError and ValueError for
+    what is no JSON."""
+    step = {"thought": "", "next_action": "final_response", "action_input": {"response": response}}
+    return json.dumps(step, ensure_ascii=False, allow_nan=False)
+
+
 # What `action_input` holds: the name of the target, and what it is given.
 _INPUT: Mapping[Action, tuple[str, str]] = {
     "call_tool": ("tool_name", "arguments"),

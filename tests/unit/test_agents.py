@@ -41,6 +41,31 @@ def test_a_run_calls_a_tool_and_answers() -> None:
     assert second.messages[: len(first.messages)] == first.messages, "what was read once is not read again"
 
 
+def test_each_request_begins_a_conversation_of_its_own_where_that_is_asked_for() -> None:
+    model = Scripted(call("add", a=2, b=3), final("5"), final("7"))
+    agent = Agent(model, "You add.", tools={"add": add}, memory_type="single_request")
+    run(agent, "What is 2 + 3?")
+    run(agent, "What is 3 + 4?")
+    assert [turn.role for turn in model.asked[1].messages] == ["system", "user", "assistant", "user"], (
+        "within a run all"
+    )
+    assert [turn.content for turn in model.asked[2].messages[1:]] == ["What is 3 + 4?"]
+    assert agent.memory.history[0].text == "What is 3 + 4?"
+    with pytest.raises(ValueError, match="use conversation_history or single_request"):
+        Agent(model, "x", memory_type="vectors")
+
+
+def test_what_calls_back_into_a_run_belongs_to_its_request() -> None:
+    model = Scripted(ask("helper", "Help."), final("inner"), final("outer"))
+    first = Agent(model, "f", agent_name="first", allowed_peers=["helper"], memory_type="single_request")
+    helper = Agent(
+        Scripted(ask("first", "Who asked?"), final("helped")), "h", agent_name="helper", allowed_peers=["first"]
+    )
+    assert run(first, "Go.").content == "outer"
+    assert model.asked[-1].messages[1].content == "Go.", "the request is still there after the call back"
+    del helper
+
+
 def test_every_step_that_the_grammar_allows_can_be_read() -> None:
     seen = {}
 

@@ -50,7 +50,7 @@ def test_escalated_texts_become_examples_and_pairs_with_who_answered(tmp_path: P
     assert bad == []
     assert [(each.prompt, each.wanted, each.messages) for each in examples] == [
         ("What to do?\n", "reject", ()),
-        ("system: Be brief.\nuser: A seven?\nassistant: ", "yes", (("system", "Be brief."), ("user", "A seven?"))),
+        ("Be brief.\nInstruct: A seven?\nOutput:", "yes", (("system", "Be brief."), ("user", "A seven?"))),
         ("Who to do?\n", "Accept ", ()),
     ]
     assert [each.provenance for each in examples] == [

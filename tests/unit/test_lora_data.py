@@ -87,7 +87,7 @@ def test_a_bare_prompt_stays_one_and_a_conversation_keeps_its_turns(tmp_path: Pa
     bare, talk, told, short = read_examples(written(tmp_path, *rows))[0]
     assert bare == {"prompt": "What to do?\n", "answer": "reject"}
     assert talk["messages"] == TURNS
-    assert talk["prompt"] == "system: Be brief.\nuser: A seven?\nassistant: "
+    assert talk["prompt"] == "Be brief.\nInstruct: A seven?\nOutput:"
     assert told["messages"] == [{"role": "user", "content": "line 1\n\nCount the boxes"}]
     assert short["messages"] == [{"role": "user", "content": "Count the boxes"}]
 
@@ -127,7 +127,7 @@ def test_an_escalation_is_a_pair_of_the_better_and_the_local_answer(tmp_path: Pa
     assert pairs == [
         {"prompt": "What to do?", "chosen": "reject", "rejected": "accept"},
         {
-            "prompt": "system: Be brief.\nuser: A seven?\nassistant: ",
+            "prompt": "Be brief.\nInstruct: A seven?\nOutput:",
             "chosen": "ask",
             "rejected": "accept",
             "messages": TURNS,

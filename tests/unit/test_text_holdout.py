@@ -148,7 +148,7 @@ def test_a_replaced_ledger_is_found_by_what_releases_were_judged_on(config: Trai
 
 def test_a_conversation_comes_back_as_it_was_frozen(config: TrainerConfig) -> None:
     turns = (("system", "Be brief."), ("user", "A seven?"))
-    talk = Text({}, "system: Be brief.\nuser: A seven?\nassistant: ", "yes\u2028", "no", turns, BIG)
+    talk = Text({}, "Be brief.\nInstruct: A seven?\nOutput:", "yes\u2028", "no", turns, BIG)
     freeze(config, "clerk", {"calibration": [talk]}, 1.0)
     (found,) = read_sets(config, "clerk")["calibration"]
     assert (found, found.identity) == (replace(talk, given=None), talk.identity)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from edged.core.transcript import transcript
+
 LINE_BYTES_MAX = 4 << 20
 
 Bad = list[tuple[int, str]]  # line number from 1, why it is left out
@@ -28,7 +30,8 @@ class Turn(TypedDict):
 
 class Example(TypedDict):
     """One prompt and the answer that the model should continue it with, without special tokens. `messages`: the prompt as
-    a conversation, for a model with a chat template; `prompt` is the same as plain text, for one without."""
+    a conversation, for a model with a chat template; `prompt` is the same as one text, as devices put it to a model without
+    one (`edged.core.transcript`)."""
 
     prompt: str
     answer: str
@@ -56,8 +59,8 @@ class Line:
     def example(self, answer: str) -> Example:
         """What was asked, with `answer` to it. A request that was a bare prompt stays one, as its device will meet it."""
         if self.messages:
-            said = "".join(f"{turn['role']}: {turn['content']}\n" for turn in self.messages)
-            return Example(prompt=f"{said}assistant: ", answer=answer, messages=list(self.messages))
+            said = transcript((turn["role"], turn["content"]) for turn in self.messages)
+            return Example(prompt=said, answer=answer, messages=list(self.messages))
         return Example(prompt=self.goal, answer=answer)
 
 
