@@ -148,7 +148,7 @@ class Agent(BaseAgent):
         if tool is None:
             text, ok = f"there is no tool {step.target!r}; there are: {', '.join(self.tools) or 'none'}", False
         else:
-            seen = await tool.call(step.value)
+            seen = await tool.call(step.value, run.until - time.monotonic())
             text, ok = seen.text, seen.ok
         run.steps.append((step, text, ok))
         return Message("tool", f"{'result' if ok else 'error'} of {step.target}: {text}", name=step.target)

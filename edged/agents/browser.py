@@ -158,7 +158,10 @@ class BrowserTool:
         names = ["open", "read", "click", "type", *(["screenshot"] if self._folder is not None else [])]
         limits = self._limits
         seconds, chars = 4 * limits.seconds_max, limits.text_chars_max + 100 * limits.elements_max + 1000
-        return {name: Tool(name, getattr(self, name), seconds_max=seconds, output_chars_max=chars) for name in names}
+        return {  # what Playwright makes belongs to the loop in which it was started
+            name: Tool(name, getattr(self, name), seconds_max=seconds, output_chars_max=chars, in_callers_loop=True)
+            for name in names
+        }
 
     async def start(self) -> None:
         """Start the browser, if it is not there. Raises BrowserError naming what is missing."""
