@@ -65,6 +65,31 @@ class Large(BaseAgent):
         return Message("assistant", "x" * INVOKED_BYTES_MAX)
 
 
+class Holder(BaseAgent):
+    """Holds something until it is closed; `how` it closes."""
+
+    closed: list[str] = []
+
+    def __init__(self, how: str = "", **given: Any) -> None:
+        super().__init__(**given)
+        self.how = how
+        if how == "in a thread":
+            self.close = self._close  # type: ignore[method-assign]
+
+    async def handle(self, request: Any, request_context: RequestContext) -> Message:
+        raise RuntimeError("no such sensor")
+
+    async def close(self) -> None:
+        self.closed.append(f"{self.how} {threading.current_thread().name}")
+        if self.how == "fails":
+            raise OSError("gone already")
+        if self.how == "hangs":
+            await asyncio.sleep(3600)
+
+    def _close(self) -> None:
+        self.closed.append(f"{self.how} {threading.current_thread().name}")
+
+
 def scripted(model: Any, **given: Any) -> Agent:
     return Agent(Scripted(final({"verdict": "reject"}), final({"verdict": "again"})), **given)
 
@@ -245,6 +270,20 @@ def test_who_waits_when_the_daemon_ends_is_told(tmp_path: Path) -> None:
     site.close()
     asking.join(20)
     assert answers[0]["kind"] == "cancelled" and "the daemon is ending" in answers[0]["error"]
+
+
+def test_agents_give_back_what_they_hold_when_the_daemon_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever became of their runs, and whatever one of them does."""
+    Holder.closed.clear()
+    hows = ["fails", "hangs", "in a thread", "answers"]
+    site = Site(
+        tmp_path, "dev1", **{f"h{n}": {"factory": "Holder", "options": {"how": how}} for n, how in enumerate(hows)}
+    )
+    message, _ = site.hosted.submit("dev1-h3", "go").future.result(20)
+    assert message.role == "error"
+    site.close()
+    assert sorted(Holder.closed) == ["answers agents", "fails agents", "hangs agents", "in a thread close dev1-h2"]
+    assert "agent dev1-h0 was not closed" in caplog.text and "1 agents did not close within 3 s" in caplog.text
 
 
 def peer(agent: str = "two-waiter", **more: Any) -> dict[str, Peer]:
