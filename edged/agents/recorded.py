@@ -76,7 +76,7 @@ class StoreRecorder:
         record = _record(execution) | {
             "requests": [request.id for request in requests],
             "answer": None if answering is None else requests[answering].id,
-            "stepwise": bool(execution.asked and execution.asked[-1].stepwise),
+            "stepwise": any(asked.stepwise for asked in execution.asked),
         }
         self._store.record_run(AgentRun(run_id, execution.agent, now, record), requests)
         self._store.count("agent_runs_failed" if execution.error else "agent_runs")
@@ -167,7 +167,7 @@ class _Form:
 
 def _answering(asked: tuple[ModelStep, ...]) -> int | None:
     """Which of a run's model steps gave its response: the last whole one, or the last of all; None where there is none."""
-    whole = [number for number, each in enumerate(asked) if each.said.end.reason not in UNFINISHED]
+    whole = [number for number, each in enumerate(asked) if not each.aside and each.said.end.reason not in UNFINISHED]
     for number in reversed(whole):
         if not asked[number].stepwise:
             return number
