@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edged.agents.base import BaseAgent, peer_schemas
-from edged.agents.feedback import Execution, ModelStep, Recorder, offered_recorder
+from edged.agents.feedback import Execution, ModelStep, Recorder
 from edged.agents.memory import MemoryFull, MemoryManager
 from edged.agents.messages import LogLevel, Message, RequestContext
 from edged.agents.models import Said, ask
@@ -39,6 +39,7 @@ class Run:
     goal: Any
     until: float
     tokens_left: int
+    began: float = field(default_factory=time.monotonic)
     steps_max: int = MAX_STEPS
     taken: int = 0  # steps that the model was asked for
     cancelled: bool = False
@@ -48,7 +49,12 @@ class Run:
 
 
 class Agent(BaseAgent):
-    """An agent with a memory, that runs by itself. One run at a time: a second one waits for the first."""
+    """An agent with a memory, that runs by itself. One run at a time: a second one waits for the first.
+
+    `auto_run` records the runs; a class whose `handle` does without it sets `recorded_by_invoke`.
+    """
+
+    recorded_by_invoke = False
 
     def __init__(self, *args: Any, memory: MemoryManager | None = None, memory_type: str = "conversation_history",
                  recorder: Recorder | None = None, **kwargs: Any) -> None:  # fmt: skip
@@ -81,7 +87,13 @@ class Agent(BaseAgent):
         assert context.deadline is not None
         # Whoever waits for this answer must not be waited for.
         async with nullcontext() if self.name in context.path else self._one_at_a_time:
-            run = Run(initial_request, context.deadline, self.limits.tokens_max, max_steps, before=_before(self.memory))
+            run = Run(
+                initial_request,
+                context.deadline,
+                self.limits.tokens_max,
+                steps_max=max_steps,
+                before=_before(self.memory),
+            )
             self._runs.append(run)
             try:
                 answer = await self._answer(run, context, Message("user", run.goal))
@@ -224,16 +236,7 @@ class Agent(BaseAgent):
             return False
 
     async def _record(self, run: Run, answer: Message, context: RequestContext) -> None:
-        """Hand the run to the recorder, if there is one. What it cannot keep costs the record, never the answer."""
-        recorder = self.recorder or offered_recorder()
-        if recorder is None:
-            return
-        execution = _execution(self, run, answer, context)
-        try:
-            self.last_execution = await asyncio.to_thread(recorder.record, execution)
-        except Exception as error:  # a store has many ways to fail, and the answer is made
-            self.last_execution = None
-            self.logger.error("the run was not recorded: %s", error)
+        self.last_execution = await self._keep(lambda: _execution(self, run, answer, context), self.recorder)
 
     def _remember(self, message: Message) -> None:
         try:
@@ -277,6 +280,7 @@ def _execution(agent: Agent, run: Run, answer: Message, context: RequestContext)
         agent=agent.name, goal=Message("user", run.goal).text, context_summary=run.before, plan=plan, execution=done,
         summary="" if failed else answer.text, error=answer.text if failed else "", model=agent.model_config.name,
         request_id=context.request_id, output_schema=agent.output_schema, asked=tuple(run.asked),
+        seconds=time.monotonic() - run.began,
     )  # fmt: skip
 
 

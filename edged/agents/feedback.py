@@ -100,6 +100,7 @@ class Execution:
     request_id: str = ""  # of the task that the run was part of
     output_schema: Json | None = None
     asked: tuple[ModelStep, ...] = field(default=(), repr=False)
+    seconds: float | None = None  # that it took, its waiting for the model's turn included
 
 
 class Recorder(Protocol):

@@ -201,6 +201,11 @@ def test_ctrl_c_cancels_a_run_and_the_next_one_has_its_turn(tmp_path: Path, brok
         device.wait("it was cancelled", lambda s: s["agents"]["slow"]["running"] == 0)
         assert asked(device, "inspector", {"part": 1})[0]
         assert run(device, "slow", {"part": 1}, "--timeout", "0.5")[0] == 130
+        listed = until("it is listed, too", lambda: device.cli("agent", "runs", "slow").stdout)
+        run_id = listed.split()[0]
+        assert listed.split()[1:4] == ["error", "slow", "0"], "an agent of its own kind has no steps that are known"
+        refused = device.cli("agent", "feedback", run_id, "--score", "0", "--who", "ann")
+        assert refused.returncode == 2 and "there is nothing to learn from" in refused.stderr
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"this machine has no {' and no '.join(MISSING)}")
