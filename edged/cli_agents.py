@@ -138,7 +138,8 @@ def agent_runs(
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
-    """List runs that this device keeps, newest first: id, agent, how it ended, how many steps, what people said, goal."""
+    """List runs that this device keeps, newest first: id, agent, how it ended, how many steps, how long it took, what
+    people said, goal."""
     from dataclasses import asdict
 
     with store_of(config) as store:
@@ -152,7 +153,8 @@ def agent_runs(
         words = len(run.feedback)
         said = f"{words} feedback" if words else "no feedback"
         goal = json.dumps(record["goal"][:60], ensure_ascii=False)
-        typer.echo(f"{run.id}  {outcome:<5} {run.agent} {len(record['execution'])} steps, {said}  {goal}")
+        took = f", {record['seconds']:.1f} s" if record.get("seconds") is not None else ""  # older records have none
+        typer.echo(f"{run.id}  {outcome:<5} {run.agent} {len(record['execution'])} steps{took}, {said}  {goal}")
     typer.echo(f"{len(runs)} runs", err=True)
 
 

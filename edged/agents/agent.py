@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edged.agents.base import BaseAgent, peer_schemas
-from edged.agents.feedback import Execution, ModelStep, Recorder, offered_recorder
+from edged.agents.feedback import Execution, ModelStep, Recorder
 from edged.agents.memory import MemoryFull, MemoryManager
 from edged.agents.messages import LogLevel, Message, RequestContext
 from edged.agents.models import Said, ask
@@ -40,6 +40,9 @@ class Run:
     goal: Any
     until: float
     tokens_left: int
+    began: float = field(default_factory=time.monotonic)
+    steps_max: int = MAX_STEPS
+    taken: int = 0  # steps that the model was asked for
     cancelled: bool = False
     steps: list[tuple[Step, str, bool]] = field(default_factory=list)  # with what came of it, and whether it went well
     before: str = ""  # what had been said when it began
@@ -47,7 +50,12 @@ class Run:
 
 
 class Agent(BaseAgent):
-    """An agent with a memory, that runs by itself. One run at a time: a second one waits for the first."""
+    """An agent with a memory, that runs by itself. One run at a time: a second one waits for the first.
+
+    `auto_run` records the runs; a class whose `handle` does without it sets `recorded_by_invoke`.
+    """
+
+    recorded_by_invoke = False
 
     def __init__(self, *args: Any, memory: MemoryManager | None = None, memory_type: str = HISTORY,
                  recorder: Recorder | None = None, **kwargs: Any) -> None:  # fmt: skip
@@ -84,10 +92,16 @@ class Agent(BaseAgent):
         async with nullcontext() if self.name in context.path else self._one_at_a_time:
             if self.memory_type == SINGLE and not self._runs:  # what calls back into a run belongs to its request
                 self.memory.clear()
-            run = Run(initial_request, context.deadline, self.limits.tokens_max, before=_before(self.memory))
+            run = Run(
+                initial_request,
+                context.deadline,
+                self.limits.tokens_max,
+                steps_max=max_steps,
+                before=_before(self.memory),
+            )
             self._runs.append(run)
             try:
-                answer = await self._steps(run, context, max_steps)
+                answer = await self._answer(run, context, Message("user", run.goal))
                 await self._record(run, answer, context)
                 return answer
             except asyncio.CancelledError:
@@ -105,16 +119,17 @@ class Agent(BaseAgent):
             run.cancelled = True
         return bool(self._runs)
 
-    async def _steps(self, run: Run, context: RequestContext, max_steps: int) -> Message:
-        prompt: Any = Message("user", run.goal)
+    async def _answer(self, run: Run, context: RequestContext, prompt: Message) -> Message:
+        """Take steps until there is a response, an error, or nothing left of what the run may use."""
         repairs = 0
-        for number in range(1, max_steps + 1):
+        while run.taken < run.steps_max:
             if ended := self._ended(run):
                 return self.error(f"agent {self.name} stopped: {ended}")
+            run.taken += 1
             try:
                 said = await self._run(prompt, context, AUTO_STEP)
             except StepFailed as error:
-                return self.error(f"agent {self.name}, step {number}: {error}")
+                return self.error(f"agent {self.name}, step {run.taken}: {error}")
             if said.role == "error":
                 return said
             try:
@@ -122,7 +137,7 @@ class Agent(BaseAgent):
             except BadStep as error:
                 prompt = self.error(str(error))
                 continue
-            await self._log_progress(context, LogLevel.DEBUG, f"step {number}: {step.action} {step.target}")
+            await self._log_progress(context, LogLevel.DEBUG, f"step {run.taken}: {step.action} {step.target}")
             if step.action == "final_response":
                 why = faults(step.value, self.output_schema)
                 run.steps.append((step, why, not why))
@@ -134,7 +149,7 @@ class Agent(BaseAgent):
                 prompt = self.error(f"Your response does not fit the schema: {why}. Answer again.")
             else:
                 prompt = await self._act(step, run, context)
-        return self.error(f"agent {self.name} gave no final response within {max_steps} steps; see max_steps")
+        return self.error(f"agent {self.name} gave no final response within {run.steps_max} steps; see max_steps")
 
     def _ended(self, run: Run) -> str:
         if run.cancelled:
@@ -153,7 +168,7 @@ class Agent(BaseAgent):
         if tool is None:
             text, ok = f"there is no tool {step.target!r}; there are: {', '.join(self.tools) or 'none'}", False
         else:
-            seen = await tool.call(step.value)
+            seen = await tool.call(step.value, run.until - time.monotonic())
             text, ok = seen.text, seen.ok
         run.steps.append((step, text, ok))
         return Message("tool", f"{'result' if ok else 'error'} of {step.target}: {text}", name=step.target)
@@ -186,13 +201,8 @@ class Agent(BaseAgent):
             else Run("", time.monotonic() + self.limits.seconds_max, self.limits.tokens_max)
         )
         while True:
-            tokens = max(1, min(self.max_tokens, run.tokens_left))
-            turns, config, began = _turns(system, self.memory), self.model_config, time.monotonic()
             try:
-                said = await ask(
-                    self.model, config, turns, schema, tokens_max=tokens, until=run.until,
-                    cancelled=lambda: run.cancelled,
-                )  # fmt: skip
+                said = await self._think(run, _turns(system, self.memory), schema)
             except PromptTooLong as error:
                 try:
                     self.memory.make_room()
@@ -201,15 +211,26 @@ class Agent(BaseAgent):
                 continue
             except (EngineError, QueueFull) as error:
                 raise StepFailed(str(error)) from None
-            run.tokens_left -= said.end.answer_tokens
-            took_ms = said.took_ms or (time.monotonic() - began) * 1000
-            run.asked.append(
-                ModelStep(
-                    tuple(turns), schema, said, schema is not None, tokens, config.temperature, config.seed, took_ms
-                )
-            )
-            if not self._out_of_room(said, tokens):
+            if not self._out_of_room(said, run.asked[-1].tokens_max):
                 return said
+
+    async def _think(
+        self, run: Run, turns: list[ChatMessage], schema: dict[str, Any] | None, *, aside: bool = False
+    ) -> Said:
+        """One answer of the model, whatever it is for: of the run's tokens and time, and in its record. Raises EngineError,
+        QueueFull."""
+        tokens, config, began = max(1, min(self.max_tokens, run.tokens_left)), self.model_config, time.monotonic()
+        said = await ask(
+            self.model, config, turns, schema, tokens_max=tokens, until=run.until, cancelled=lambda: run.cancelled
+        )
+        run.tokens_left -= said.end.answer_tokens
+        took_ms = said.took_ms or (time.monotonic() - began) * 1000
+        stepwise = schema is not None and not aside
+        step = ModelStep(
+            tuple(turns), schema, said, stepwise, tokens, config.temperature, config.seed, took_ms, aside=aside
+        )
+        run.asked.append(step)
+        return said
 
     def _out_of_room(self, said: Said, tokens: int) -> bool:
         """Whether the context ended before the answer did, and less of the conversation is shown from now on."""
@@ -221,16 +242,7 @@ class Agent(BaseAgent):
             return False
 
     async def _record(self, run: Run, answer: Message, context: RequestContext) -> None:
-        """Hand the run to the recorder, if there is one. What it cannot keep costs the record, never the answer."""
-        recorder = self.recorder or offered_recorder()
-        if recorder is None:
-            return
-        execution = _execution(self, run, answer, context)
-        try:
-            self.last_execution = await asyncio.to_thread(recorder.record, execution)
-        except Exception as error:  # a store has many ways to fail, and the answer is made
-            self.last_execution = None
-            self.logger.error("the run was not recorded: %s", error)
+        self.last_execution = await self._keep(lambda: _execution(self, run, answer, context), self.recorder)
 
     def _remember(self, message: Message) -> None:
         try:
@@ -279,6 +291,7 @@ def _execution(agent: Agent, run: Run, answer: Message, context: RequestContext)
         agent=agent.name, goal=Message("user", run.goal).text, context_summary=run.before, plan=plan, execution=done,
         summary="" if failed else answer.text, error=answer.text if failed else "", model=agent.model_config.name,
         request_id=context.request_id, output_schema=agent.output_schema, asked=tuple(run.asked),
+        seconds=time.monotonic() - run.began,
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from edged.agents.feedback import Execution, Recorder, offered_recorder
 from edged.agents.messages import LogLevel, Message, RequestContext
 from edged.agents.models import Model, ModelConfig, open_model
 from edged.agents.registry import AgentRegistry
@@ -43,6 +44,8 @@ class BaseAgent(ABC):
     `model` (or `model_config`): which model, as a ModelConfig or as an object with `say`. `tools`: functions by the names
     that the model knows them by. `allowed_peers`: whom it may invoke. Schemas in the three forms of `agents.schemas`.
     """
+
+    recorded_by_invoke: ClassVar[bool] = True  # False: of a class that hands its runs to the recorder itself
 
     def __init__(
         self, model: ModelConfig | Model | None = None, description: str = "", tools: Tools = None,
@@ -93,7 +96,33 @@ class BaseAgent(ABC):
         over = beyond(request_context, self.limits)
         if over:
             return self.error(f"agent {self.name} was not run: {over}")
+        if self.recorded_by_invoke:
+            return await self._recorded(request, request_context)
         return await self.handle(request, request_context)
+
+    async def _recorded(self, request: Any, context: RequestContext) -> Message:
+        """The answer; whatever becomes of it is on record. There is nothing to learn in it: no model's answer is known."""
+        began, answer = time.monotonic(), self.error(f"agent {self.name} stopped: it was cancelled")
+        try:
+            answer = await self.handle(request, context)
+        except Exception as error:
+            answer = self.error(f"agent {self.name} failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            await self._keep(lambda: _execution(self, request, answer, context, time.monotonic() - began))
+        return answer
+
+    async def _keep(self, execution: Callable[[], Execution], recorder: Recorder | None = None) -> str | None:
+        """Hand a run to the recorder, else to the daemon's, if there is one; answers by which id feedback names it. What
+        cannot be kept costs the record, never the answer."""
+        recorder = recorder or offered_recorder()
+        if recorder is None:
+            return None
+        try:
+            return await asyncio.to_thread(recorder.record, execution())
+        except Exception as error:  # a store, and an answer that is no JSON, have many ways to fail
+            self.logger.error("the run was not recorded: %s", error)
+            return None
 
     async def invoke_agent(
         self, target_agent_name: str, request: Any, request_context: RequestContext | None = None
@@ -128,6 +157,15 @@ class BaseAgent(ABC):
 
 def _name(model: Any) -> str:
     return getattr(model, "name", "") or type(model).__name__
+
+
+def _execution(agent: BaseAgent, request: Any, answer: Message, context: RequestContext, seconds: float) -> Execution:
+    """The record of a run whose steps nobody saw."""
+    failed = answer.role == "error"
+    return Execution(
+        agent.name, Message("user", request).text, "", [], [], "" if failed else answer.text,
+        answer.text if failed else "", agent.model_config.name, context.request_id, agent.output_schema, seconds=seconds,
+    )  # fmt: skip
 
 
 def beyond(context: RequestContext, limits: RunLimits) -> str:

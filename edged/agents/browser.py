@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,12 +22,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from edged.agents.agent import MAX_STEPS, Agent
+from edged.agents.agent import Agent, Run
 from edged.agents.base import Tools
 from edged.agents.gatekeeper import Gatekeeper
 from edged.agents.messages import Message, RequestContext
-from edged.agents.models import Model, ModelConfig, ask
+from edged.agents.models import Model, ModelConfig
 from edged.agents.tools import Tool, tools_of
+from edged.agents.turns import QueueFull
 from edged.core.hosts import AllowedHosts, HostRefused
 from edged.engines.base import ChatMessage, EngineError
 
@@ -158,7 +158,10 @@ class BrowserTool:
         names = ["open", "read", "click", "type", *(["screenshot"] if self._folder is not None else [])]
         limits = self._limits
         seconds, chars = 4 * limits.seconds_max, limits.text_chars_max + 100 * limits.elements_max + 1000
-        return {name: Tool(name, getattr(self, name), seconds_max=seconds, output_chars_max=chars) for name in names}
+        return {  # what Playwright makes belongs to the loop in which it was started
+            name: Tool(name, getattr(self, name), seconds_max=seconds, output_chars_max=chars, in_callers_loop=True)
+            for name in names
+        }
 
     async def start(self) -> None:
         """Start the browser, if it is not there. Raises BrowserError naming what is missing."""
@@ -363,37 +366,32 @@ class BrowserAgent(Agent):
         await agent.browser_tool.start()
         return agent
 
-    async def auto_run(
-        self, initial_request: Any, request_context: RequestContext | None = None, max_steps: int = MAX_STEPS
-    ) -> Message:
-        """As Agent; the critic may have it done again once."""
-        answer = await super().auto_run(initial_request, request_context, max_steps)
-        if answer.role == "error" or self.critic_description is None:
-            return answer
-        why = await self._criticised(initial_request, answer)
-        if not why:
-            return answer
-        self.memory.update_memory(Message("error", f"Your answer was not accepted: {why}"))
-        again = await super().auto_run(initial_request, request_context, max_steps)
-        if again.role == "error":
-            return again
-        why = await self._criticised(initial_request, again)
-        return self.error(f"the answer of agent {self.name} was not accepted: {why}") if why else again
+    async def _answer(self, run: Run, context: RequestContext, prompt: Message) -> Message:
+        """As Agent; the critic may have it found again once, with what the run has left."""
+        for again in (False, True):
+            answer = await super()._answer(run, context, prompt)
+            if answer.role == "error" or self.critic_description is None:
+                return answer
+            if ended := self._ended(run):
+                return self.error(f"agent {self.name} stopped before its answer was checked: {ended}")
+            why = await self._criticised(run, answer)
+            if not why:
+                return answer
+            run.steps[-1] = (run.steps[-1][0], f"not accepted: {why}", False)
+            if again:
+                break
+            prompt = self.error(f"Your answer was not accepted: {why}. Answer again.")
+        return self.error(f"the answer of agent {self.name} was not accepted: {why}")
 
-    async def _criticised(self, request: Any, answer: Message) -> str:
+    async def _criticised(self, run: Run, answer: Message) -> str:
         """Why the answer is not accepted; "" when it is."""
         read = [message.text for message in self.memory.history if message.role == "tool"][-3:]
-        shown = "\n\n".join([f"Request: {Message('user', request).text}", *read, f"Answer: {answer.text}"])
+        shown = "\n\n".join([f"Request: {Message('user', run.goal).text}", *read, f"Answer: {answer.text}"])
         turns = [ChatMessage("system", self.critic_description or CRITIC), ChatMessage("user", shown)]
-        until = time.monotonic() + self.limits.seconds_max
         try:
-            said = await ask(
-                self.model, self.model_config, turns, VERDICT, tokens_max=self.max_tokens, until=until,
-                cancelled=lambda: False,
-            )  # fmt: skip
-            verdict = json.loads(said.text)
+            verdict = json.loads((await self._think(run, turns, VERDICT, aside=True)).text)
             return "" if verdict["accept"] is True else str(verdict.get("reason", "")) or "no reason was given"
-        except (EngineError, ValueError, KeyError, TypeError) as error:
+        except (EngineError, QueueFull, ValueError, KeyError, TypeError) as error:
             return f"the critic gave no verdict: {error}"
 
     async def close(self) -> None:

@@ -66,8 +66,8 @@ class Feedback:
 @dataclass(frozen=True, slots=True)
 class ModelStep:
     """One answer of the model in a run: what it was shown, what it said. `stepwise`: the answer is the JSON of a step
-    (`agents.steps`), else plain text. `latency_ms` is without the wait for the model's turn, where
-    that is known."""
+    (`agents.steps`), else plain text; `aside`: it is neither, but about one, as a critic's verdict is. `latency_ms` is
+    without the wait for the model's turn, where that is known."""
 
     messages: tuple[ChatMessage, ...]
     schema: Json | None
@@ -78,6 +78,7 @@ class ModelStep:
     seed: int = 0
     latency_ms: float = 0.0
     prompt: str = ""  # instead of messages: a text that was gone on from
+    aside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Execution:
     request_id: str = ""  # of the task that the run was part of
     output_schema: Json | None = None
     asked: tuple[ModelStep, ...] = field(default=(), repr=False)
+    seconds: float | None = None  # that it took, its waiting for the model's turn included
 
 
 class Recorder(Protocol):

@@ -1,12 +1,14 @@
 """The agents of a running daemon: made at the start, run one after the other on the device's own slots, cancelled, ended.
 
 Their event loop has a thread of its own, so that neither a camera nor the control loop ever waits for an agent. Law: a run
-that was taken on ends with exactly one answer to whoever asked, also when it is cancelled or the daemon stops.
+that was taken on ends with exactly one answer to whoever asked, also when it is cancelled or the daemon stops; then every
+agent that holds something (a browser, say) gives it back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edged.agents.agent import Agent
+from edged.agents.apart import Apart
 from edged.agents.base import BaseAgent, beyond
 from edged.agents.building import BadAgent, build, let_find
 from edged.agents.feedback import Execution, Feedback, Recorder, offer_recorder
@@ -42,8 +45,9 @@ log = logging.getLogger(__name__)
 
 RUNS_MAX = 32  # runs that are on their way or wait, of all agents
 MODEL_WAIT_S = 10.0  # for a model on its way into the slot
-STOP_S_MAX = 5.0
+STOP_S_MAX = 6.0
 WIND_UP_S_MAX = 2.0  # of it, for answers to those who wait
+CLOSE_S_MAX = 3.0  # and for what agents hold
 THREAD = "agents"
 REMEMBERED_MAX = 256  # runs whose ids are still asked for
 
@@ -214,10 +218,15 @@ class Hosted:
         return not self._thread.is_alive()
 
     async def _wind_up(self) -> None:
-        """Whoever waits for a run is told that it was cancelled, then the loop ends."""
+        """Whoever waits for a run is told that it was cancelled, agents are closed, then the loop ends."""
         others = asyncio.all_tasks(self.loop) - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=WIND_UP_S_MAX)
+        closing = [asyncio.create_task(_close(agent)) for agent in self._agents.values()]
+        if closing:
+            _, open_still = await asyncio.wait(closing, timeout=CLOSE_S_MAX)
+            if open_still:
+                log.error("%d agents did not close within %.0f s", len(open_still), CLOSE_S_MAX)
         self.loop.stop()
 
     def _serve(self) -> None:
@@ -337,3 +346,17 @@ class Hosted:
         if caller not in config.callers:
             return f"agent {name} does not answer {caller}: agents.{name}.callers does not name it"
         return ""
+
+
+async def _close(agent: BaseAgent) -> None:
+    """Let an agent give back what it holds: its `aclose()` or `close()`, where it has one."""
+    close = getattr(agent, "aclose", None) or getattr(agent, "close", None)
+    if not callable(close):
+        return
+    try:
+        if inspect.iscoroutinefunction(close):  # what it holds may belong to this loop
+            await close()
+        else:
+            await Apart(f"close {agent.name}").result(lambda wait: close(), CLOSE_S_MAX)
+    except Exception:  # an agent's own code
+        log.exception("agent %s was not closed", agent.name)

@@ -57,6 +57,8 @@ class _Elsewhere:
 class RemoteAgent(BaseAgent):
     """An agent of another device, under its name here. What is refused here never travels."""
 
+    recorded_by_invoke = False  # its runs are kept where it runs
+
     def __init__(self, name: str, peer: Peer, courier: Courier) -> None:
         """Raises BadSchema, NameTaken."""
         super().__init__(

@@ -88,6 +88,7 @@ class PhiAgent(BaseAgent):
     """Answers each `GenerationPromptRequest` with a `GenerationPromptResponse`. It keeps no conversation."""
 
     accepts = GenerationPromptRequest
+    recorded_by_invoke = False
 
     def __init__(
         self, model: ModelConfig | Model | None = None, description: str = "", *, props: PhiAgentProps | None = None,

@@ -75,7 +75,7 @@ class StoreRecorder:
         record = _record(execution) | {
             "requests": [request.id for request in requests],
             "answer": None if answering is None else requests[answering].id,
-            "stepwise": bool(execution.asked and execution.asked[-1].stepwise),
+            "stepwise": any(asked.stepwise for asked in execution.asked),
         }
         self._store.record_run(AgentRun(run_id, execution.agent, now, record), requests)
         self._store.count("agent_runs_failed" if execution.error else "agent_runs")
@@ -89,10 +89,14 @@ class StoreRecorder:
             raise UnknownExecution(
                 f"no run {sample_id!r} is kept here; `edged agent runs` lists those that are (the oldest make room)"
             )
-        request = self._store.request(run.record["answer"]) if run.record["answer"] else None
+        if not run.record["answer"]:
+            raise BadFeedback(
+                f"run {sample_id}: there is nothing to learn from: no answer of a model belongs to it; agent {run.agent} "
+                "answers by code of its own, or its model said nothing"
+            )
+        request = self._store.request(run.record["answer"])
         if request is None:
-            why = "was given up for newer ones" if run.record["answer"] else "never came: its model said nothing"
-            raise BadFeedback(f"run {sample_id}: the answer that the feedback is about {why}")
+            raise BadFeedback(f"run {sample_id}: the answer that the feedback is about was given up for newer ones")
         form = _Form(run)
         if feedback.preference is not None:
             self._prefer(run, request, form, feedback.preference, feedback)
@@ -169,7 +173,7 @@ class _Form:
 
 def _answering(asked: tuple[ModelStep, ...]) -> int | None:
     """Which of a run's model steps gave its response: the last whole one, or the last of all; None where there is none."""
-    whole = [number for number, each in enumerate(asked) if each.said.end.reason not in UNFINISHED]
+    whole = [number for number, each in enumerate(asked) if not each.aside and each.said.end.reason not in UNFINISHED]
     for number in reversed(whole):
         if not asked[number].stepwise:
             return number
@@ -208,7 +212,8 @@ def _record(execution: Execution) -> Json:
     return record | {"release": last.release if last else "", "adapter": last.adapter if last else ""}
 
 
-_KEPT = ("goal", "context_summary", "plan", "execution", "summary", "error", "model", "request_id", "output_schema")
+_KEPT = ("goal", "context_summary", "plan", "execution", "summary", "error", "model", "request_id", "output_schema",
+         "seconds")  # fmt: skip
 
 
 def _sample(run: AgentRun, request: LanguageRequest, content: bytes, now: float) -> NewSample:

@@ -1,5 +1,8 @@
 """Tools: Python functions that a model may call. The schema comes from signature and docstring; arguments are checked
-before the call; time and output are limited; an exception becomes an observation, never the end of the run."""
+before the call; time and output are limited; an exception becomes an observation, never the end of the run.
+
+A call runs in a thread of its own (`agents.apart`), a coroutine function too: what blocks there holds up no agent.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,16 @@ import asyncio
 import inspect
 import json
 import re
-import threading
 import typing
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from edged.agents.apart import Apart, TooManyStuck, Wait
 from edged.agents.schemas import BadSchema, compile_schema, faults, of_type
 
 SECONDS_MAX = 30.0  # of one call, unless the agent says otherwise
 OUTPUT_CHARS_MAX = 4000  # of what the model gets to see
-ABANDONED_MAX = 4  # calls of one tool that ran out of time and still run: a thread cannot be stopped
 DESCRIPTION_CHARS_MAX = 1000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}\Z")
 
@@ -36,19 +37,22 @@ class Tool:
 
     def __init__(
         self, name: str, function: Callable[..., Any], *, seconds_max: float = SECONDS_MAX,
-        output_chars_max: int = OUTPUT_CHARS_MAX,
+        output_chars_max: int = OUTPUT_CHARS_MAX, in_callers_loop: bool = False,
     ) -> None:  # fmt: skip
-        """Raises BadSchema for a name or a signature that no model could call."""
+        """`in_callers_loop`: for a coroutine function whose objects belong to the agent's event loop. It runs there, and
+        must never block: until its next `await` it would hold up every agent.
+
+        Raises BadSchema for a name or a signature that no model could call.
+        """
         if not NAME.match(name):
             raise BadSchema(f"tool {name!r}: a name is a letter or _, then at most 63 of letters, digits, _ . -")
         if not callable(function):
             raise BadSchema(f"tool {name!r}: {function!r} cannot be called; give a function")
         self.name, self._function = name, function
         self._seconds_max, self._output_chars_max = seconds_max, output_chars_max
+        self._in_callers_loop, self._apart = in_callers_loop, Apart(f"tool {name}")
         self.description, described = _documented(function)
         self.parameters = _parameters(name, function, described)
-        self._abandoned = 0
-        self._lock = threading.Lock()
 
     @classmethod
     def described(
@@ -68,56 +72,41 @@ class Tool:
         described = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": described}
 
-    async def call(self, arguments: Any) -> Observation:
-        """Check the arguments, call, and say what came of it. Never raises but for the caller's own cancellation."""
+    async def call(self, arguments: Any, within_s: float | None = None) -> Observation:
+        """Check the arguments, call, and say what came of it; `within_s`: what the run has left, if less than the tool may
+        take. Never raises but for the caller's own cancellation."""
         if why := faults(arguments, self.parameters):
             return Observation(False, f"{self.name} was not called: its arguments are wrong: {why}")
+        seconds = self._seconds_max if within_s is None else max(0.0, min(self._seconds_max, within_s))
         try:
-            result = await asyncio.wait_for(self._result(arguments), self._seconds_max)
+            if self._in_callers_loop:
+                return self._seen(await asyncio.wait_for(self._function(**arguments), seconds))
+            return await self._apart.result(lambda wait: self._called(arguments, wait), seconds)
         except TimeoutError:
-            return Observation(False, f"{self.name} did not end within {self._seconds_max:g} s")
-        except _TooMany:
-            return Observation(
-                False, f"{self.name} was not called: {ABANDONED_MAX} earlier calls ran out of time and still run"
-            )
-        except Exception as error:  # a tool may raise anything, and none of it may end the run
-            return Observation(False, self._cut(f"{self.name} failed: {type(error).__name__}: {error}"))
+            return Observation(False, f"{self.name} did not end within {seconds:g} s")
+        except TooManyStuck as error:
+            return Observation(False, f"{self.name} was not called: {error}")
+        except Exception as error:
+            return self._failed(error)
+
+    def _called(self, arguments: Mapping[str, Any], wait: Wait) -> Observation:
+        """The call, in its thread. What it answers or raises becomes a text here too: that is a stranger's code as well."""
+        try:
+            result = self._function(**arguments)
+            return self._seen(wait(result) if inspect.isawaitable(result) else result)
+        except BaseException as error:  # a tool may raise anything, and none of it may end the run
+            return self._failed(error)
+
+    def _seen(self, result: Any) -> Observation:
         return Observation(True, self._cut(_shown(result)))
 
-    async def _result(self, arguments: Mapping[str, Any]) -> Any:
-        if inspect.iscoroutinefunction(self._function):
-            return await self._function(**arguments)
-        with self._lock:
-            if self._abandoned >= ABANDONED_MAX:
-                raise _TooMany
-            self._abandoned += 1
-        future: Future[Any] = Future()
-        threading.Thread(target=self._run, args=(future, arguments), daemon=True, name=f"tool {self.name}").start()
-        result = await asyncio.wrap_future(future)
-        return await result if inspect.isawaitable(result) else result
-
-    def _run(self, future: Future[Any], arguments: Mapping[str, Any]) -> None:
-        try:
-            result, error = self._function(**arguments), None
-        except BaseException as raised:
-            result, error = None, raised
-        with self._lock:
-            self._abandoned -= 1
-        if not future.set_running_or_notify_cancel():
-            return  # nobody waits any more
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+    def _failed(self, error: BaseException) -> Observation:
+        return Observation(False, self._cut(f"{self.name} failed: {type(error).__name__}: {error}"))
 
     def _cut(self, text: str) -> str:
         if len(text) <= self._output_chars_max:
             return text
         return f"{text[: self._output_chars_max]} [cut: {len(text)} characters, {self._output_chars_max} shown]"
-
-
-class _TooMany(Exception):
-    pass
 
 
 def _nothing() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from edged.agent_client import ask
@@ -20,6 +22,7 @@ from tests.support.files import file_server
 from tests.support.models import copy_release, put_pictures
 from tests.support.plant import Plant
 from tests.system.broker import Broker
+from tests.system.test_agent_browser import MISSING
 
 VERDICTS = ["accept", "reject"]
 ANSWER = {"type": "object", "properties": {"verdict": {"enum": VERDICTS}}, "required": ["verdict"]}
@@ -57,6 +60,23 @@ class Watcher(BaseAgent):
 def scratches(part: int) -> int:
     """How many scratches a part has."""
     return part - 4
+'''
+READER = '''
+"""An agent whose browser starts whatever its model says, and one that then fails."""
+from edged.agents import Message
+from edged.agents.browser import BrowserAgent
+
+
+class Reader(BrowserAgent):
+    async def handle(self, request, request_context):
+        await self.browser_tool.start()
+        return Message("assistant", "it runs")
+
+
+class Failing(Reader):
+    async def handle(self, request, request_context):
+        await super().handle(request, request_context)
+        raise RuntimeError("no such page")
 '''
 
 
@@ -181,6 +201,31 @@ def test_ctrl_c_cancels_a_run_and_the_next_one_has_its_turn(tmp_path: Path, brok
         device.wait("it was cancelled", lambda s: s["agents"]["slow"]["running"] == 0)
         assert asked(device, "inspector", {"part": 1})[0]
         assert run(device, "slow", {"part": 1}, "--timeout", "0.5")[0] == 130
+        listed = until("it is listed, too", lambda: device.cli("agent", "runs", "slow").stdout)
+        run_id = listed.split()[0]
+        assert listed.split()[1:4] == ["error", "slow", "0"], "an agent of its own kind has no steps that are known"
+        refused = device.cli("agent", "feedback", run_id, "--score", "0", "--who", "ann")
+        assert refused.returncode == 2 and "there is nothing to learn from" in refused.stderr
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"this machine has no {' and no '.join(MISSING)}")
+def test_when_the_daemon_ends_no_browser_of_its_agents_is_left(tmp_path: Path, broker: Broker, babbler: Path) -> None:
+    agents = {name: {"slot": "tongue", "factory": f"reader:{name.title()}"} for name in ("reader", "failing")}
+    plan = configured(tmp_path, "dev1", broker, babbler, agents=agents)
+    (tmp_path / "modules" / "reader.py").write_text(READER)
+    with Device(
+        tmp_path, plan, program=(Path(sys.executable).with_name("edged"),)
+    ) as device:  # with the extra `browser`
+        assert asked(device, "reader", "go") == (True, "it runs")
+        ok, said = asked(device, "failing", "go")
+        assert not ok and "RuntimeError: no such page" in said
+        assert device.process is not None
+        below = psutil.Process(device.process.pid).children(recursive=True)
+        browsers = [each for each in below if "--headless" in " ".join(each.cmdline())]
+        assert len([each for each in browsers if each.parent() not in browsers]) == 2, "one an agent"
+        assert device.stop() == 0
+        assert "still at work" not in device.log() and "not close" not in device.log()
+        assert [each for each in below if each.is_running() and each.status() != psutil.STATUS_ZOMBIE] == []
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from edged.agent_client import Nobody, ask
 from edged.agents import Agent, BaseAgent, LearnableAgent, Message, RequestContext
-from edged.agents.feedback import Feedback
+from edged.agents.feedback import BadFeedback, Feedback
 from edged.agents.hosted import RUNS_MAX, Busy, Hosted, NoAgent
 from edged.agents.learnable import offer_training
 from edged.agents.local import LINE_BYTES_MAX, AgentSocket
@@ -43,7 +44,10 @@ OPEN = threading.Event()  # lets those go on that wait for it
 class Waiter(BaseAgent):
     """Answers when it may."""
 
+    begun: list[Any] = []
+
     async def handle(self, request: Any, request_context: RequestContext) -> Message:
+        self.begun.append(request)
         while not OPEN.is_set():
             await asyncio.sleep(0.005)
         return Message(
@@ -63,6 +67,31 @@ class Large(BaseAgent):
 
     async def handle(self, request: Any, request_context: RequestContext) -> Message:
         return Message("assistant", "x" * INVOKED_BYTES_MAX)
+
+
+class Holder(BaseAgent):
+    """Holds something until it is closed; `how` it closes."""
+
+    closed: list[str] = []
+
+    def __init__(self, how: str = "", **given: Any) -> None:
+        super().__init__(**given)
+        self.how = how
+        if how == "in a thread":
+            self.close = self._close  # type: ignore[method-assign]
+
+    async def handle(self, request: Any, request_context: RequestContext) -> Message:
+        raise RuntimeError("no such sensor")
+
+    async def close(self) -> None:
+        self.closed.append(f"{self.how} {threading.current_thread().name}")
+        if self.how == "fails":
+            raise OSError("gone already")
+        if self.how == "hangs":
+            await asyncio.sleep(3600)
+
+    def _close(self) -> None:
+        self.closed.append(f"{self.how} {threading.current_thread().name}")
 
 
 def scripted(model: Any, **given: Any) -> Agent:
@@ -144,6 +173,7 @@ def site(tmp_path: Path, sites: list[Site]) -> Site:
     made = Site(
         tmp_path, "dev1", waiter=WAITER, failing={"factory": "Failing"}, talker={"factory": "scripted"},
         missing={"factory": "nowhere_to_be_found"},
+        picky=WAITER | {"input_schema": PART},
     )  # fmt: skip
     sites.append(made)
     return made
@@ -157,7 +187,33 @@ def test_a_run_ends_with_one_answer_and_the_id_of_its_record(site: Site) -> None
     second, other = site.hosted.submit("dev1-talker", "go on").future.result(20)
     assert second.content == {"verdict": "again"} and other != run
     message, run = site.hosted.submit("dev1-failing", "go").future.result(20)
-    assert message.role == "error" and "failed: RuntimeError: no such sensor" in message.text and run == ""
+    assert message.role == "error" and "failed: RuntimeError: no such sensor" in message.text
+    kept = site.store.runs.get(run)
+    assert kept is not None and kept.record["error"] == message.text
+
+
+def test_runs_of_agents_that_answer_by_themselves_are_recorded_and_teach_nothing(site: Site) -> None:
+    Waiter.begun.clear()
+    running = site.hosted.submit("dev1-waiter", "go on")
+    cancelled = site.hosted.submit("dev1-waiter", "stop")
+    until("both run", lambda: {"go on", "stop"} <= {*Waiter.begun})
+    cancelled.cancel()
+    until("the cancelled one is recorded", lambda: site.store.runs.newest(10))
+    OPEN.set()
+    message, run = running.future.result(20)
+    assert message.role == "assistant"
+    answered, stopped = site.store.runs.newest(10)
+    assert (answered.id, answered.record["goal"], json.loads(answered.record["summary"])["verdict"]) == (
+        run, "go on", "of None",
+    )  # fmt: skip
+    assert answered.record["error"] == "" and answered.record["seconds"] > 0
+    assert (stopped.record["goal"], stopped.record["error"]) == ("stop", "agent dev1-waiter stopped: it was cancelled")
+    for feedback in (Feedback(score=1.0, who="ann"), Feedback(correction="x", who="ann")):
+        with pytest.raises(BadFeedback, match=r"there is nothing to learn from: .* agent dev1-waiter answers by code"):
+            site.hosted.feedback(run, feedback)
+    assert site.store.samples(limit=10) == [] and site.store.runs.get(run).feedback == []  # type: ignore[union-attr]
+    site.hosted.submit("dev1-picky", {"wrong": 1}).future.result(20)
+    assert len(site.store.runs.newest(10)) == 2, "what was refused is no run"
 
 
 def test_what_cannot_run_is_said_and_the_others_run(site: Site) -> None:
@@ -165,7 +221,9 @@ def test_what_cannot_run_is_said_and_the_others_run(site: Site) -> None:
     assert [problem.what for problem in site.hosted.problems()] == ["agent dev1-missing"]
     with pytest.raises(NoAgent, match=r"dev1-missing was not made: .*nowhere_to_be_found"):
         site.hosted.submit("dev1-missing", "go")
-    with pytest.raises(NoAgent, match="no agent 'x' runs here; there are: dev1-waiter, dev1-failing, dev1-talker"):
+    with pytest.raises(
+        NoAgent, match="no agent 'x' runs here; there are: dev1-waiter, dev1-failing, dev1-talker, dev1-picky"
+    ):
         site.hosted.submit("x", "go")
     with pytest.raises(ValueError, match="max_steps 51: use 1 to 50"):
         site.hosted.submit("dev1-talker", "go", max_steps=51)
@@ -245,6 +303,20 @@ def test_who_waits_when_the_daemon_ends_is_told(tmp_path: Path) -> None:
     site.close()
     asking.join(20)
     assert answers[0]["kind"] == "cancelled" and "the daemon is ending" in answers[0]["error"]
+
+
+def test_agents_give_back_what_they_hold_when_the_daemon_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever became of their runs, and whatever one of them does."""
+    Holder.closed.clear()
+    hows = ["fails", "hangs", "in a thread", "answers"]
+    site = Site(
+        tmp_path, "dev1", **{f"h{n}": {"factory": "Holder", "options": {"how": how}} for n, how in enumerate(hows)}
+    )
+    message, _ = site.hosted.submit("dev1-h3", "go").future.result(20)
+    assert message.role == "error"
+    site.close()
+    assert sorted(Holder.closed) == ["answers agents", "fails agents", "hangs agents", "in a thread close dev1-h2"]
+    assert "agent dev1-h0 was not closed" in caplog.text and "1 agents did not close within 3 s" in caplog.text
 
 
 def peer(agent: str = "two-waiter", **more: Any) -> dict[str, Peer]:

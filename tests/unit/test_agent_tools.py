@@ -10,7 +10,8 @@ from typing import Any, Literal, Optional
 import pytest
 
 from edged.agents import BadSchema, Tool
-from edged.agents.tools import ABANDONED_MAX, OUTPUT_CHARS_MAX, tools_of
+from edged.agents.apart import STUCK_MAX
+from edged.agents.tools import OUTPUT_CHARS_MAX, tools_of
 
 
 def get_current_time(timezone: Optional[str] = None) -> str:  # noqa: UP045 - as in the seed's example
@@ -125,7 +126,7 @@ def test_what_takes_too_long_is_left_behind_and_not_for_ever() -> None:
     tool = Tool("stuck", stuck, seconds_max=0.05)
 
     async def all_of_it() -> None:
-        for _ in range(ABANDONED_MAX):
+        for _ in range(STUCK_MAX):
             assert (await tool.call({})).text == "stuck did not end within 0.05 s"
         assert "earlier calls ran out of time and still run" in (await tool.call({})).text
         assert not (await Tool("stuck_too", stuck_too, seconds_max=0.05).call({})).ok
@@ -135,6 +136,62 @@ def test_what_takes_too_long_is_left_behind_and_not_for_ever() -> None:
         assert seen.text == "late"
 
     asyncio.run(all_of_it())
+
+
+class Slow:
+    """Takes its time to say what it is."""
+
+    def __init__(self, go_on: threading.Event) -> None:
+        self._go_on = go_on
+
+    def __str__(self) -> str:
+        return f"shown {self._go_on.wait(20)}"
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine function", "result", "error"])
+def test_a_tool_that_blocks_holds_up_nobody_and_its_time_ends_the_wait(kind: str) -> None:
+    """The loop goes on in the meantime, in which all agents of a device run."""
+    go_on = threading.Event()
+
+    def function() -> str:
+        return f"shown {go_on.wait(20)}"
+
+    async def coroutine_function() -> str:
+        return function()
+
+    def error() -> None:
+        raise RuntimeError(Slow(go_on))
+
+    blocking: Any = {"function": function, "coroutine function": coroutine_function, "result": lambda: Slow(go_on),
+                     "error": error}[kind]  # fmt: skip
+
+    async def all_of_it() -> None:
+        assert (await Tool("stuck", blocking, seconds_max=0.05).call({})).text == "stuck did not end within 0.05 s"
+        assert not go_on.is_set()
+        waiting = asyncio.create_task(Tool("waits", blocking).call({}))
+        quick = await Tool("quick", lambda: "done").call({})
+        assert (quick.text, waiting.done()) == ("done", False)
+        go_on.set()
+        assert (await waiting).text.endswith("shown True")
+
+    asyncio.run(all_of_it())
+
+
+def test_a_run_has_no_more_time_for_a_tool_than_for_itself() -> None:
+    seen = asyncio.run(Tool("waits", lambda: threading.Event().wait(20)).call({}, within_s=0.05))
+    assert (seen.ok, seen.text) == (False, "waits did not end within 0.05 s")
+
+
+def test_a_coroutine_function_of_the_callers_loop_runs_there() -> None:
+    async def where() -> bool:
+        return asyncio.get_running_loop() is outer[0]
+
+    async def both() -> list[str]:
+        outer.append(asyncio.get_running_loop())
+        return [(await Tool("t", where, in_callers_loop=here).call({})).text for here in (True, False)]
+
+    outer: list[asyncio.AbstractEventLoop] = []
+    assert asyncio.run(both()) == ["true", "false"]
 
 
 def test_output_is_limited_and_says_so() -> None:

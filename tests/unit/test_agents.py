@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edged.agents import Agent, AgentRegistry, Message, ModelConfig, NameTaken, RequestContext, RunLimits
+from edged.agents import Agent, AgentRegistry, Message, ModelConfig, NameTaken, RequestContext, RunLimits, Tool
 from edged.agents.models import LentModel, Said
 from edged.agents.steps import read_step
 from edged.engines.base import Finished, GenerateRequest, PromptTooLong
@@ -150,6 +150,36 @@ def test_the_time_of_a_run_is_limited_also_while_the_model_speaks() -> None:
 
     answer = run(Agent(Scripted(slow), "x", limits=RunLimits(seconds_max=0.1)), "go")
     assert answer.role == "error" and "took too long" in answer.content
+
+
+def test_the_time_of_a_run_is_limited_also_while_a_tool_works() -> None:
+    go_on, ended = threading.Event(), list[bool]()
+    model = Scripted(call("waits"), final("late"))
+    tools = {"waits": lambda: ended.append(go_on.wait(20))}
+    answer = run(Agent(model, "x", tools=tools, limits=RunLimits(seconds_max=0.3)), "go")
+    assert answer.role == "error" and "its time is over (0.3 s at most)" in answer.content
+    assert ended == [] and len(model.asked) == 1
+    go_on.set()
+
+
+def test_an_agent_whose_tool_blocks_the_thread_goes_on_and_so_do_the_others() -> None:
+    """Also when the tool says that it does not block."""
+    go_on = threading.Event()
+
+    async def measure() -> bool:
+        return go_on.wait(20)
+
+    tool = Tool("measure", measure, seconds_max=0.3)
+    model = Scripted(call("measure"), lambda request: json.dumps(final(request.messages[-1].content)))
+    stuck, other = Agent(model, "x", tools={"measure": tool}), Agent(Scripted(final("I am here")), "x")
+
+    async def both() -> list[Message]:
+        return await asyncio.gather(stuck.auto_run("go"), other.auto_run("Are you there?"))
+
+    answers = asyncio.run(both())
+    assert not go_on.is_set(), "nobody waited for it to end"
+    assert [answer.content for answer in answers] == ["error of measure: measure did not end within 0.3 s", "I am here"]
+    go_on.set()
 
 
 def test_a_run_can_be_cancelled() -> None:

@@ -33,7 +33,9 @@ def config(tmp_path: Path) -> Path:
     for agent, summary, error in (("clerk", "Gray.", ""), ("clerk", "Green.", ""), ("cook", "", "it was cancelled")):
         said = Said(summary, Finished("stop", 3, 2, -0.1), "phi@1.0")
         asked = ModelStep((ChatMessage("user", "What colour?"),), None, said, stepwise=False)
-        ids.append(recorder.record(Execution(agent, "What colour?", "", [], [], summary, error, asked=(asked,))))
+        took_s = 1.26 if error else None
+        run = Execution(agent, "What colour?", "", [], [], summary, error, asked=(asked,), seconds=took_s)
+        ids.append(recorder.record(run))
     recorder.feedback(ids[0], Feedback(correction="Blue.", who="ann"))
     store.close()
     return path
@@ -47,7 +49,7 @@ def test_runs_are_listed_newest_first(config: Path) -> None:
     shown = run(config, "runs")
     lines = [line.split(maxsplit=1)[1] for line in shown.stdout.splitlines()]
     assert lines == [
-        'error cook 0 steps, no feedback  "What colour?"', 'ok    clerk 0 steps, no feedback  "What colour?"',
+        'error cook 0 steps, 1.3 s, no feedback  "What colour?"', 'ok    clerk 0 steps, no feedback  "What colour?"',
         'ok    clerk 0 steps, 1 feedback  "What colour?"',
     ]  # fmt: skip
     one = json.loads(run(config, "runs", "clerk", "--limit", "1", "--json").stdout)
