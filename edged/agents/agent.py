@@ -7,10 +7,10 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from edged.agents.base import BaseAgent, peer_schemas
+from edged.agents.base import BaseAgent, RunLimits, peer_schemas, time_limit, within
 from edged.agents.feedback import Execution, ModelStep, Recorder, offered_recorder
 from edged.agents.memory import MemoryFull, MemoryManager
 from edged.agents.messages import LogLevel, Message, RequestContext
@@ -20,7 +20,7 @@ from edged.agents.steps import THOUGHT_CHARS_MAX, BadStep, Step, read_step, step
 from edged.agents.turns import QueueFull
 from edged.engines.base import ChatMessage, EngineError, PromptTooLong
 
-MAX_STEPS = 10
+MAX_STEPS = 10  # of a run that does not say how many
 AUTO_STEP, PLAIN = "auto_step", "plain"  # modes of a `_run`
 BEFORE_CHARS_MAX = 4000  # of what was said before a run, in its record
 REPAIRS_MAX = 1  # of a final answer that does not fit its schema
@@ -34,24 +34,54 @@ class StepFailed(Exception):
 
 @dataclass(slots=True)
 class Run:
-    """One run on its way: what it may still use, and what it has done (`steps` become the record of the execution)."""
+    """One run on its way: what it may still use, and what it has done (`steps` become the record of the execution).
+
+    `limit` cancels what the run waits for, at its deadline and when somebody calls `cancel`.
+    """
 
     goal: Any
     until: float
     tokens_left: int
+    limit: asyncio.Timeout | None = None
+    loop: asyncio.AbstractEventLoop | None = None
     cancelled: bool = False
+    over: bool = False  # there is an answer
+    recorded: bool = False
     steps: list[tuple[Step, str, bool]] = field(default_factory=list)  # with what came of it, and whether it went well
     before: str = ""  # what had been said when it began
     asked: list[ModelStep] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """End it, from any thread."""
+        self.cancelled = True
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        if not self.over and self.loop is not None:
+            self._reschedule(self.loop.time())
+
+    def keep(self) -> None:
+        """There is an answer: nothing ends the run any more."""
+        self.over = True
+        self._reschedule(None)
+
+    def _reschedule(self, when: float | None) -> None:
+        if self.limit is not None and not self.limit.expired():
+            self.limit.reschedule(when)
 
 
 class Agent(BaseAgent):
     """An agent with a memory, that runs by itself. One run at a time: a second one waits for the first."""
 
     def __init__(self, *args: Any, memory: MemoryManager | None = None, memory_type: str = "conversation_history",
-                 recorder: Recorder | None = None, **kwargs: Any) -> None:  # fmt: skip
+                 recorder: Recorder | None = None, max_steps: int | None = None, **kwargs: Any) -> None:  # fmt: skip
         """As BaseAgent; `memory`: one that outlives the process, else the conversation lives as long as the agent.
-        `memory_type`: only "conversation_history" is there. `recorder`: who keeps the runs, else whom the daemon offers."""
+        `memory_type`: only "conversation_history" is there. `recorder`: who keeps the runs, else whom the daemon offers.
+        `max_steps`: of a run that does not say how many, none: MAX_STEPS, or fewer where `limits.steps_max` says so."""
+        limits: RunLimits = kwargs.get("limits") or RunLimits()
+        self.max_steps = min(MAX_STEPS, limits.steps_max) if max_steps is None else max_steps
+        _check_steps(self.max_steps, limits)
         if memory_type != "conversation_history":
             raise ValueError(f'memory_type {memory_type!r}: the one kind of memory is "conversation_history"')
         super().__init__(*args, **kwargs)
@@ -62,50 +92,68 @@ class Agent(BaseAgent):
         self._runs: list[Run] = []  # the one on its way, and within it those that its own calls came back with
 
     async def auto_run(
-        self, initial_request: Any, request_context: RequestContext | None = None, max_steps: int = MAX_STEPS
+        self, initial_request: Any, request_context: RequestContext | None = None, max_steps: int | None = None
     ) -> Message:
-        """Work on a request in at most `max_steps` steps; answers with the final response, or a message of role `error`.
+        """Work on a request in at most `max_steps` steps (None: the agent's own number); answers with the final response,
+        or a message of role `error`. At the deadline, and on `cancel`, whatever the run waits for is cancelled.
 
         Raises ValueError for `max_steps` outside 1..limits.steps_max.
         """
-        if not 1 <= max_steps <= self.limits.steps_max:
-            raise ValueError(f"max_steps {max_steps}: use 1 to {self.limits.steps_max} (limits.steps_max)")
-        context = request_context or RequestContext()
+        steps = self.max_steps if max_steps is None else max_steps
+        _check_steps(steps, self.limits)
         if why := faults(initial_request, self.input_schema):
             return self.error(f"Request validation failed: agent {self.name} was not run: {why}")
-        until = time.monotonic() + self.limits.seconds_max
-        if context.deadline is None or context.deadline > until:
-            context = replace(context, deadline=until)
+        context = within(request_context or RequestContext(), self.limits)
         assert context.deadline is not None
-        # Whoever waits for this answer must not be waited for.
-        async with nullcontext() if self.name in context.path else self._one_at_a_time:
-            run = Run(initial_request, context.deadline, self.limits.tokens_max, before=_before(self.memory))
-            self._runs.append(run)
-            try:
-                answer = await self._steps(run, context, max_steps)
+        limit, loop = time_limit(context), asyncio.get_running_loop()
+        run = Run(initial_request, context.deadline, self.limits.tokens_max, limit, loop)
+        try:
+            async with limit:
+                return await self._in_turn(run, context, steps)
+        except TimeoutError:
+            if not limit.expired():
+                raise  # of a `_run` of somebody's own
+            return self._stopped(run)
+
+    async def _in_turn(self, run: Run, context: RequestContext, max_steps: int) -> Message:
+        """Wait for the run before this one, work, and hand the record over, also of a run that is ended from outside."""
+        try:
+            # Whoever waits for this answer must not be waited for.
+            async with nullcontext() if self.name in context.path else self._one_at_a_time:
+                run.before = _before(self.memory)
+                self._runs.append(run)
+                try:
+                    answer = await self._worked(run, context, max_steps)
+                    run.keep()
+                finally:
+                    self._runs.remove(run)
                 await self._record(run, answer, context)
                 return answer
-            except asyncio.CancelledError:
-                await self._record(run, self.error(f"agent {self.name} stopped: it was cancelled"), context)
-                raise
-            finally:
-                self._runs.remove(run)
+        except asyncio.CancelledError:
+            await self._record(run, self._stopped(run), context)
+            raise
+
+    async def _worked(self, run: Run, context: RequestContext, max_steps: int) -> Message:
+        """The answer of a run. Override it for what belongs to a run besides its steps."""
+        return await self._steps(run, context, max_steps)
 
     async def handle(self, request: Any, request_context: RequestContext) -> Message:
         return await self.auto_run(request, request_context)
 
     def cancel(self) -> bool:
-        """End the run that is on its way, at its next token or step; answers whether there is one."""
-        for run in self._runs:
-            run.cancelled = True
-        return bool(self._runs)
+        """End the run that is on its way, with what it waits for: its model at the next token, a tool, another agent;
+        answers whether there is one. May be called on any thread."""
+        runs = list(self._runs)
+        for run in runs:
+            run.cancel()
+        return bool(runs)
 
     async def _steps(self, run: Run, context: RequestContext, max_steps: int) -> Message:
         prompt: Any = Message("user", run.goal)
         repairs = 0
         for number in range(1, max_steps + 1):
-            if ended := self._ended(run):
-                return self.error(f"agent {self.name} stopped: {ended}")
+            if self._ended(run):
+                return self._stopped(run)
             try:
                 said = await self._run(prompt, context, AUTO_STEP)
             except StepFailed as error:
@@ -135,8 +183,11 @@ class Agent(BaseAgent):
         if run.cancelled:
             return "it was cancelled"
         if time.monotonic() >= run.until:
-            return f"its time is over ({self.limits.seconds_max:g} s at most)"
+            return self._late()
         return f"it has used its {self.limits.tokens_max} tokens" if run.tokens_left <= 0 else ""
+
+    def _stopped(self, run: Run) -> Message:
+        return self.error(f"agent {self.name} stopped: {self._ended(run) or 'it was cancelled'}")
 
     async def _act(self, step: Step, run: Run, context: RequestContext) -> Message:
         """Do what a step says; what came of it is what the model sees next."""
@@ -217,8 +268,9 @@ class Agent(BaseAgent):
     async def _record(self, run: Run, answer: Message, context: RequestContext) -> None:
         """Hand the run to the recorder, if there is one. What it cannot keep costs the record, never the answer."""
         recorder = self.recorder or offered_recorder()
-        if recorder is None:
+        if recorder is None or run.recorded:
             return
+        run.recorded = True
         execution = _execution(self, run, answer, context)
         try:
             self.last_execution = await asyncio.to_thread(recorder.record, execution)
@@ -244,6 +296,11 @@ class Agent(BaseAgent):
         if json_mode_for_output:
             parts.append(_how_to_step(bool(self.tools), bool(peers), self.output_schema))
         return "\n\n".join(part for part in parts if part)
+
+
+def _check_steps(steps: int, limits: RunLimits) -> None:
+    if not 1 <= steps <= limits.steps_max:
+        raise ValueError(f"max_steps {steps}: use 1 to {limits.steps_max} (limits.steps_max)")
 
 
 def _before(memory: MemoryManager) -> str:

@@ -7,7 +7,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edged.agents.messages import LogLevel, Message, RequestContext
@@ -23,12 +23,12 @@ Tools = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]] | None
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
-    """What one run of an agent may take; a task's deadline holds for all agents that it reaches."""
+    """What one run of an agent may take, its waiting included; a task's deadline holds for all agents that it reaches."""
 
     seconds_max: float = 300.0
     tokens_max: int = 16_384  # generated in a run, all steps together
     depth_max: int = 8  # agents that wait for one another
-    interactions_max: int = 32  # calls between agents in one line of a task
+    interactions_max: int = 32  # calls between agents in a task, of all of them together
     steps_max: int = 50
 
     def __post_init__(self) -> None:
@@ -86,14 +86,22 @@ class BaseAgent(ABC):
         """Answer a request that has passed the schema; an error is a message of role `error`."""
 
     async def invoke(self, request: Any, request_context: RequestContext) -> Message:
-        """Answer a request: checked, within the limits, and the answer checked. Never raises for what a request or a
-        model does wrong."""
+        """Answer a request, checked and within the limits: at the deadline what `handle` waits for is cancelled, and the
+        answer is an error. Never raises for what a request or a model does wrong."""
         if why := faults(request, self.input_schema):
             return self.error(f"Request validation failed: agent {self.name} was not run: {why}")
         over = beyond(request_context, self.limits)
         if over:
             return self.error(f"agent {self.name} was not run: {over}")
-        return await self.handle(request, request_context)
+        context = within(request_context, self.limits)
+        limit = time_limit(context)
+        try:
+            async with limit:
+                return await self.handle(request, context)
+        except TimeoutError:
+            if not limit.expired():
+                raise  # the agent's own
+            return self.error(f"agent {self.name} stopped: {self._late()}")
 
     async def invoke_agent(
         self, target_agent_name: str, request: Any, request_context: RequestContext | None = None
@@ -115,6 +123,9 @@ class BaseAgent(ABC):
             log.exception("agent %s failed", target_agent_name)
             return self.error(f"agent {target_agent_name} failed: {type(error).__name__}: {error}")
 
+    def _late(self) -> str:
+        return f"its time is over ({self.limits.seconds_max:g} s at most)"
+
     def error(self, text: str) -> Message:
         """A message that says what went wrong."""
         return Message("error", text, name=getattr(self, "name", None))
@@ -128,6 +139,17 @@ class BaseAgent(ABC):
 
 def _name(model: Any) -> str:
     return getattr(model, "name", "") or type(model).__name__
+
+
+def within(context: RequestContext, limits: RunLimits) -> RequestContext:
+    """The context of a run that begins now: its deadline is the task's, or that of the agent's limits where it is sooner."""
+    until = time.monotonic() + limits.seconds_max
+    return context if context.deadline is not None and context.deadline <= until else replace(context, deadline=until)
+
+
+def time_limit(context: RequestContext) -> asyncio.Timeout:
+    """Cancels at the context's deadline what is awaited inside, and raises TimeoutError for it."""
+    return asyncio.timeout(None if context.deadline is None else max(0.0, context.deadline - time.monotonic()))
 
 
 def beyond(context: RequestContext, limits: RunLimits) -> str:
@@ -151,4 +173,4 @@ def peer_schemas(names: Iterable[str]) -> dict[str, dict[str, Any] | None]:
     return {name: agent.input_schema for name, agent in found.items() if agent is not None}
 
 
-__all__ = ["BaseAgent", "RunLimits", "Tool", "Tools", "beyond", "peer_schemas"]
+__all__ = ["BaseAgent", "RunLimits", "Tool", "Tools", "beyond", "peer_schemas", "time_limit", "within"]

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,12 +22,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from edged.agents.agent import MAX_STEPS, Agent
+from edged.agents.agent import Agent, Run
 from edged.agents.base import Tools
 from edged.agents.gatekeeper import Gatekeeper
 from edged.agents.messages import Message, RequestContext
 from edged.agents.models import Model, ModelConfig, ask
 from edged.agents.tools import Tool, tools_of
+from edged.agents.turns import QueueFull
 from edged.core.hosts import AllowedHosts, HostRefused
 from edged.engines.base import ChatMessage, EngineError
 
@@ -363,38 +363,40 @@ class BrowserAgent(Agent):
         await agent.browser_tool.start()
         return agent
 
-    async def auto_run(
-        self, initial_request: Any, request_context: RequestContext | None = None, max_steps: int = MAX_STEPS
-    ) -> Message:
-        """As Agent; the critic may have it done again once."""
-        answer = await super().auto_run(initial_request, request_context, max_steps)
+    async def _worked(self, run: Run, context: RequestContext, max_steps: int) -> Message:
+        """As Agent; the critic may have it done again once. All of it is one run, with one deadline."""
+        answer = await super()._worked(run, context, max_steps)
         if answer.role == "error" or self.critic_description is None:
             return answer
-        why = await self._criticised(initial_request, answer)
+        why = await self._criticised(run, answer)
         if not why:
             return answer
         self.memory.update_memory(Message("error", f"Your answer was not accepted: {why}"))
-        again = await super().auto_run(initial_request, request_context, max_steps)
+        again = await super()._worked(run, context, max_steps)
         if again.role == "error":
             return again
-        why = await self._criticised(initial_request, again)
+        why = await self._criticised(run, again)
         return self.error(f"the answer of agent {self.name} was not accepted: {why}") if why else again
 
-    async def _criticised(self, request: Any, answer: Message) -> str:
-        """Why the answer is not accepted; "" when it is."""
+    async def _criticised(self, run: Run, answer: Message) -> str:
+        """Why the answer is not accepted; "" when it is. What the critic says counts among the run's tokens."""
         read = [message.text for message in self.memory.history if message.role == "tool"][-3:]
-        shown = "\n\n".join([f"Request: {Message('user', request).text}", *read, f"Answer: {answer.text}"])
+        shown = "\n\n".join([f"Request: {Message('user', run.goal).text}", *read, f"Answer: {answer.text}"])
         turns = [ChatMessage("system", self.critic_description or CRITIC), ChatMessage("user", shown)]
-        until = time.monotonic() + self.limits.seconds_max
         try:
             said = await ask(
-                self.model, self.model_config, turns, VERDICT, tokens_max=self.max_tokens, until=until,
-                cancelled=lambda: False,
+                self.model, self.model_config, turns, VERDICT, tokens_max=max(1, min(self.max_tokens, run.tokens_left)),
+                until=run.until, cancelled=lambda: run.cancelled,
             )  # fmt: skip
+            run.tokens_left -= said.end.answer_tokens
             verdict = json.loads(said.text)
-            return "" if verdict["accept"] is True else str(verdict.get("reason", "")) or "no reason was given"
-        except (EngineError, ValueError, KeyError, TypeError) as error:
-            return f"the critic gave no verdict: {error}"
+            why = "" if verdict["accept"] is True else str(verdict.get("reason", "")) or "no reason was given"
+        except (EngineError, QueueFull, ValueError, KeyError, TypeError) as error:
+            why = f"the critic gave no verdict: {error}"
+        if why:
+            step, _, _ = run.steps[-1]
+            run.steps[-1] = (step, f"not accepted: {why}", False)
+        return why
 
     async def close(self) -> None:
         """End the browser."""
