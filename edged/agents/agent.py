@@ -7,10 +7,10 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from edged.agents.base import BaseAgent, peer_schemas
+from edged.agents.base import BaseAgent, RunLimits, peer_schemas, time_limit, within
 from edged.agents.feedback import Execution, ModelStep, Recorder
 from edged.agents.memory import MemoryFull, MemoryManager
 from edged.agents.messages import LogLevel, Message, RequestContext
@@ -20,7 +20,7 @@ from edged.agents.steps import THOUGHT_CHARS_MAX, BadStep, Step, read_step, step
 from edged.agents.turns import QueueFull
 from edged.engines.base import ChatMessage, EngineError, PromptTooLong
 
-MAX_STEPS = 10
+MAX_STEPS = 10  # of a run that does not say how many
 HISTORY, SINGLE = "conversation_history", "single_request"  # kinds of memory
 AUTO_STEP, PLAIN = "auto_step", "plain"  # modes of a `_run`
 BEFORE_CHARS_MAX = 4000  # of what was said before a run, in its record
@@ -35,18 +35,45 @@ class StepFailed(Exception):
 
 @dataclass(slots=True)
 class Run:
-    """One run on its way: what it may still use, and what it has done (`steps` become the record of the execution)."""
+    """One run on its way: what it may still use, and what it has done (`steps` become the record of the execution).
+
+    `limit` cancels what the run waits for, at its deadline and when somebody calls `cancel`.
+    """
 
     goal: Any
     until: float
     tokens_left: int
-    began: float = field(default_factory=time.monotonic)
+    limit: asyncio.Timeout | None = None
+    loop: asyncio.AbstractEventLoop | None = None
     steps_max: int = MAX_STEPS
     taken: int = 0  # steps that the model was asked for
+    began: float = field(default_factory=time.monotonic)
+    first: Message | None = None  # what it was asked, as the model is shown it
     cancelled: bool = False
+    over: bool = False  # there is an answer
+    recorded: bool = False
     steps: list[tuple[Step, str, bool]] = field(default_factory=list)  # with what came of it, and whether it went well
     before: str = ""  # what had been said when it began
     asked: list[ModelStep] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """End it, from any thread."""
+        self.cancelled = True
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        if not self.over and self.loop is not None:
+            self._reschedule(self.loop.time())
+
+    def keep(self) -> None:
+        """There is an answer: nothing ends the run any more."""
+        self.over = True
+        self._reschedule(None)
+
+    def _reschedule(self, when: float | None) -> None:
+        if self.limit is not None and not self.limit.expired():
+            self.limit.reschedule(when)
 
 
 class Agent(BaseAgent):
@@ -58,12 +85,16 @@ class Agent(BaseAgent):
     recorded_by_invoke = False
 
     def __init__(self, *args: Any, memory: MemoryManager | None = None, memory_type: str = HISTORY,
-                 recorder: Recorder | None = None, **kwargs: Any) -> None:  # fmt: skip
+                 recorder: Recorder | None = None, max_steps: int | None = None, **kwargs: Any) -> None:  # fmt: skip
         """As BaseAgent; `memory`: one that outlives the process, else the conversation lives as long as the agent.
         `memory_type`: "conversation_history", or "single_request" for an agent whose requests have nothing to do with each
-        other: each one begins a new conversation. `recorder`: who keeps the runs, else whom the daemon offers."""
+        other: each one begins a new conversation. `recorder`: who keeps the runs, else whom the daemon offers.
+        `max_steps`: of a run that does not say how many, none: MAX_STEPS, or fewer where `limits.steps_max` says so."""
         if memory_type not in (HISTORY, SINGLE):
             raise ValueError(f"memory_type {memory_type!r}: use {HISTORY} or {SINGLE}")
+        limits: RunLimits = kwargs.get("limits") or RunLimits()
+        self.max_steps = min(MAX_STEPS, limits.steps_max) if max_steps is None else max_steps
+        _check_steps(self.max_steps, limits)
         super().__init__(*args, **kwargs)
         self.memory_type = memory_type
         self.memory = memory or MemoryManager()
@@ -73,58 +104,67 @@ class Agent(BaseAgent):
         self._runs: list[Run] = []  # the one on its way, and within it those that its own calls came back with
 
     async def auto_run(
-        self, initial_request: Any, request_context: RequestContext | None = None, max_steps: int = MAX_STEPS
+        self, initial_request: Any, request_context: RequestContext | None = None, max_steps: int | None = None
     ) -> Message:
-        """Work on a request in at most `max_steps` steps; answers with the final response, or a message of role `error`.
+        """Work on a request in at most `max_steps` steps (None: the agent's own number); answers with the final response,
+        or a message of role `error`. At the deadline, and on `cancel`, whatever the run waits for is cancelled.
 
         Raises ValueError for `max_steps` outside 1..limits.steps_max.
         """
-        if not 1 <= max_steps <= self.limits.steps_max:
-            raise ValueError(f"max_steps {max_steps}: use 1 to {self.limits.steps_max} (limits.steps_max)")
-        context = request_context or RequestContext()
+        steps = self.max_steps if max_steps is None else max_steps
+        _check_steps(steps, self.limits)
         if why := faults(initial_request, self.input_schema):
             return self.error(f"Request validation failed: agent {self.name} was not run: {why}")
-        until = time.monotonic() + self.limits.seconds_max
-        if context.deadline is None or context.deadline > until:
-            context = replace(context, deadline=until)
+        context = within(request_context or RequestContext(), self.limits)
         assert context.deadline is not None
-        # Whoever waits for this answer must not be waited for.
-        async with nullcontext() if self.name in context.path else self._one_at_a_time:
-            if self.memory_type == SINGLE and not self._runs:  # what calls back into a run belongs to its request
-                self.memory.clear()
-            run = Run(
-                initial_request,
-                context.deadline,
-                self.limits.tokens_max,
-                steps_max=max_steps,
-                before=_before(self.memory),
-            )
-            self._runs.append(run)
-            try:
-                answer = await self._answer(run, context, Message("user", run.goal))
+        limit, loop = time_limit(context), asyncio.get_running_loop()
+        run = Run(initial_request, context.deadline, self.limits.tokens_max, limit, loop, steps)
+        try:
+            async with limit:
+                return await self._in_turn(run, context)
+        except TimeoutError:
+            if not limit.expired():
+                raise  # of a `_run` of somebody's own
+            return self._stopped(run)
+
+    async def _in_turn(self, run: Run, context: RequestContext) -> Message:
+        """Wait for the run before this one, work, and hand the record over, also of a run that is ended from outside."""
+        try:
+            # Whoever waits for this answer must not be waited for.
+            async with nullcontext() if self.name in context.path else self._one_at_a_time:
+                if self.memory_type == SINGLE and not self._runs:  # what calls back into a run belongs to its request
+                    self.memory.clear()
+                run.before = _before(self.memory)
+                self._runs.append(run)
+                try:
+                    run.first = Message("user", run.goal)
+                    answer = await self._answer(run, context, run.first)
+                    run.keep()
+                finally:
+                    self._runs.remove(run)
                 await self._record(run, answer, context)
                 return answer
-            except asyncio.CancelledError:
-                await self._record(run, self.error(f"agent {self.name} stopped: it was cancelled"), context)
-                raise
-            finally:
-                self._runs.remove(run)
+        except asyncio.CancelledError:
+            await self._record(run, self._stopped(run), context)
+            raise
 
     async def handle(self, request: Any, request_context: RequestContext) -> Message:
         return await self.auto_run(request, request_context)
 
     def cancel(self) -> bool:
-        """End the run that is on its way, at its next token or step; answers whether there is one."""
-        for run in self._runs:
-            run.cancelled = True
-        return bool(self._runs)
+        """End the run that is on its way, with what it waits for: its model at the next token, a tool, another agent;
+        answers whether there is one. May be called on any thread."""
+        runs = list(self._runs)
+        for run in runs:
+            run.cancel()
+        return bool(runs)
 
     async def _answer(self, run: Run, context: RequestContext, prompt: Message) -> Message:
         """Take steps until there is a response, an error, or nothing left of what the run may use."""
         repairs = 0
         while run.taken < run.steps_max:
-            if ended := self._ended(run):
-                return self.error(f"agent {self.name} stopped: {ended}")
+            if self._ended(run):
+                return self._stopped(run)
             run.taken += 1
             try:
                 said = await self._run(prompt, context, AUTO_STEP)
@@ -155,8 +195,11 @@ class Agent(BaseAgent):
         if run.cancelled:
             return "it was cancelled"
         if time.monotonic() >= run.until:
-            return f"its time is over ({self.limits.seconds_max:g} s at most)"
+            return self._late()
         return f"it has used its {self.limits.tokens_max} tokens" if run.tokens_left <= 0 else ""
+
+    def _stopped(self, run: Run) -> Message:
+        return self.error(f"agent {self.name} stopped: {self._ended(run) or 'it was cancelled'}")
 
     async def _act(self, step: Step, run: Run, context: RequestContext) -> Message:
         """Do what a step says; what came of it is what the model sees next."""
@@ -202,7 +245,7 @@ class Agent(BaseAgent):
         )
         while True:
             try:
-                said = await self._think(run, _turns(system, self.memory), schema)
+                said = await self._think(run, _turns(system, self.memory, run.first), schema)
             except PromptTooLong as error:
                 try:
                     self.memory.make_room()
@@ -242,7 +285,10 @@ class Agent(BaseAgent):
             return False
 
     async def _record(self, run: Run, answer: Message, context: RequestContext) -> None:
-        self.last_execution = await self._keep(lambda: _execution(self, run, answer, context), self.recorder)
+        """Hand the run over, once."""
+        if not run.recorded:
+            run.recorded = True
+            self.last_execution = await self._keep(lambda: _execution(self, run, answer, context), self.recorder)
 
     def _remember(self, message: Message) -> None:
         try:
@@ -262,6 +308,11 @@ class Agent(BaseAgent):
         if json_mode_for_output:
             parts.append(_how_to_step(bool(self.tools), bool(peers), self.output_schema))
         return "\n\n".join(part for part in parts if part)
+
+
+def _check_steps(steps: int, limits: RunLimits) -> None:
+    if not 1 <= steps <= limits.steps_max:
+        raise ValueError(f"max_steps {steps}: use 1 to {limits.steps_max} (limits.steps_max)")
 
 
 def _readable(ended: str, run_mode: str) -> bool:
@@ -301,10 +352,20 @@ _INPUTS: Mapping[str, Callable[[Step], dict[str, Any]]] = {
 }
 
 
-def _turns(system: str, memory: MemoryManager) -> list[ChatMessage]:
-    """The conversation as chat templates take it: the system's turn, then user and assistant in turn, the user first."""
+def _turns(system: str, memory: MemoryManager, first: Message | None = None) -> list[ChatMessage]:
+    """The conversation as chat templates take it: the system's turn, then user and assistant in turn, the user first.
+
+    `first`: what the run on its way was asked. A run longer than the context leaves its beginning out; that it is shown."""
     turns = [ChatMessage("system", system)] if system else []
-    for said in memory.to_llm_format():
+    conversation = memory.to_llm_format()
+    if (
+        first is not None
+        and len(conversation) > len(memory.shown)
+        and first in memory.history
+        and first not in memory.shown
+    ):
+        conversation.insert(1, first.to_llm_dict())
+    for said in conversation:
         if turns and turns[-1].role == said["role"]:
             turns[-1] = ChatMessage(said["role"], f"{turns[-1].content}\n\n{said['content']}")
         else:

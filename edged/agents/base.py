@@ -7,7 +7,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from edged.agents.feedback import Execution, Recorder, offered_recorder
@@ -24,12 +24,12 @@ Tools = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]] | None
 
 @dataclass(frozen=True, slots=True)
 class RunLimits:
-    """What one run of an agent may take; a task's deadline holds for all agents that it reaches."""
+    """What one run of an agent may take, its waiting included; a task's deadline holds for all agents that it reaches."""
 
     seconds_max: float = 300.0
     tokens_max: int = 16_384  # generated in a run, all steps together
     depth_max: int = 8  # agents that wait for one another
-    interactions_max: int = 32  # calls between agents in one line of a task
+    interactions_max: int = 32  # calls between agents in a task, of all of them together
     steps_max: int = 50
 
     def __post_init__(self) -> None:
@@ -89,22 +89,35 @@ class BaseAgent(ABC):
         """Answer a request that has passed the schema; an error is a message of role `error`."""
 
     async def invoke(self, request: Any, request_context: RequestContext) -> Message:
-        """Answer a request: checked, within the limits, and the answer checked. Never raises for what a request or a
-        model does wrong."""
+        """Answer a request, checked and within the limits: at the deadline what `handle` waits for is cancelled, and the
+        answer is an error, as is one that does not fit the output schema. Never raises for what a request or a model does
+        wrong."""
         if why := faults(request, self.input_schema):
             return self.error(f"Request validation failed: agent {self.name} was not run: {why}")
         over = beyond(request_context, self.limits)
         if over:
             return self.error(f"agent {self.name} was not run: {over}")
-        if self.recorded_by_invoke:
-            return await self._recorded(request, request_context)
-        return await self.handle(request, request_context)
+        context = within(request_context, self.limits)
+        return await (self._recorded if self.recorded_by_invoke else self._limited)(request, context)
+
+    async def _limited(self, request: Any, context: RequestContext) -> Message:
+        limit = time_limit(context)
+        try:
+            async with limit:
+                answer = await self.handle(request, context)
+        except TimeoutError:
+            if not limit.expired():
+                raise  # the agent's own
+            return self.error(f"agent {self.name} stopped: {self._late()}")
+        if answer.role != "error" and (why := faults(answer.content, self.output_schema)):
+            return self.error(f"Response validation failed: the answer of agent {self.name} is wrong: {why}")
+        return answer
 
     async def _recorded(self, request: Any, context: RequestContext) -> Message:
         """The answer; whatever becomes of it is on record. There is nothing to learn in it: no model's answer is known."""
         began, answer = time.monotonic(), self.error(f"agent {self.name} stopped: it was cancelled")
         try:
-            answer = await self.handle(request, context)
+            answer = await self._limited(request, context)
         except Exception as error:
             answer = self.error(f"agent {self.name} failed: {type(error).__name__}: {error}")
             raise
@@ -144,6 +157,9 @@ class BaseAgent(ABC):
             log.exception("agent %s failed", target_agent_name)
             return self.error(f"agent {target_agent_name} failed: {type(error).__name__}: {error}")
 
+    def _late(self) -> str:
+        return f"its time is over ({self.limits.seconds_max:g} s at most)"
+
     def error(self, text: str) -> Message:
         """A message that says what went wrong."""
         return Message("error", text, name=getattr(self, "name", None))
@@ -168,6 +184,17 @@ def _execution(agent: BaseAgent, request: Any, answer: Message, context: Request
     )  # fmt: skip
 
 
+def within(context: RequestContext, limits: RunLimits) -> RequestContext:
+    """The context of a run that begins now: its deadline is the task's, or that of the agent's limits where it is sooner."""
+    until = time.monotonic() + limits.seconds_max
+    return context if context.deadline is not None and context.deadline <= until else replace(context, deadline=until)
+
+
+def time_limit(context: RequestContext) -> asyncio.Timeout:
+    """Cancels at the context's deadline what is awaited inside, and raises TimeoutError for it."""
+    return asyncio.timeout(None if context.deadline is None else max(0.0, context.deadline - time.monotonic()))
+
+
 def beyond(context: RequestContext, limits: RunLimits) -> str:
     """Which limit a call in this context would break; "" when none. Calls that go round in a circle break one at last."""
     if context.depth > limits.depth_max:
@@ -189,4 +216,4 @@ def peer_schemas(names: Iterable[str]) -> dict[str, dict[str, Any] | None]:
     return {name: agent.input_schema for name, agent in found.items() if agent is not None}
 
 
-__all__ = ["BaseAgent", "RunLimits", "Tool", "Tools", "beyond", "peer_schemas"]
+__all__ = ["BaseAgent", "RunLimits", "Tool", "Tools", "beyond", "peer_schemas", "time_limit", "within"]

@@ -91,8 +91,8 @@ def given(
     recorder: Recorder | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What a factory is called with, besides its `options`: `model`, `agent_name`, `description`, `max_tokens` and `limits`;
-    `tools`, `allowed_peers` and the schemas where they are set; `memory` and `recorder` unless it makes agents that have
-    neither (a class that is no `Agent`)."""
+    `tools`, `allowed_peers` and the schemas where they are set; `memory`, `recorder` and `max_steps` unless it makes agents
+    that have none of them (a class that is no `Agent`)."""
     model = ModelConfig(
         type="local", name=config.slot, max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed
     )
@@ -111,7 +111,7 @@ def _keeping(config: AgentConfig, memory: MemoryManager | None, recorder: Record
     maker = found("factory", config.made_by)
     if isinstance(maker, type) and not issubclass(maker, Agent):
         return {}
-    return {"memory": memory, "recorder": recorder}
+    return {"memory": memory, "recorder": recorder, "max_steps": config.max_steps}
 
 
 def tools(name: str, config: AgentConfig) -> dict[str, Tool]:

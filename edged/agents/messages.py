@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
@@ -80,13 +81,36 @@ _LLM_ROLES: dict[str, str] = {
 }  # fmt: skip
 
 
+class Calls:
+    """How many calls between agents a task has made: one count for all its contexts in this process. For any thread."""
+
+    def __init__(self) -> None:
+        self._made, self._lock = 0, threading.Lock()
+
+    @property
+    def made(self) -> int:
+        """So far."""
+        return self._made
+
+    def count(self) -> int:
+        """One more is made; which one it is, the first is 1."""
+        with self._lock:
+            self._made += 1
+            return self._made
+
+    def at_least(self, made: int) -> None:
+        """So many were made, as somebody knows who has seen more of the task."""
+        with self._lock:
+            self._made = max(self._made, made)
+
+
 @dataclass(frozen=True, slots=True)
 class RequestContext:
     """Whose work a call is, and how deep: what stops agents that call each other without end.
 
-    `request_id`: of the whole task; `interaction_id`: of this call; `interaction_count`: calls between agents so far in
-    this task's line; `depth`: how many agents wait for this one; `path`: their names, the first caller first;
-    `deadline`: of the whole task, seconds on the monotonic clock, None for none.
+    `request_id`: of the whole task; `interaction_id`: of this call; `interaction_count`: which of the task's calls between
+    agents it is, whoever made them; `depth`: how many agents wait for this one; `path`: their names, the first caller
+    first; `deadline`: of the whole task, seconds on the monotonic clock, None for none; `calls`: counts them.
     """
 
     request_id: str = field(default_factory=new_id)
@@ -96,10 +120,14 @@ class RequestContext:
     caller_agent_name: str | None = None
     path: tuple[str, ...] = ()
     deadline: float | None = None
+    calls: Calls = field(default_factory=Calls, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.calls.at_least(self.interaction_count)
 
     def called_by(self, name: str) -> RequestContext:
         """The context of a call that agent `name` makes in this one."""
         return replace(
-            self, interaction_id=new_id(), interaction_count=self.interaction_count + 1, depth=self.depth + 1,
+            self, interaction_id=new_id(), interaction_count=self.calls.count(), depth=self.depth + 1,
             caller_agent_name=name, path=(*self.path, name),
         )  # fmt: skip

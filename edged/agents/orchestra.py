@@ -10,6 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -110,11 +111,10 @@ class Orchestra:
         if context.deadline is None or context.deadline > until:
             context = replace(context, deadline=until)
         work = _Work(task, nodes, agents, context, limits, clock)
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, (context.deadline or until) - clock())):
                 await work.play()
-        except TimeoutError:
-            work.stop(f"the time of the task is over ({limits.seconds_max:g} s at most)")
+        work.stop(f"the time of the task is over ({limits.seconds_max:g} s at most)")
         return Concert(task, list(work.runs.values()), work.content(), context)
 
 
@@ -141,6 +141,8 @@ class _Work:
         if before:
             await asyncio.wait(before)
         run = self.runs[node.name]
+        if self._over():
+            return
         missing = [name for name in node.after if self.runs[name].state != "done"]
         if missing:
             run.state, run.why = "left out", f"no answer of {', '.join(missing)}"
@@ -150,10 +152,16 @@ class _Work:
             began = self._clock()
             answer = await self._ask(self._agents[node.agent], run.request)
             run.seconds = self._clock() - began
+        if answer.role == "error" and self._over():
+            return  # its agent has the task's deadline too
         if answer.role == "error":
             run.state, run.why = "failed", answer.text
         else:
             run.state, run.answer = "done", answer.content
+
+    def _over(self) -> bool:
+        """Whether nobody works any more; `stop` says so of those that have not ended."""
+        return self._context.deadline is not None and self._clock() >= self._context.deadline
 
     async def _ask(self, agent: BaseAgent, request: Any) -> Message:
         try:

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from edged.agents.base import BaseAgent
+from edged.agents.base import BaseAgent, RunLimits
 from edged.agents.hosted import Busy, Hosted, NoAgent, Running
-from edged.agents.messages import Message, RequestContext
+from edged.agents.messages import Calls, Message, RequestContext
 from edged.agents.models import Hear, Said
 from edged.agents.schemas import faults
 from edged.clock import Clock
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 IN_HAND_MAX = 8  # requests of other devices that are not answered yet
 CLOCKS_APART_S_MAX = 60.0  # of two devices; a request older than its time by more is late by any clock
 ERROR_CHARS_MAX = 4000
+TASKS_MAX = 256  # whose calls are counted together, also when a device asks more than once
 
 
 class Courier(Protocol):
@@ -63,8 +64,9 @@ class RemoteAgent(BaseAgent):
         """Raises BadSchema, NameTaken."""
         super().__init__(
             _Elsewhere(), peer.description, agent_name=name, input_schema=form(peer.input_schema),
-            output_schema=form(peer.output_schema),
+            output_schema=form(peer.output_schema), limits=RunLimits(seconds_max=2 * WITHIN_S_MAX),
         )  # fmt: skip
+        # Its time is the peer's `deadline_s`, which the courier keeps.
         self._peer, self._courier = peer, courier
 
     async def handle(self, request: Any, request_context: RequestContext) -> Message:
@@ -112,6 +114,7 @@ class Mail:
         self._clock, self._wake = clock, wake
         self._waiting: dict[str, _Waiting] = {}  # by the request's id
         self._open: dict[str, _Open] = {}
+        self._calls: dict[str, Calls] = {}  # by the task, the newest last
         self._lock = threading.Lock()  # the agents' loop takes out of `_open` what the control loop puts in
 
     def _own(self, name: str) -> str:
@@ -128,7 +131,7 @@ class Mail:
         try:
             invocation = Invocation(
                 **self._outgoing.stamp(), request=request, within_s=within_s, task=context.request_id,
-                depth=min(context.depth, DEPTH_MAX), interactions=min(context.interaction_count, INTERACTIONS_MAX),
+                depth=min(context.depth, DEPTH_MAX), interactions=min(context.calls.made, INTERACTIONS_MAX),
                 path=[self._own(name) for name in context.path],
             )  # fmt: skip
         except ValidationError as error:
@@ -136,18 +139,21 @@ class Mail:
         address = topics.INVOKE(
             site=self._outgoing.site, dev=peer.device, agent=peer.agent, caller=self._outgoing.device
         ).expiring(within_s)
+        self._count_of(context.request_id, context.calls)
         waiting = _Waiting(peer.device, context.request_id, asyncio.get_running_loop().create_future())
         self._waiting[invocation.id] = waiting
         try:
             await asyncio.to_thread(self._enqueue, self._outgoing.message(address, invocation))
-            said = await asyncio.wait_for(waiting.answer, within_s)
+            said = await asyncio.wait_for(waiting.answer, now + within_s - time.monotonic())
         except (OutboxFull, StorageFull) as error:
             return Message("error", f"{where} was not asked: {error}")
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, TimeoutError) as error:
             await asyncio.to_thread(self._cancel, address, invocation)
-            raise
-        except TimeoutError:
-            self._store.count("invocations_unanswered")
+            late = isinstance(error, TimeoutError)
+            if late or time.monotonic() - now >= within_s:
+                self._store.count("invocations_unanswered")
+            if not late:
+                raise
             return Message(
                 "error", f"{where} did not answer within {within_s:.1f} s; is it online, and its edged running?"
             )
@@ -242,7 +248,18 @@ class Mail:
         return RequestContext(
             request_id=asked.task, interaction_count=asked.interactions, depth=asked.depth,
             caller_agent_name=path[-1] if path else caller, path=path, deadline=until,
+            calls=self._count_of(asked.task, Calls()),
         )  # fmt: skip
+
+    def _count_of(self, task: str, calls: Calls) -> Calls:
+        """The one count of a task's calls on this device, which is `calls` for a task that is new: also of a task that went
+        out of here and comes back, and of all requests of another device's."""
+        with self._lock:
+            known = self._calls.pop(task, calls)
+            self._calls[task] = known
+            while len(self._calls) > TASKS_MAX:
+                del self._calls[next(iter(self._calls))]
+        return known
 
     async def _answer(self, asked: Invocation, caller: str, running: Running) -> None:
         try:

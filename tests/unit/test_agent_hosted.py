@@ -55,6 +55,22 @@ class Waiter(BaseAgent):
         )
 
 
+class Busybody(BaseAgent):
+    """Asks a neighbour as often as it is told to, and says how often it was let."""
+
+    async def handle(self, request: Any, request_context: RequestContext) -> Message:
+        (neighbour,) = self.allowed_peers
+        answers = [await self.invoke_agent(neighbour, "you?", request_context) for _ in range(request["times"])]
+        return Message("assistant", sum(answer.role != "error" for answer in answers))
+
+
+class Brief(BaseAgent):
+    """Answers at once."""
+
+    async def handle(self, request: Any, request_context: RequestContext) -> Message:
+        return Message("assistant", "yes")
+
+
 class Failing(BaseAgent):
     """Has a bug."""
 
@@ -429,6 +445,53 @@ def test_an_answer_that_comes_too_late_is_not_sent(pair: tuple[Site, Site]) -> N
     OPEN.set()
     until("it is over", lambda: two.counted("invocations_expired"))
     assert two.sent() == [] and two.link.done == [1]
+
+
+def test_those_whose_time_is_over_leave_their_places_to_others(tmp_path: Path, sites: list[Site]) -> None:
+    """Also where their agent would never end, and those who asked say nothing more."""
+    sites.append(Site(tmp_path, "two", waiter=WAITER, brief={"factory": "Brief", "callers": ["one"]}))
+    (two,) = sites
+    for number in range(IN_HAND_MAX):
+        asked = Invocation(**two.outgoing.stamp(), request={"part": number}, within_s=0.2, task="t")
+        two.hear("edged/v1/plant/two/down/invoke/two-waiter/one", messages.encode(asked))
+    until("all have ended", lambda: two.counted("invocations_expired") == IN_HAND_MAX)
+    assert two.hosted.status()["two-waiter"]["running"] == 0
+    assert refused(two, "two-brief") is None
+
+
+def test_the_calls_of_a_task_are_counted_together_however_often_its_devices_are_asked(
+    tmp_path: Path, sites: list[Site]
+) -> None:
+    busybody = {"factory": "Busybody", "callers": ["one", "three"], "allowed_peers": ["two-brief"]}
+    sites.append(Site(tmp_path, "two", busybody=busybody, brief={"factory": "Brief"}))
+    (two,) = sites
+
+    def made(caller: str, task: str, so_far: int) -> Any:
+        given = {"request": {"times": 20}, "within_s": 20.0, "task": task, "interactions": so_far}
+        asked = Invocation(**two.outgoing.stamp(), **given)
+        two.hear(f"edged/v1/plant/two/down/invoke/two-busybody/{caller}", messages.encode(asked))
+        return Invoked.model_validate_json(posted(two)[1]).response
+
+    assert made("one", "t1", 1) == 20, "calls 2 to 21"
+    assert made("three", "t1", 1) == 11, "calls 22 to 32, whoever asks"
+    assert made("one", "t2", 30) == 2, "another task, of which others have made 30"
+
+
+def test_who_waits_no_longer_ends_the_run_on_the_other_device(tmp_path: Path, sites: list[Site]) -> None:
+    sites += [Site(tmp_path, "one", peer(deadline_s=0.3)), Site(tmp_path, "two", waiter=WAITER)]
+    one, two = sites
+    for seconds in (None, 0.2):  # the peer's deadline, and the task's
+        context = RequestContext(deadline=seconds and time.monotonic() + seconds)
+        running = one.hosted.submit("there", {"part": 7}, context)
+        letters = until("a letter", one.sent)
+        topic, payload = letters[0]
+        patient = Invocation.model_validate_json(payload).model_copy(update={"within_s": 3600.0})
+        two.hear(topic, messages.encode(patient), 1)
+        until("it runs", lambda: two.hosted.status()["two-waiter"]["running"])
+        assert running.future.result(20)[0].role == "error"
+        two.hear(*(letters[1:] or until("another letter", one.sent))[0], 2)
+        until("it ends", lambda: two.hosted.status()["two-waiter"]["running"] == 0)
+    assert (one.counted("invocations_unanswered"), two.counted("invocations_cancelled")) == (2, 2)
 
 
 def test_who_cancels_ends_the_run_on_the_other_device_and_nobody_else_can(pair: tuple[Site, Site]) -> None:

@@ -149,7 +149,7 @@ def test_the_time_of_a_run_is_limited_also_while_the_model_speaks() -> None:
         return json.dumps(final("late"))
 
     answer = run(Agent(Scripted(slow), "x", limits=RunLimits(seconds_max=0.1)), "go")
-    assert answer.role == "error" and "took too long" in answer.content
+    assert answer.role == "error" and "its time is over (0.1 s at most)" in answer.content
 
 
 def test_the_time_of_a_run_is_limited_also_while_a_tool_works() -> None:
