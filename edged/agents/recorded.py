@@ -161,7 +161,7 @@ class _Form:
             raise BadFeedback(f"{what} does not fit the agent's output_schema: {why}")
         if fit and self._stepwise and self._schema is None and not isinstance(response, str):
             raise BadFeedback(
-                f"{what} {Message('assistant', response).text[:80]}: an agent without output_schema answers in text; give one"
+                f"{what} {Message('assistant', response).text[:80]}: an agent without output_schema answers in text"
             )
         if not self._stepwise:
             return Message("assistant", response).text
