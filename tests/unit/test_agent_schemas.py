@@ -154,7 +154,7 @@ def test_the_grammars_schema_allows_all_that_the_schema_allows(schema: dict[str,
 def test_every_step_fits_the_grammar_of_steps(
     tools: list[dict[str, Any]], peers: list[dict[str, Any]], answer: dict[str, Any], data: st.DataObject
 ) -> None:
-    """C12. Whatever the schemas are that stand within the schema of a step, their references too."""
+    """Whatever the schemas are that stand within the schema of a step, their references too."""
     made = {f"t{number}": Tool.described(f"t{number}", "", each, print) for number, each in enumerate(tools)}
     asked = {f"p{number}": compile_schema(each, "input_schema") for number, each in enumerate(peers)}
     steps = step_schema(made, asked, compile_schema(answer, "output_schema"))
@@ -220,7 +220,7 @@ BAD_PART = PART | {"parts": [{"name": "nut", "box": {"x": -1, "y": 2}}]}
 
 
 def test_a_pydantic_models_schema_works_for_requests_answers_tools_and_peers() -> None:
-    """B5: its $refs stand within the schema of a step, and still lead somewhere."""
+    """Its $refs stand within the schema of a step, and still lead somewhere."""
     schema = Part.model_json_schema()
     model = Scripted(call("keep", part=PART), ask("Teller", PART), final(BAD_PART), final(PART))
     tool = Tool.described(
@@ -284,7 +284,6 @@ def test_references_without_end_in_number_are_cut_short() -> None:
 def test_a_reference_that_leads_nowhere_is_refused_and_nothing_is_fetched(
     schema: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B15."""
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("something was fetched"))
     with pytest.raises(BadSchema) as error:
         compile_schema(schema, "output_schema")
