@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edged.agents.schemas import BadSchema, for_grammar, opened
+from edged.agents.shown import whole
 from edged.agents.tools import Tool
 from edged.engines.base import Unsuitable
 from edged.engines.constrain import grammar
@@ -68,7 +69,7 @@ def read_step(text: str) -> Step:
     if len(text) > STEP_CHARS_MAX:
         raise BadStep(f"the step has {len(text)} characters, at most {STEP_CHARS_MAX} are read")
     try:
-        said = json.loads(_bare(text))
+        said = whole(json.loads(_bare(text)))
     except (ValueError, RecursionError) as error:
         raise BadStep(f"the step is no JSON ({error}); {_FORM}") from None
     if not isinstance(said, dict) or said.get("next_action") not in ACTIONS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import re
 import threading
 import typing
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edged.agents.schemas import BadSchema, compile_schema, faults, of_type
+from edged.agents.shown import raised, shown
 
 SECONDS_MAX = 30.0  # of one call, unless the agent says otherwise
 OUTPUT_CHARS_MAX = 4000  # of what the model gets to see
@@ -72,17 +72,20 @@ class Tool:
         """Check the arguments, call, and say what came of it. Never raises but for the caller's own cancellation."""
         if why := faults(arguments, self.parameters):
             return Observation(False, f"{self.name} was not called: its arguments are wrong: {why}")
+        limit = asyncio.timeout(self._seconds_max)
         try:
-            result = await asyncio.wait_for(self._result(arguments), self._seconds_max)
-        except TimeoutError:
-            return Observation(False, f"{self.name} did not end within {self._seconds_max:g} s")
+            async with limit:
+                result = await self._result(arguments)
+                # What it answers is a stranger's code as well, and may be large: not on the agents' loop.
+                return Observation(True, await asyncio.to_thread(shown, result, self._output_chars_max))
         except _TooMany:
             return Observation(
                 False, f"{self.name} was not called: {ABANDONED_MAX} earlier calls ran out of time and still run"
             )
         except Exception as error:  # a tool may raise anything, and none of it may end the run
-            return Observation(False, self._cut(f"{self.name} failed: {type(error).__name__}: {error}"))
-        return Observation(True, self._cut(_shown(result)))
+            if limit.expired():  # a TimeoutError of the tool's own is a failure like every other
+                return Observation(False, f"{self.name} did not end within {self._seconds_max:g} s")
+            return Observation(False, shown(f"{self.name} failed: {raised(error)}", self._output_chars_max))
 
     async def _result(self, arguments: Mapping[str, Any]) -> Any:
         if inspect.iscoroutinefunction(self._function):
@@ -110,11 +113,6 @@ class Tool:
         else:
             future.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
-    def _cut(self, text: str) -> str:
-        if len(text) <= self._output_chars_max:
-            return text
-        return f"{text[: self._output_chars_max]} [cut: {len(text)} characters, {self._output_chars_max} shown]"
-
 
 class _TooMany(Exception):
     pass
@@ -130,15 +128,6 @@ def tools_of(given: Mapping[str, Callable[..., Any]] | typing.Sequence[Callable[
         return {}
     named = given if isinstance(given, Mapping) else {getattr(each, "__name__", repr(each)): each for each in given}
     return {name: each if isinstance(each, Tool) else Tool(name, each) for name, each in named.items()}
-
-
-def _shown(result: Any) -> str:
-    if isinstance(result, str):
-        return result
-    try:
-        return json.dumps(result, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return str(result)
 
 
 def _parameters(name: str, function: Callable[..., Any], described: Mapping[str, str]) -> dict[str, Any]:

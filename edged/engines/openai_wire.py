@@ -104,8 +104,7 @@ def answer(data: bytes, model: str, *, chat: bool) -> Said:
     usage = found.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Said(
-        # Halves of surrogate pairs are JSON, and no text.
-        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), reason, said_model,
+        _unicode(text), reason, said_model,
         _mean(_logprobs(choice, chat=chat)), _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")),
     )  # fmt: skip
 
@@ -119,9 +118,14 @@ def mended(text: str) -> str:
     except (ValueError, RecursionError):
         pass
     try:
-        return json.dumps(json.loads(text, strict=False), ensure_ascii=False)
+        return _unicode(json.dumps(json.loads(text, strict=False), ensure_ascii=False))
     except (ValueError, RecursionError):
         return text
+
+
+def _unicode(text: str) -> str:
+    """Halves of surrogate pairs are JSON, and no text."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def too_long(data: bytes) -> bool:
