@@ -11,6 +11,7 @@ from edged.core.confidence import answer_probability
 from edged.core.health import Problem
 from edged.prompts import UNFINISHED
 from edged.recent import Recent
+from edged.store import StoreError
 from edged.wire import topics
 from edged.wire.manifest import Calibration
 
@@ -58,6 +59,7 @@ class Agency:
 
     def start(self) -> None:
         """Make the agents and listen. Raises OSError."""
+        self._forget_others()
         if self._hosted is not None:
             from edged.agents.learnable import offer_training
             from edged.agents.sight import offer_sight
@@ -66,6 +68,17 @@ class Agency:
             offer_training(self._wish)
             self._hosted.start(self._config)
             self._socket.start()
+
+    def _forget_others(self) -> None:
+        """What agents have said that are configured no longer, or remember nothing any more, goes."""
+        remember = [name for name, agent in self._daemon.settings.agents.items() if agent.remember]
+        try:
+            gone = self._daemon.store.conversations.keep_only(remember)
+        except StoreError as error:
+            log.error("conversations of agents that are gone were kept: %s", error)
+            return
+        if gone:
+            log.info("the conversations of agents that are configured no longer were removed: %s", ", ".join(gone))
 
     def stop(self) -> bool:
         """End what runs; false when it did not end in time."""

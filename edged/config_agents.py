@@ -24,6 +24,18 @@ TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "array
 _SCHEMA_WORDS = ("type", "$ref", "anyOf", "allOf", "oneOf", "enum", "const", "properties", "$schema")
 
 Imported = Annotated[str, Field(pattern=CALLABLE)]
+# All words of JSON Schema 2020-12, and `definitions`, which it still knows.
+_KEYWORDS = frozenset(
+    {
+        *_SCHEMA_WORDS, "$id", "$anchor", "$dynamicAnchor", "$dynamicRef", "$vocabulary", "$comment", "$defs", "definitions",
+        "not", "if", "then", "else", "dependentSchemas", "dependentRequired", "prefixItems", "items", "contains",
+        "minContains", "maxContains", "patternProperties", "additionalProperties", "propertyNames", "unevaluatedItems",
+        "unevaluatedProperties", "multipleOf", "maximum", "exclusiveMaximum", "minimum", "exclusiveMinimum", "maxLength",
+        "minLength", "pattern", "maxItems", "minItems", "uniqueItems", "maxProperties", "minProperties", "required",
+        "format", "contentEncoding", "contentMediaType", "contentSchema", "title", "description", "default", "deprecated",
+        "readOnly", "writeOnly", "examples",
+    }
+)  # fmt: skip
 
 
 def form(schema: Schema) -> Any:
@@ -34,11 +46,28 @@ def form(schema: Schema) -> Any:
 
 
 def _checked(schema: Schema) -> Schema:
-    if isinstance(schema, dict) and not any(word in schema for word in _SCHEMA_WORDS):
+    if not isinstance(schema, dict):
+        return schema
+    if any(word in schema for word in _SCHEMA_WORDS):
+        odd = [word for word, value in schema.items() if _is_field(word, value)]
+        if odd:
+            meant = next(word for word in schema if word in _SCHEMA_WORDS)
+            raise ValueError(
+                f"{meant!r} makes it a JSON Schema, and {odd[0]!r} reads as a field; where both are fields write "
+                f'{{ type = "object", properties = {{ {meant} = {{ type = "string" }}, ... }} }}'
+            )
+    else:
         for name, kind in schema.items():
             if isinstance(kind, str) and kind not in TYPES:
                 raise ValueError(f"field {name!r} is {kind!r}; use {', '.join(TYPES)}, or a JSON Schema")
     return schema
+
+
+def _is_field(word: str, value: Any) -> bool:
+    """Whether a word beside those that make a table a JSON Schema says nothing in one, or has the name of a type."""
+    if word in ("type", "const", "default"):
+        return False
+    return (word not in _KEYWORDS and not word.startswith("x-")) or (isinstance(value, str) and value in TYPES)
 
 
 class Limits(Section):

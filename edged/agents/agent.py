@@ -15,7 +15,9 @@ from edged.agents.feedback import Execution, ModelStep, Recorder
 from edged.agents.memory import MemoryFull, MemoryManager
 from edged.agents.messages import LogLevel, Message, RequestContext
 from edged.agents.models import Said, ask
-from edged.agents.schemas import faults
+from edged.agents.refs import written_out
+from edged.agents.registry import AgentRegistry
+from edged.agents.schemas import BadSchema, faults
 from edged.agents.steps import THOUGHT_CHARS_MAX, BadStep, Step, read_step, step_schema
 from edged.agents.turns import QueueFull
 from edged.engines.base import ChatMessage, EngineError, PromptTooLong
@@ -97,6 +99,11 @@ class Agent(BaseAgent):
         _check_steps(self.max_steps, limits)
         super().__init__(*args, **kwargs)
         self.memory_type = memory_type
+        try:
+            step_schema(self.tools, dict.fromkeys(self.allowed_peers), self.output_schema)
+        except BadSchema:
+            AgentRegistry.unregister(self.name, self)
+            raise
         self.memory = memory or MemoryManager()
         self.recorder = recorder
         self.last_execution: str | None = None  # by which feedback names the newest run that was recorded
@@ -226,7 +233,10 @@ class Agent(BaseAgent):
         self._remember(message)
         schema = None
         if run_mode == AUTO_STEP:
-            schema = step_schema(self.tools, peer_schemas(self.allowed_peers), self.output_schema)
+            try:
+                schema = step_schema(self.tools, peer_schemas(self.allowed_peers), self.output_schema)
+            except BadSchema as error:
+                raise StepFailed(str(error)) from None
         system = self._construct_full_system_prompt(self.description, json_mode_for_output=run_mode == AUTO_STEP)
         said = await self._ask(system, schema)
         ended = said.end.reason
@@ -378,15 +388,14 @@ def _described(function: Mapping[str, Any]) -> str:
 
 
 def _peer(name: str, schema: Mapping[str, Any] | None) -> str:
-    from edged.agents.registry import AgentRegistry
-
     agent = AgentRegistry.get(name)
     about = " ".join(agent.description.split())[:200] if agent else ""
     return f"- {name}: {about} Request: {_short(schema) if schema else 'a text'}"
 
 
 def _short(schema: Mapping[str, Any]) -> str:
-    return json.dumps(schema.get("properties", schema), ensure_ascii=False)
+    written = written_out(schema)
+    return json.dumps(written.get("properties", written), ensure_ascii=False)
 
 
 def _how_to_step(tools: bool, peers: bool, output_schema: Mapping[str, Any] | None) -> str:
@@ -396,7 +405,9 @@ def _how_to_step(tools: bool, peers: bool, output_schema: Mapping[str, Any] | No
     if peers:
         forms.append('"invoke_agent" with {"agent_name", "request"}')
     forms.append('"final_response" with {"response"}')
-    response = f"\nThe response must fit {json.dumps(output_schema, ensure_ascii=False)}" if output_schema else ""
+    response = (
+        f"\nThe response must fit {json.dumps(written_out(output_schema), ensure_ascii=False)}" if output_schema else ""
+    )
     return (
         'Answer with one step as JSON: {"thought", "next_action", "action_input"}. next_action is '
         f"{' or '.join(forms)}. The thought has at most {THOUGHT_CHARS_MAX} characters.{response}"

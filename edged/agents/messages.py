@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Literal, get_args
 
+from edged.agents.shown import whole
+
 Role = Literal["system", "user", "assistant", "tool", "agent_call", "agent_response", "error"]
 ROLES = frozenset(get_args(Role))
 
@@ -29,7 +31,8 @@ def new_id() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One thing that was said. `content` is JSON-able; a message is an error when its role is `error`.
+    """One thing that was said. `content` is JSON-able, and has no half of a surrogate pair (`shown.whole`); a message is an
+    error when its role is `error`.
 
     `tool_calls`: what the model asked to have called; `tool_call_id`, `name`: on the answer to such a call, or who says it.
     """
@@ -44,6 +47,8 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role {self.role!r} of a message: use one of {', '.join(sorted(ROLES))}")
+        for name in ("content", "tool_calls"):
+            object.__setattr__(self, name, whole(getattr(self, name)))
 
     def __str__(self) -> str:
         return self.text

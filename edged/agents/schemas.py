@@ -12,10 +12,13 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
+from urllib.parse import quote
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
+from referencing.exceptions import Unresolvable
 
+from edged.agents.refs import NOWHERE, BadReference, both, check, embedded, written_out
 from edged.engines.base import Unsuitable
 from edged.engines.constrain import grammar
 
@@ -50,7 +53,11 @@ def compile_schema(form: Form, what: str) -> dict[str, Any] | None:
         made = _object({name: {"type": "string"} for name in form}, list(dict.fromkeys(form)), what)
     try:
         Draft202012Validator.check_schema(made)
-        return typing.cast(dict[str, Any], json.loads(json.dumps(made, allow_nan=False)))
+        compiled = typing.cast(dict[str, Any], json.loads(json.dumps(made, allow_nan=False)))
+        check(compiled)
+        return compiled
+    except BadReference as error:
+        raise BadSchema(f"{what}: {error}") from None
     except SchemaError as error:
         raise BadSchema(f"{what}{_place(error.absolute_path)}: {error.message[:SHOWN_CHARS_MAX]}") from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -62,9 +69,12 @@ def faults(value: Any, schema: Mapping[str, Any] | None) -> str:
     if schema is None:
         return ""
     try:
-        found = sorted(Draft202012Validator(schema).iter_errors(value), key=lambda error: list(map(str, error.path)))
+        validator = Draft202012Validator(schema, registry=NOWHERE)
+        found = sorted(validator.iter_errors(value), key=lambda error: list(map(str, error.path)))
     except RecursionError:
         return "it nests too deeply"
+    except Unresolvable as error:  # of a schema that was not compiled here
+        return f"it cannot be held against its schema: {error}"
     said = [f"{_place(error.absolute_path) or 'it'}: {error.message[:SHOWN_CHARS_MAX]}" for error in found[:3]]
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     return "; ".join(said) + more
@@ -75,7 +85,7 @@ def of_type(hint: Any, what: str) -> dict[str, Any]:
     if hint in (Any, None) or hint is typing.Any:
         return {"type": "null"} if hint is None else {}
     if isinstance(hint, Mapping):
-        return compile_schema(hint, what) or {}
+        return embedded(compile_schema(hint, what) or {}, f"urn:edged:{quote(what)}")
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is typing.Annotated:
         described = [each for each in arguments[1:] if isinstance(each, str)]
@@ -102,21 +112,33 @@ def of_type(hint: Any, what: str) -> dict[str, Any]:
 def for_grammar(schema: Mapping[str, Any] | None) -> dict[str, Any]:
     """A schema that the grammar of a model can keep to and that allows everything `schema` allows and a model would say.
 
-    The schema itself where it can be kept to; else without the keywords that cannot. `{"type": "string"}` for None.
+    The schema itself where it can be kept to, its references written out; else without the keywords that cannot.
+    `{"type": "string"}` for None.
     """
     if schema is None:
         return {"type": "string"}
-    for candidate in (dict(schema), _looser(schema)):
+    written = written_out(schema)
+    for candidate in (written, _looser(written)):
         try:
             grammar(candidate)
         except Unsuitable:
             continue
         return candidate
-    return {"type": "object"} if schema.get("type") == "object" else {}
+    return opened(written)
+
+
+def opened(schema: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The widest schema that a grammar takes instead: any object, any text, or anything."""
+    kind = "string" if schema is None else schema.get("type")
+    return {"type": kind} if kind in ("object", "string") else {}
 
 
 def _looser(schema: Mapping[str, Any]) -> dict[str, Any]:
     """Only the keywords that every grammar takes, all the way down."""
+    while "allOf" in schema:
+        parts, schema = schema["allOf"], {key: value for key, value in schema.items() if key != "allOf"}
+        for part in parts:
+            schema = both(part, schema)
     kept: dict[str, Any] = {}
     for key in ("type", "required", "minItems", "maxItems", "minLength", "maxLength", "enum", "const", "description"):
         if key in schema:

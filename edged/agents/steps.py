@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edged.agents.schemas import for_grammar
+from edged.agents.schemas import BadSchema, for_grammar, opened
+from edged.agents.shown import whole
 from edged.agents.tools import Tool
+from edged.engines.base import Unsuitable
+from edged.engines.constrain import grammar
 from edged.engines.openai_wire import unfenced
 
 Action = Literal["call_tool", "invoke_agent", "final_response"]
@@ -36,17 +39,30 @@ class Step:
 def step_schema(
     tools: Mapping[str, Tool], peers: Mapping[str, dict[str, Any] | None], output_schema: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The JSON Schema of the steps that an agent with these tools and peers can take; peers with their input schemas."""
-    options = [
-        _option("call_tool", {"tool_name": {"const": name}, "arguments": for_grammar(tool.parameters)})
-        for name, tool in tools.items()
-    ]
-    options += [
-        _option("invoke_agent", {"agent_name": {"const": name}, "request": for_grammar(schema)})
-        for name, schema in peers.items()
-    ]
-    options.append(_option("final_response", {"response": for_grammar(output_schema)}))
-    return options[0] if len(options) == 1 else {"anyOf": options}
+    """The JSON Schema of the steps that an agent with these tools and peers can take; peers with their input schemas.
+
+    A model's grammar takes it: where all schemas together are too much for one, arguments and requests are left open in it,
+    then the response too; what the model says is held against the whole schemas anyway. Raises BadSchema where even that
+    is too much: too many tools and peers.
+    """
+    for given, response in ((for_grammar, for_grammar), (opened, for_grammar), (opened, opened)):
+        options = [
+            _option("call_tool", {"tool_name": {"const": name}, "arguments": given(tool.parameters)})
+            for name, tool in tools.items()
+        ]
+        options += [
+            _option("invoke_agent", {"agent_name": {"const": name}, "request": given(schema)})
+            for name, schema in peers.items()
+        ]
+        options.append(_option("final_response", {"response": response(output_schema)}))
+        made = options[0] if len(options) == 1 else {"anyOf": options}
+        try:
+            grammar(made)
+        except Unsuitable as error:
+            why = error
+        else:
+            return made
+    raise BadSchema(f"{len(tools)} tools and {len(peers)} peers are too much for one step of a model: {why}")
 
 
 def read_step(text: str) -> Step:
@@ -54,7 +70,7 @@ def read_step(text: str) -> Step:
     if len(text) > STEP_CHARS_MAX:
         raise BadStep(f"the step has {len(text)} characters, at most {STEP_CHARS_MAX} are read")
     try:
-        said = json.loads(unfenced(text))
+        said = whole(json.loads(unfenced(text)))
     except (ValueError, RecursionError) as error:
         raise BadStep(f"the step is no JSON ({error}); {_FORM}") from None
     if not isinstance(said, dict) or said.get("next_action") not in ACTIONS:

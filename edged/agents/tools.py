@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from edged.agents.apart import Apart, TooManyStuck, Wait
 from edged.agents.schemas import BadSchema, compile_schema, faults, of_type
+from edged.agents.shown import raised, shown
 
 SECONDS_MAX = 30.0  # of one call, unless the agent says otherwise
 OUTPUT_CHARS_MAX = 4000  # of what the model gets to see
@@ -78,15 +78,18 @@ class Tool:
         if why := faults(arguments, self.parameters):
             return Observation(False, f"{self.name} was not called: its arguments are wrong: {why}")
         seconds = self._seconds_max if within_s is None else max(0.0, min(self._seconds_max, within_s))
+        limit = asyncio.timeout(seconds)
         try:
-            if self._in_callers_loop:
-                return self._seen(await asyncio.wait_for(self._function(**arguments), seconds))
-            return await self._apart.result(lambda wait: self._called(arguments, wait), seconds)
-        except TimeoutError:
-            return Observation(False, f"{self.name} did not end within {seconds:g} s")
+            if not self._in_callers_loop:
+                return await self._apart.result(lambda wait: self._called(arguments, wait), seconds)
+            async with limit:
+                return self._seen(await self._function(**arguments))
         except TooManyStuck as error:
             return Observation(False, f"{self.name} was not called: {error}")
         except Exception as error:
+            # Of what runs apart only the end of its time comes here; a tool's own TimeoutError is a failure like others.
+            if isinstance(error, TimeoutError) and (limit.expired() or not self._in_callers_loop):
+                return Observation(False, f"{self.name} did not end within {seconds:g} s")
             return self._failed(error)
 
     def _called(self, arguments: Mapping[str, Any], wait: Wait) -> Observation:
@@ -98,15 +101,10 @@ class Tool:
             return self._failed(error)
 
     def _seen(self, result: Any) -> Observation:
-        return Observation(True, self._cut(_shown(result)))
+        return Observation(True, shown(result, self._output_chars_max))
 
     def _failed(self, error: BaseException) -> Observation:
-        return Observation(False, self._cut(f"{self.name} failed: {type(error).__name__}: {error}"))
-
-    def _cut(self, text: str) -> str:
-        if len(text) <= self._output_chars_max:
-            return text
-        return f"{text[: self._output_chars_max]} [cut: {len(text)} characters, {self._output_chars_max} shown]"
+        return Observation(False, shown(f"{self.name} failed: {raised(error)}", self._output_chars_max))
 
 
 def _nothing() -> None:
@@ -119,15 +117,6 @@ def tools_of(given: Mapping[str, Callable[..., Any]] | typing.Sequence[Callable[
         return {}
     named = given if isinstance(given, Mapping) else {getattr(each, "__name__", repr(each)): each for each in given}
     return {name: each if isinstance(each, Tool) else Tool(name, each) for name, each in named.items()}
-
-
-def _shown(result: Any) -> str:
-    if isinstance(result, str):
-        return result
-    try:
-        return json.dumps(result, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return str(result)
 
 
 def _parameters(name: str, function: Callable[..., Any], described: Mapping[str, str]) -> dict[str, Any]:

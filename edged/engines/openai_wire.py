@@ -104,8 +104,7 @@ def answer(data: bytes, model: str, *, chat: bool) -> Said:
     usage = found.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Said(
-        # Halves of surrogate pairs are JSON, and no text.
-        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), reason, said_model,
+        _unicode(text), reason, said_model,
         _mean(_logprobs(choice, chat=chat)), _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")),
     )  # fmt: skip
 
@@ -121,7 +120,7 @@ def mended(text: str) -> str:
         except (ValueError, RecursionError):
             pass
     try:
-        return json.dumps(json.loads(bare, strict=False), ensure_ascii=False)
+        return _unicode(json.dumps(json.loads(bare, strict=False), ensure_ascii=False))
     except (ValueError, RecursionError):
         return text
 
@@ -132,6 +131,11 @@ def unfenced(text: str) -> str:
     if stripped.startswith("```") and stripped.endswith("```") and "\n" in stripped:
         return stripped[stripped.index("\n") : -3].strip()
     return text
+
+
+def _unicode(text: str) -> str:
+    """Halves of surrogate pairs are JSON, and no text."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def too_long(data: bytes) -> bool:

@@ -74,7 +74,7 @@ class Store(Retention):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(Database(folder / "edged.db", check), Blobs(folder / "blobs"), limits or StoreLimits())
         self.folder, self.conversations = folder, Conversations(self._db)
-        self.runs = Runs(self._db)
+        self.runs = Runs(self._db, self._limits)
         self._mark: Callable[[bool], None] = lambda _damaged: None
 
     def marks_with(self, mark: Callable[[bool], None]) -> None:

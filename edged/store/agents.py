@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from edged.store.database import Database, Row
@@ -47,6 +48,15 @@ class Conversations:
                 (agent, hidden),
             )
 
+    def keep_only(self, agents: Collection[str]) -> list[str]:
+        """Forget what all other agents have said; answers who they are."""
+        others = sorted(set(self.names()) - set(agents))
+        with self._db.write() as tables:
+            for agent in others:
+                tables.execute("DELETE FROM agent_message WHERE agent = ?", (agent,))
+                tables.execute("DELETE FROM agent_conversation WHERE agent = ?", (agent,))
+        return others
+
     def names(self) -> list[str]:
         """The agents that have said something."""
         return [row["agent"] for row in self._db.read("SELECT DISTINCT agent FROM agent_message ORDER BY agent")]
@@ -55,8 +65,8 @@ class Conversations:
 class Runs:
     """The runs of all agents of a device, newest first. `Store.record_run` adds them."""
 
-    def __init__(self, database: Database) -> None:
-        self._db = database
+    def __init__(self, database: Database, limits: StoreLimits) -> None:
+        self._db, self._limits = database, limits
 
     def get(self, run_id: str) -> AgentRun | None:
         """One run; None when it is unknown, or was given up for newer ones."""
@@ -69,13 +79,19 @@ class Runs:
         return [_run(row) for row in self._db.read(sql, (since, agent, agent, limit))]
 
     def add_feedback(self, run_id: str, feedback: Json) -> None:
-        """Keep what somebody said of a run; the same again is kept once."""
+        """Keep what somebody said of a run; the same again is kept once. It counts as the run does, and the oldest runs make
+        room for it."""
         with self._db.write() as tables:
-            row = tables.execute("SELECT feedback FROM agent_execution WHERE id = ?", (run_id,)).fetchone()
+            sql = "SELECT feedback, bytes, length(record) FROM agent_execution WHERE id = ?"
+            row = tables.execute(sql, (run_id,)).fetchone()
             said = json.loads(row[0]) if row else [feedback]
-            if feedback not in said:
-                kept = json.dumps([*said, feedback][-FEEDBACK_MAX:])
-                tables.execute("UPDATE agent_execution SET feedback = ? WHERE id = ?", (kept, run_id))
+            if feedback in said:
+                return
+            kept = json.dumps([*said, feedback][-FEEDBACK_MAX:])
+            size = row[2] + len(kept)
+            tables.execute("UPDATE agent_execution SET feedback = ?, bytes = ? WHERE id = ?", (kept, size, run_id))
+            tables.execute("UPDATE total SET bytes = bytes + ? WHERE name = 'execution'", (size - row[1],))
+            _make_room(tables, self._limits)
 
 
 def insert_run(tables: Tables, limits: StoreLimits, run: AgentRun) -> None:
@@ -85,6 +101,11 @@ def insert_run(tables: Tables, limits: StoreLimits, run: AgentRun) -> None:
         "INSERT OR IGNORE INTO agent_execution (id, agent, ts, record, bytes) VALUES (?, ?, ?, ?, ?)",
         (run.id, run.agent, run.ts, record, len(record)),
     )
+    _make_room(tables, limits)
+
+
+def _make_room(tables: Tables, limits: StoreLimits) -> None:
+    """Give up the oldest runs until the others keep to the limits."""
     while True:
         count, size = tables.execute("SELECT n, bytes FROM total WHERE name = 'execution'").fetchone()
         if count <= limits.executions_max and size <= limits.executions_bytes_max:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema_specifications import REGISTRY
 
 from edged.agents import Agent, LearnableAgent, PhiAgent
 from edged.agents.building import BadAgent, build
@@ -18,6 +19,7 @@ from edged.agents.recorded import StoreRecorder
 from edged.check_agents import agents
 from edged.clock import SystemClock
 from edged.config import ConfigError, Settings, load
+from edged.config_agents import Agent as AgentConfig
 from edged.config_agents import form
 from edged.findings import Look
 from edged.outgoing import Outgoing
@@ -77,6 +79,10 @@ def settings(tmp_path: Path, **more: Any) -> Settings:
         ({"agents": {"a": {"slot": "tongue", "tools": ["x:count", "y:count"]}}}, "two of them are called 'count'"),
         ({"agents": {"a": {"slot": "tongue", "max_steps": 60}}}, "max_steps 60 is more than limits.steps_max 50"),
         ({"agents": {"a": {"slot": "tongue", "limits": {"seconds_max": 0}}}}, "seconds_max = 0: Input should be greater"),
+        ({"agents": {"a": {"slot": "tongue", "input_schema": {"type": "string", "part": "integer"}}}},
+         "'type' makes it a JSON Schema, and 'part' reads as a field"),
+        ({"agents": {"a": {"slot": "tongue", "input_schema": {"type": "string", "title": "string"}}}}, "'title' reads as"),
+        ({"peers": {"p": {"device": "d", "agent": "x", "output_schema": {"enum": ["a"], "why": "b"}}}}, "'why' reads as"),
         ({"agents": {"a": {"slot": "tongue", "output_schema": {"n": "text"}}}}, "field 'n' is 'text'; use string, integer"),
         ({"agents": {"a": {"slot": "tongue", "allowed_peers": ["b"]}}},
          r"allowed_peers: 'b' is no agent here; add \[agents.b\], or \[peers.b\] for one of another device \(known: a\)"),
@@ -95,6 +101,16 @@ def test_schemas_are_written_in_three_forms() -> None:
     whole = {"type": "object", "properties": {"n": {"type": "integer"}}}
     assert form(["a"]) == ["a"] and form(None) is None and form(whole) is whole
     assert form({"n": "integer", "t": "string"}) == {"n": int, "t": str}
+
+
+def test_every_word_of_json_schema_is_known() -> None:
+    """A word that the metaschema has may stand in a schema; each of its vocabularies is asked."""
+    words = {"type", "const", "default"}
+    for vocabulary in REGISTRY.contents("https://json-schema.org/draft/2020-12/schema")["allOf"]:
+        words |= set(REGISTRY.contents(f"https://json-schema.org/draft/2020-12/{vocabulary['$ref']}")["properties"])
+    assert {"minLength", "$dynamicRef", "contentSchema", "deprecated", "format"} <= words
+    schema = dict.fromkeys(sorted(words), 1) | {"x-of-the-plant": 1}
+    assert AgentConfig(slot="tongue", input_schema=schema).input_schema == schema
 
 
 def found(tmp_path: Path, **more: Any) -> list[tuple[str, str, str]]:

@@ -118,3 +118,17 @@ def test_the_same_message_is_kept_once(tmp_path: Path) -> None:
     kept.append(message)
     kept.append(message)
     assert kept.load() == ([message], 0)
+
+
+def test_what_an_agent_said_that_is_there_no_longer_is_forgotten(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name in ("clerk", "gone", "quiet"):
+        memory = MemoryManager(Kept(store.conversations, name))
+        for text in ("one", "two"):
+            memory.update_memory(Message("user", text))
+        memory.make_room()
+    assert store.conversations.keep_only(["clerk", "new"]) == ["gone", "quiet"]
+    assert store.conversations.names() == ["clerk"]
+    assert store.conversations.load("gone") == ([], 0), "one of the same name begins anew"
+    assert len(Kept(store.conversations, "clerk").load()[0]) == 2
+    assert store.conversations.keep_only([]) == ["clerk"] and store.conversations.keep_only([]) == []

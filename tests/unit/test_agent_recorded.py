@@ -283,6 +283,26 @@ def test_runs_are_kept_up_to_a_limit_and_their_words_with_them(tmp_path: Path) -
         each.store.close()
 
 
+def test_what_people_say_of_runs_counts_and_makes_room_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody counted could fill the disk."""
+    monkeypatch.setattr("edged.store.agents.FEEDBACK_MAX", 2)
+    kept = Kept(tmp_path, StoreLimits(executions_bytes_max=100_000))
+    runs, ids = kept.store.runs, [kept.run(*GOOD) for _ in range(4)]
+
+    def held() -> int:
+        return sum(len(json.dumps(run.record)) + len(json.dumps(run.feedback)) for run in runs.newest(10))
+
+    size = held() // 4  # of a run
+    for number in range(4):
+        runs.add_feedback(ids[3], {"who": ANN, "note": f"{number} {'x' * 40_000}"})
+        assert held() <= 100_000
+    assert [run.id for run in runs.newest(10)] == ids[::-1], "what is forgotten of it counts no more"
+    runs.add_feedback(ids[2], {"who": ANN, "note": "x" * (100_000 - held() + size)})
+    assert [run.id for run in runs.newest(10)] == [ids[3], ids[2]], "the oldest made room"
+    assert 90_000 < held() <= 100_000
+    kept.store.close()
+
+
 def test_a_store_that_fails_costs_the_record_not_the_answer(kept: Kept) -> None:
     class Broken:
         def record(self, execution: Execution) -> str:

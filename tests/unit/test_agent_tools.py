@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Literal, Optional
 
@@ -111,6 +112,71 @@ def test_an_exception_is_an_observation() -> None:
     assert asyncio.run(Tool("a", broken).call({})).text == "a failed: OSError: the caliper is not connected"
     assert asyncio.run(Tool("b", broken_too).call({})).text == "b failed: KeyError: 'port'"
     assert not asyncio.run(Tool("c", leaves).call({})).ok
+
+
+def test_what_cannot_say_what_it_is_is_an_observation_too() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("not even this")
+
+    class MuteToo:
+        __str__ = Mute.__str__
+
+    def raises() -> None:
+        raise Mute
+
+    seen = asyncio.run(Tool("a", raises).call({}))
+    assert (seen.ok, seen.text) == (False, "a failed: Mute, whose text cannot be had")
+    seen = asyncio.run(Tool("b", MuteToo).call({}))
+    assert (seen.ok, seen.text) == (False, "b failed: RuntimeError: not even this")
+
+
+def test_a_time_limit_of_the_tools_own_is_told_as_what_it_is() -> None:
+    def asks() -> None:
+        raise TimeoutError("the gauge at 10.0.0.7 did not answer")
+
+    async def asks_too() -> None:
+        async with asyncio.timeout(0):
+            await asyncio.sleep(30)
+
+    for tool in (Tool("ask", asks), Tool("ask", asks_too)):
+        seen = asyncio.run(tool.call({}))
+        assert not seen.ok and seen.text.startswith("ask failed: TimeoutError"), seen
+    assert "10.0.0.7" in asyncio.run(Tool("ask", asks).call({})).text
+
+
+def test_a_large_result_is_not_written_out_whole() -> None:
+    """Only as far as it is shown: what lies behind is never looked at."""
+    looked = []
+
+    class Rows(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for number in range(10**9):
+                looked.append(number)
+                yield {"row": number}
+
+    seen = asyncio.run(Tool("rows", lambda: Rows([1])).call({}))
+    assert seen.ok and seen.text.startswith('[{"row": 0}, {"row": 1}') and seen.text.endswith("[cut: more, 4000 shown]")
+    assert len(looked) < OUTPUT_CHARS_MAX
+    on_loop = []
+    asyncio.run(Tool("slow", lambda: Telling(on_loop)).call({}))
+    assert on_loop == [False], "what writes it out does not hold up the agents' loop"
+
+
+class Telling:
+    """Notes whether it was asked for its text on an event loop."""
+
+    def __init__(self, said: list[bool]) -> None:
+        self._said = said
+
+    def __str__(self) -> str:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._said.append(False)
+        else:
+            self._said.append(True)
+        return "telling"
 
 
 def test_what_takes_too_long_is_left_behind_and_not_for_ever() -> None:

@@ -7,9 +7,12 @@ import gc
 import json
 import threading
 import time
+from dataclasses import asdict
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edged.agents import Agent, AgentRegistry, Message, ModelConfig, NameTaken, RequestContext, RunLimits, Tool
 from edged.agents.models import LentModel, Said
@@ -122,6 +125,42 @@ def test_steps_that_cannot_be_read_are_said_to_be_wrong() -> None:
         "is no JSON" in told[0] and "next_action is none of" in told[1] and "needs tool_name and arguments" in told[2]
     )
     assert "there is no tool 'fly'; there are: add" in told[3] and "its arguments are wrong" in told[4]
+
+
+HALVES = st.text(st.characters(categories=["Cs", "Ll"]), max_size=3).map(lambda text: f"{text}\ud800")
+
+
+@settings(max_examples=8)
+@given(texts=st.lists(HALVES, min_size=6, max_size=6))
+def test_halves_of_surrogate_pairs_end_no_run(texts: list[str]) -> None:
+    """A file name as os.listdir gives it, what a server's model says, what somebody asks: whatever comes is kept, recorded
+    and answered as Unicode."""
+    name, failure, argument, request, response, key = texts
+    kept, recorded = [], []
+
+    def listed(folder: str) -> list[str]:
+        kept.append(folder)
+        return [name]
+
+    def fails() -> None:
+        raise OSError(failure)
+
+    class Keeps:
+        def record(self, execution: Any) -> str:
+            recorded.append(json.dumps(asdict(execution), ensure_ascii=False, default=str).encode())
+            return "1"
+
+        def feedback(self, sample_id: str, feedback: Any) -> None: ...
+
+    model = Scripted(call("listed", folder=argument), call("fails"), final({key: response}))
+    agent = Agent(model, "x", [listed, fails], recorder=Keeps())
+    answer = run(agent, {"q": request})
+    assert answer.role == "assistant" and len(recorded) == 1
+    json.dumps(answer.content, ensure_ascii=False).encode()
+    "".join(kept).encode()
+    json.dumps([message.to_dict() for message in agent.memory.history], ensure_ascii=False).encode()
+    assert len(agent.memory.history) == 6
+    assert "\ufffd" in model.asked[1].messages[-1].content and "OSError" in model.asked[2].messages[-1].content
 
 
 def test_a_run_ends_after_its_steps() -> None:

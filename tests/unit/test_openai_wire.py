@@ -216,6 +216,7 @@ def test_a_question_that_is_too_long_is_known_by_its_code(body: bytes, long: boo
         ('{"a":  "ä"}', '{"a":  "ä"}'),
         ('{"a": "cut\noff', '{"a": "cut\noff'),
         ("no JSON", "no JSON"),
+        ('{"a": "cut\noff \\ud800"}', '{"a": "cut\\noff \ufffd"}'),
         ("[" * 5000, "[" * 5000),
     ],
 )
