@@ -28,7 +28,9 @@ from edged.engines.base import (
 )
 from edged.engines.causal import STEP_TOKENS_MAX, CausalModel
 from edged.engines.chat import ChatTemplate
+from edged.engines.constrain import grammar
 from edged.engines.ort import Session
+from edged.engines.token_mask import TokenMask, TokenTrie
 from edged.engines.vocabulary import Vocabulary
 from edged.wire.manifest import ReleaseManifest
 
@@ -89,6 +91,7 @@ class OnnxPhiGenerator:
         self._release = manifest.release
         self._turn = 0
         self._model: CausalModel | None = None
+        self._trie: TokenTrie | None = None  # made for the first answer under a schema
         context_max, options = _split(options)
         paths = _paths(folder, manifest)
         self._config = _Config.read(paths["config"])
@@ -107,15 +110,13 @@ class OnnxPhiGenerator:
         """Yield the answer's tokens, then one Finished.
 
         Greedy when `temperature` is 0, else sampled from the whole tempered distribution with `seed`. Log-probabilities
-        are the model's own, before temperature; their mean covers the end-of-text token too, so that an empty answer
-        has a probability as well. Control tokens are never part of the text. Another `generate`, `attach` or `close`
-        ends an answer that is still being made with the reason `cancelled`.
+        are the model's own, before temperature and before a schema rules tokens out; their mean covers the end-of-text
+        token too, so that an empty answer has a probability as well. Control tokens are never part of the text. Another
+        `generate`, `attach` or `close` ends an answer that is still being made with the reason `cancelled`.
         Raises PromptTooLong (prompt and at least one token must fit `context`) or EngineError at the call.
         """
         if self._model is None:
             raise EngineError(f"{self._release}: the engine is closed")
-        if request.schema is not None:
-            raise Unsuitable(f"{self._release}: this engine cannot constrain answers; use the llama engine")
         if not request.temperature >= 0:
             raise Unsuitable(f"temperature {request.temperature}: use 0 (greedy) or more")
         prompt = self._tokens(request)
@@ -126,8 +127,9 @@ class OnnxPhiGenerator:
                 f"the prompt has {len(prompt)} tokens, the context of {self._release} is {self.context} tokens for "
                 f"prompt and answer together; send at most {self.context - 1}"
             )
+        mask = None if request.schema is None else TokenMask(self._known(), grammar(request.schema))
         self._turn += 1
-        return self._answer(self._model, request, prompt, self._turn)
+        return self._answer(self._model, request, prompt, mask, self._turn)
 
     def attach(self, adapter: Path | None, scale: float = 1.0) -> None:
         """Only None, the bare base, is possible here; an adapter is an EngineError that says what to do instead."""
@@ -161,9 +163,16 @@ class OnnxPhiGenerator:
         parts = self._template.render(request.messages)
         return [token for part in parts for token in self._vocabulary.encode(part, whole=False)]
 
+    def _known(self) -> TokenTrie:
+        if self._trie is None:
+            vocabulary = self._vocabulary
+            self._trie = TokenTrie([vocabulary.piece(token) for token in range(vocabulary.size)], self._config.ends)
+        return self._trie
+
     def _answer(
-        self, model: CausalModel, request: GenerateRequest, prompt: list[int], turn: int
+        self, model: CausalModel, request: GenerateRequest, prompt: list[int], mask: TokenMask | None, turn: int
     ) -> Iterator[Token | Finished]:
+        """The answer to `prompt`, within `mask` if there is one, as long as `turn` is the engine's."""
         room = self.context - len(prompt)
         limit = min(request.tokens_max, room) if request.tokens_max > 0 else room
         chance = np.random.default_rng(request.seed)
@@ -180,20 +189,32 @@ class OnnxPhiGenerator:
             logits = model.step(steps.popleft())
             if steps:
                 continue
-            token = draw(logits, request.temperature, chance)
+            token = draw(mask.masked(logits) if mask else logits, request.temperature, chance)
             logprobs.append(log_probability(logits, token))
             if token in self._config.ends:
                 reason = "stop"
                 break
             made += 1
-            yield from pieces.add(self._vocabulary.piece(token), logprobs[-1])
-            if pieces.stopped or made == limit:
-                reason = "stop" if pieces.stopped else "length"
+            if mask:
+                mask.accept(token)
+            said = pieces.add(self._vocabulary.piece(token), logprobs[-1])
+            reason = _ended(pieces, mask, made == limit)
+            yield from said
+            if reason:
                 break
             steps.append([token])
         yield from pieces.rest()
         mean = float(np.mean(logprobs)) if logprobs else 0.0
         yield Finished(reason, len(prompt), made, mean, reused_tokens=reused)
+
+
+def _ended(pieces: Pieces, mask: TokenMask | None, full: bool) -> str:
+    """Why an answer ends behind its newest token, "": it goes on. `full`: there is no room for another token."""
+    if mask and (pieces.stopped or (full and not mask.may_end)):
+        return "truncated"
+    if pieces.stopped or (mask and mask.complete):
+        return "stop"
+    return "length" if full else ""
 
 
 def _split(options: EngineOptions) -> tuple[int, EngineOptions]:
