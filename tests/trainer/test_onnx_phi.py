@@ -29,8 +29,8 @@ from edged.engines.base import (
     PromptTooLong,
     Token,
 )
-from edged.engines.causal import STEP_TOKENS_MAX
 from edged.engines.onnx_phi import OnnxPhiGenerator
+from edged.engines.token_loop import STEP_TOKENS_MAX
 from trainer.export.onnx_phi import export_phi
 from trainer.package import package_phi
 from trainer.releases import read_manifest

@@ -131,7 +131,9 @@ def test_an_end_is_allowed_where_the_text_is_whole_and_nowhere_else(words: Words
 def test_tokens_that_are_spelled_alike_are_all_allowed(words: Words) -> None:
     spaces = [token for token, piece in enumerate(words.pieces) if piece == b" "]
     mask = TokenMask(words.trie, 'root ::= " " "a"\n')
-    assert spaces
+    assert len(spaces) == (
+        2 if b"the" in words.pieces and len(words.pieces) < 300 else 1
+    )  # SentencePiece: \u2581, <0x20>
     assert np.isfinite(mask.masked(np.zeros(len(words.pieces), np.float32))[spaces]).all()
 
 
