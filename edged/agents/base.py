@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from edged.agents.feedback import Execution, Recorder, offered_recorder
 from edged.agents.messages import LogLevel, Message, RequestContext
-from edged.agents.models import Model, ModelConfig, open_model
+from edged.agents.models import Model, ModelConfig, open_model, spoken_by
 from edged.agents.registry import AgentRegistry
 from edged.agents.schemas import Form, compile_schema, faults
 from edged.agents.tools import Tool, tools_of
+from edged.engines.base import Generator
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +42,15 @@ class RunLimits:
 class BaseAgent(ABC):
     """An agent that can be found by its name and invoked by those who may.
 
-    `model` (or `model_config`): which model, as a ModelConfig or as an object with `say`. `tools`: functions by the names
-    that the model knows them by. `allowed_peers`: whom it may invoke. Schemas in the three forms of `agents.schemas`.
+    `model` (or `model_config`): which model, as a ModelConfig, an object with `say`, or a Generator. `tools`: functions by
+    the names that the model knows them by. `allowed_peers`: whom it may invoke. Schemas in the three forms of
+    `agents.schemas`.
     """
 
     recorded_by_invoke: ClassVar[bool] = True  # False: of a class that hands its runs to the recorder itself
 
     def __init__(
-        self, model: ModelConfig | Model | None = None, description: str = "", tools: Tools = None,
+        self, model: ModelConfig | Model | Generator | None = None, description: str = "", tools: Tools = None,
         agent_name: str | None = None, allowed_peers: Iterable[str] | None = None, *,
         model_config: ModelConfig | None = None, input_schema: Form = None, output_schema: Form = None,
         max_tokens: int | None = None, limits: RunLimits | None = None,
@@ -58,7 +60,7 @@ class BaseAgent(ABC):
         if given is None or (model is not None and model_config is not None):
             raise ValueError("an agent needs a model: give model=ModelConfig(...)")
         config = given if isinstance(given, ModelConfig) else None
-        self.model: Model = open_model(config) if config else given  # type: ignore[assignment]
+        self.model: Model = open_model(config) if config else spoken_by(given)
         self.model_config = config or ModelConfig(type="local", name=_name(given))
         self.description, self.limits = description, limits or RunLimits()
         self.max_tokens = max_tokens or self.model_config.max_tokens

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
@@ -144,6 +145,21 @@ class OwnEngine:
     @contextmanager
     def lent(self) -> Iterator[tuple[Generator, str, str]]:
         yield self._generator, self._release, ""
+
+
+_spoken: WeakValueDictionary[int, LentModel] = WeakValueDictionary()  # by the generator's identity: each holds its own
+
+
+def spoken_by(model: Any) -> Model:
+    """A model as it is; a generator that somebody has opened as a model: agents that share it take turns."""
+    if not isinstance(model, Generator):
+        return cast(Model, model)
+    with _opening:
+        known = _spoken.get(id(model))
+        if known is None:
+            name = getattr(model, "name", "")
+            known = _spoken[id(model)] = LentModel(OwnEngine(model, name), name)
+        return known
 
 
 class ServerModel:

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from edged.engines.base import EngineError
 from edged.engines.ort import Session, Value
-
-STEP_TOKENS_MAX = 64  # in one run: more are hardly faster a token, and nothing can be halted while it runs
+from edged.engines.token_loop import STEP_TOKENS_MAX
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _TYPES = {

@@ -77,7 +77,7 @@ class _Converter:
         self._repeats = 0
         self._nothing = self._rule('""')  # llama.cpp reads on into the next line behind a `|` that nothing follows
         self._gap = self._rule('" "?')
-        self._char = self._rule(r'[^"\\\x00-\x1F] | "\\" ["\\/bfnrt]')
+        self._char = self._terminal(r'[^"\\\x00-\x1F] | "\\" ["\\/bfnrt]')
         self._of_type: dict[str, Callable[[dict[str, Any], str, int], str]] = {
             "object": self._object, "array": self._array, "string": self._string, "integer": self._integer,
             "number": self._number, "boolean": lambda *_: self._rule('"true" | "false"'),
@@ -91,6 +91,10 @@ class _Converter:
     def _rule(self, body: str) -> str:
         return self._names.setdefault(body, f"r{len(self._names)}")
 
+    def _terminal(self, body: str) -> str:
+        """A rule of characters and other terminals alone; `token_mask` reads it at once, not letter by letter."""
+        return self._names.setdefault(body, f"t{len(self._names)}")
+
     def _repeat(self, rule: str, low: int, high: int, at: str) -> str:
         if high == 0:
             return self._nothing
@@ -98,7 +102,7 @@ class _Converter:
         self._repeats += high if body not in self._names else 0
         if self._repeats > ALL_REPEATS_MAX:
             _refuse(at, f"the schema allows more than {ALL_REPEATS_MAX} characters and items in all; set lower maxima")
-        return self._rule(body)
+        return self._terminal(body) if rule == self._char else self._rule(body)
 
     def _value(self, schema: object, at: str, depth: int) -> str:
         if schema is True:
@@ -227,7 +231,9 @@ class _Converter:
         return self._text(*self._bounds(schema, "Length", STRING_CHARS_MAX, STRING_CHARS_MAX, at), at)
 
     def _text(self, low: int, high: int, at: str) -> str:
-        return self._rule(f'"\\"" {self._repeat(self._char, low, high, at)} "\\""')
+        if high == 0:
+            return self._terminal(r'"\"\""')
+        return self._terminal(f'"\\"" {self._repeat(self._char, low, high, at)} "\\""')
 
     def _bounds(self, schema: dict[str, Any], what: str, usual: int, most: int, at: str) -> tuple[int, int]:
         """min and max of `what`; the maximum is `usual` where it is not named."""
@@ -239,27 +245,27 @@ class _Converter:
 
     def _integer(self, schema: dict[str, Any], at: str, _depth: int) -> str:
         if not _KEYWORDS["integer"] & schema.keys():
-            return self._rule(free_integer())
+            return self._terminal(free_integer())
         low, high, low_open, high_open = _limits(schema, INTEGER_MAX, at)
         low_whole = math.floor(low) + 1 if low_open else math.ceil(low)
         high_whole = math.ceil(high) - 1 if high_open else math.floor(high)
         if low_whole > high_whole:
             _refuse(at, "no whole number lies within its minimum and maximum")
-        return self._rule(integers(low_whole, high_whole))
+        return self._terminal(integers(low_whole, high_whole))
 
     def _number(self, schema: dict[str, Any], at: str, _depth: int) -> str:
         if not _KEYWORDS["number"] & schema.keys():
-            return self._rule(free_number())
+            return self._terminal(free_number())
         low, high, low_open, high_open = _limits(schema, RANGE_MAX, at)
         if low != int(low) or high != int(high):
             _refuse(at, f"bounds {low:g} and {high:g} of a number: only whole numbers are supported as bounds")
         if low > high or (low == high and (low_open or high_open)):
             _refuse(at, "no number lies within its minimum and maximum")
-        return self._rule(numbers(int(low), int(high), low_open, high_open))
+        return self._terminal(numbers(int(low), int(high), low_open, high_open))
 
     def _anything(self, depth: int) -> str:
         scalar = " | ".join(
-            [self._text(0, STRING_CHARS_MAX, "#"), self._rule(free_number()), '"true"', '"false"', '"null"']
+            [self._text(0, STRING_CHARS_MAX, "#"), self._terminal(free_number()), '"true"', '"false"', '"null"']
         )
         if depth == 0:
             return self._rule(scalar)

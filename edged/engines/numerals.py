@@ -64,7 +64,8 @@ def _reals(low: int, high: int, low_open: bool, high_open: bool) -> str:
 
 def _above_zero() -> str:
     """A fraction that is not zero."""
-    options = (f'"{"0" * zeros}" [1-9] [0-9]{{0,{FRACTION_DIGITS - zeros - 1}}}' for zeros in range(FRACTION_DIGITS))
+    more = [f" [0-9]{{0,{digits}}}" if digits else "" for digits in reversed(range(FRACTION_DIGITS))]
+    options = (f'"{"0" * zeros}" [1-9]{more[zeros]}' for zeros in range(FRACTION_DIGITS))
     return f'"." ({" | ".join(options)})'
 
 

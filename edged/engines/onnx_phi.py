@@ -8,27 +8,14 @@ A release of this engine has the files `model` (and `model_data`, where its weig
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from edged.engines.answer import Pieces, draw, log_probability
-from edged.engines.base import (
-    EngineError,
-    EngineOptions,
-    Finished,
-    GenerateRequest,
-    NoTemplate,
-    PromptTooLong,
-    Token,
-    Unsuitable,
-)
-from edged.engines.causal import STEP_TOKENS_MAX, CausalModel
+from edged.engines.base import EngineError, EngineOptions
+from edged.engines.causal import CausalModel
 from edged.engines.chat import ChatTemplate
 from edged.engines.ort import Session
+from edged.engines.token_loop import TokenGenerator
 from edged.engines.vocabulary import Vocabulary
 from edged.wire.manifest import ReleaseManifest
 
@@ -76,7 +63,7 @@ def _text(value: object, key: str) -> str:
     return value
 
 
-class OnnxPhiGenerator:
+class OnnxPhiGenerator(TokenGenerator):
     """An ONNX language model of a release, as a `Generator`. One worker thread at a time.
 
     `options.extra` knows `context_max`, which caps the context (the cache grows with it; 0 means the model's own), and
@@ -86,114 +73,33 @@ class OnnxPhiGenerator:
 
     def __init__(self, folder: Path, manifest: ReleaseManifest, options: EngineOptions) -> None:
         """Load the release in `folder`; raises EngineError naming the file and the reason."""
-        self._release = manifest.release
-        self._turn = 0
-        self._model: CausalModel | None = None
+        release = manifest.release
         context_max, options = _split(options)
         paths = _paths(folder, manifest)
-        self._config = _Config.read(paths["config"])
-        self.context = min(self._config.context, context_max or self._config.context)
-        self._vocabulary = Vocabulary(paths["tokenizer"])
-        self._template = self._chat_template()
-        self._model = CausalModel(Session(folder, manifest, options, shapes_vary=True), self._release)
-        if (size := self._model.vocabulary) is not None and self._vocabulary.size > size:
-            self.close()
+        config, vocabulary = _Config.read(paths["config"]), Vocabulary(paths["tokenizer"])
+        template = None
+        if config.template:
+            template = ChatTemplate(config.template, release, config.bos, config.eos, vocabulary.control)
+        model = CausalModel(Session(folder, manifest, options, shapes_vary=True), release)
+        if (size := model.vocabulary) is not None and vocabulary.size > size:
+            model.close()
             raise EngineError(
-                f"release {self._release}: {paths['tokenizer'].name} has {self._vocabulary.size} tokens, the model only "
+                f"release {release}: {paths['tokenizer'].name} has {vocabulary.size} tokens, the model only "
                 f"{size}: they do not belong together"
             )
-
-    def generate(self, request: GenerateRequest) -> Iterator[Token | Finished]:
-        """Yield the answer's tokens, then one Finished.
-
-        Greedy when `temperature` is 0, else sampled from the whole tempered distribution with `seed`. Log-probabilities
-        are the model's own, before temperature; their mean covers the end-of-text token too, so that an empty answer
-        has a probability as well. Control tokens are never part of the text. Another `generate`, `attach` or `close`
-        ends an answer that is still being made with the reason `cancelled`.
-        Raises PromptTooLong (prompt and at least one token must fit `context`) or EngineError at the call.
-        """
-        if self._model is None:
-            raise EngineError(f"{self._release}: the engine is closed")
-        if request.schema is not None:
-            raise Unsuitable(f"{self._release}: this engine cannot constrain answers; use the llama engine")
-        if not request.temperature >= 0:
-            raise Unsuitable(f"temperature {request.temperature}: use 0 (greedy) or more")
-        prompt = self._tokens(request)
-        if not prompt:
-            raise Unsuitable("the prompt is empty; send at least one character")
-        if len(prompt) >= self.context:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens, the context of {self._release} is {self.context} tokens for "
-                f"prompt and answer together; send at most {self.context - 1}"
-            )
-        self._turn += 1
-        return self._answer(self._model, request, prompt, self._turn)
+        context = min(config.context, context_max or config.context)
+        super().__init__(release, model, vocabulary, template, context, config.ends)
 
     def attach(self, adapter: Path | None, scale: float = 1.0) -> None:
         """Only None, the bare base, is possible here; an adapter is an EngineError that says what to do instead."""
         if self._model is None:
-            raise EngineError(f"{self._release}: the engine is closed")
+            raise EngineError(f"{self._name}: the engine is closed")
         if adapter is not None:
             raise EngineError(
-                f"{adapter}: the weights of an ONNX file are fixed, {self._release} takes no adapter; merge the adapter "
+                f"{adapter}: the weights of an ONNX file are fixed, {self._name} takes no adapter; merge the adapter "
                 "before the export, or release the base as GGUF for the llama engine"
             )
         self._turn += 1
-
-    def close(self) -> None:
-        """Free the model and its cache; an answer in progress ends as `cancelled`. May be repeated."""
-        self._turn += 1
-        if self._model is not None:
-            self._model.close()
-            self._model = None
-
-    def _chat_template(self) -> ChatTemplate | None:
-        config = self._config
-        if not config.template:
-            return None
-        return ChatTemplate(config.template, self._release, config.bos, config.eos, self._vocabulary.control)
-
-    def _tokens(self, request: GenerateRequest) -> list[int]:
-        if not request.messages:
-            return self._vocabulary.encode(request.prompt)
-        if self._template is None:
-            raise NoTemplate(f"{self._release}: the model has no chat template; send a prompt instead of messages")
-        parts = self._template.render(request.messages)
-        return [token for part in parts for token in self._vocabulary.encode(part, whole=False)]
-
-    def _answer(
-        self, model: CausalModel, request: GenerateRequest, prompt: list[int], turn: int
-    ) -> Iterator[Token | Finished]:
-        room = self.context - len(prompt)
-        limit = min(request.tokens_max, room) if request.tokens_max > 0 else room
-        chance = np.random.default_rng(request.seed)
-        pieces = Pieces(request.stop)
-        logprobs: list[float] = []
-        made = 0
-        reused = model.rewind(prompt) if turn == self._turn else 0
-        steps = deque(prompt[at : at + STEP_TOKENS_MAX] for at in range(reused, len(prompt), STEP_TOKENS_MAX))
-        while True:
-            # Somebody else's turn comes first: the cache is theirs.
-            reason = "cancelled" if turn != self._turn else request.halt()
-            if reason:
-                break
-            logits = model.step(steps.popleft())
-            if steps:
-                continue
-            token = draw(logits, request.temperature, chance)
-            logprobs.append(log_probability(logits, token))
-            if token in self._config.ends:
-                reason = "stop"
-                break
-            made += 1
-            yield from pieces.add(self._vocabulary.piece(token), logprobs[-1])
-            if pieces.stopped or made == limit:
-                reason = "stop" if pieces.stopped else "length"
-                break
-            steps.append([token])
-        yield from pieces.rest()
-        mean = float(np.mean(logprobs)) if logprobs else 0.0
-        yield Finished(reason, len(prompt), made, mean, reused_tokens=reused)
 
 
 def _split(options: EngineOptions) -> tuple[int, EngineOptions]:

@@ -29,8 +29,8 @@ from edged.engines.base import (
     PromptTooLong,
     Token,
 )
-from edged.engines.causal import STEP_TOKENS_MAX
 from edged.engines.onnx_phi import OnnxPhiGenerator
+from edged.engines.token_loop import STEP_TOKENS_MAX
 from trainer.export.onnx_phi import export_phi
 from trainer.package import package_phi
 from trainer.releases import read_manifest
@@ -251,7 +251,7 @@ def test_requests_that_make_no_sense(engine: OnnxPhiGenerator, phi: dict[str, Pa
         "the prompt is empty": {"prompt": ""},
         "temperature -1": {"prompt": "line", "temperature": -1},
         "temperature nan": {"prompt": "line", "temperature": float("nan")},
-        "cannot constrain answers; use the llama engine": {"prompt": "line", "schema": {"type": "object"}},
+        "keyword 'pattern' is not supported": {"prompt": "line", "schema": {"type": "string", "pattern": "a"}},
         "has no chat template": {"messages": (ChatMessage("user", "line"),)},
     }
     for message, request in wrong.items():

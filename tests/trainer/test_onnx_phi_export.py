@@ -19,8 +19,8 @@ from edged.engines.base import (
     EngineError,
     EngineOptions,
 )
-from edged.engines.causal import STEP_TOKENS_MAX
 from edged.engines.onnx_phi import OnnxPhiGenerator
+from edged.engines.token_loop import STEP_TOKENS_MAX
 from trainer.core.parity import ParityFailed, ParityReport
 from trainer.export import onnx_phi
 from trainer.export.gguf import ExportError

@@ -21,12 +21,15 @@ from edged.clock import SystemClock
 from edged.config import ConfigError, Settings, load
 from edged.config_agents import Agent as AgentConfig
 from edged.config_agents import form
+from edged.engines import token_mask
 from edged.findings import Look
 from edged.outgoing import Outgoing
 from edged.reload import Refused, decide
 from edged.stamp import Stamp
 from edged.store import Store
 from tests.support.device import toml
+from tests.support.models import write_manifest
+from trainer.releases import build_manifest
 
 BASE: dict[str, Any] = {"device": {"id": "dev1"}, "slots": {"tongue": {"threads": 1}}}
 MODULE = '''
@@ -140,6 +143,23 @@ def test_check_finds_what_is_wrong_before_the_daemon_does(tmp_path: Path, module
     peer = {"p": {"device": "d", "agent": "x", "output_schema": {"type": "nonsense"}}}
     assert found(tmp_path, peers=peer)[0][:2] == ("error", "peers.p")
     assert found(tmp_path) == []
+
+
+def test_check_says_when_an_onnx_model_cannot_be_held_to_steps(
+    tmp_path: Path, modules: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = tmp_path / "phi"
+    seed.mkdir()
+    (seed / "model").write_bytes(b"x")
+    for engine, there, level in (
+        ("onnx_phi", True, "ok"), ("onnx_phi", False, "error"), ("llama", False, "ok"),
+    ):  # fmt: skip
+        write_manifest(seed, build_manifest(seed, "phi@1.0", kind="llm", engine=engine, roles={"model": "model"}))
+        monkeypatch.setattr(token_mask, "find_spec", lambda name, there=there: object() if there else None)
+        ((said, name, text),) = found(tmp_path, slots={"tongue": {"seed": seed}}, agents={"a": {"slot": "tongue"}})
+        assert (said, name) == (level, "agents.a")
+        if level == "error":
+            assert "phi@1.0 is an ONNX model" in text and "llguidance" in text and "pip install edged[agents]" in text
 
 
 class Nowhere:

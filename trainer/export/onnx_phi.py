@@ -30,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edged.engines.base import EngineError, EngineOptions
-from edged.engines.causal import STEP_TOKENS_MAX, CausalModel
+from edged.engines.causal import CausalModel
 from edged.engines.ort import Session
+from edged.engines.token_loop import STEP_TOKENS_MAX
 from trainer.core.parity import TEXT_TOLERANCES, Exported, ParityReport, compare_logits, rows_of
 from trainer.export.gguf import read_json
 from trainer.export.gguf_architectures import ExportError

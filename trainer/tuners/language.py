@@ -59,7 +59,7 @@ def load(folder: Path, settings: LanguageSettings) -> Base:
         _keep_gradients(model)
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
-    ends = _ends(folder, words, model.generation_config)
+    ends = ends_of(folder, words, model.generation_config)
     context = int(model.config.max_position_embeddings)
     facts = {
         "load_4bit": why,
@@ -82,7 +82,7 @@ def fitting(
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(f"{folder}: no checkpoint of a language model: {error}") from None
     context = int(config.max_position_embeddings)
-    base = Base(None, words, _ends(folder, words, generation), min(context, settings.context or context))
+    base = Base(None, words, ends_of(folder, words, generation), min(context, settings.context or context))
     return [
         len(prompt_tokens(base, prompt, turns)) + max(len(answer_tokens(base, each, turns)) for each in answers)
         <= base.context
@@ -90,7 +90,7 @@ def fitting(
     ]
 
 
-def _ends(folder: Path, words: Any, generation: Any) -> frozenset[int]:
+def ends_of(folder: Path, words: Any, generation: Any) -> frozenset[int]:
     """The tokens that end an answer; raises SettingsError without one."""
     end = generation.eos_token_id
     ends = {words.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
