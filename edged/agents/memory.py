@@ -2,7 +2,8 @@
 
 Law of this file: a message is kept before anybody acts on it, and it is shown whole or not at all. What no longer fits is
 left out from the oldest on, so much at once that the next requests begin with the same messages: what an engine has read
-already it need not read again (docs/agents.md).
+already it need not read again (docs/agents.md). Of what is left out at least the newest message is kept for as long as
+anything is shown besides the last one: so it is known, after a restart too, that there was something.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 MESSAGES_MAX = 1000  # kept of one conversation
 BYTES_MAX = 4 << 20
-KEPT_SHARE = 0.5  # of the characters shown, when it becomes too much
-NOTE = "[{count} earlier messages of this conversation are left out.]"
+KEPT_SHARE = 0.5  # of what is shown, when it becomes too much
+# Without their number: that would change the first turn whenever one more is left out.
+NOTE = "[Earlier messages of this conversation are left out.]"
 
 
 class MemoryFull(ValueError):
@@ -79,18 +81,15 @@ class MemoryManager:
         return tuple(self._history[self._hidden :])
 
     def update_memory(self, message: Message) -> None:
-        """Keep a message, and forget the oldest where there are too many. Raises MemoryFull for one that is too large."""
+        """Keep a message, and forget old ones where there are too many. Raises MemoryFull for one that is too large."""
         if _bytes(message) > self._bytes_max:
             raise MemoryFull(f"a message of {_bytes(message)} bytes; a conversation holds at most {self._bytes_max}")
         if self._conversation:
             self._conversation.append(message)
         self._history.append(message)
-        over, size = 0, sum(map(_bytes, self._history))
-        while len(self._history) - over > self._messages_max or size > self._bytes_max:
-            size -= _bytes(self._history[over])
-            over += 1
-        if over:
-            self._drop(over, max(0, self._hidden - over))
+        sizes = list(map(_bytes, self._history))
+        if self._too_much(len(sizes), sum(sizes), 1.0):
+            self._forget(sizes)
 
     def retrieve_recent(self, limit: int) -> list[Message]:
         """The newest `limit` messages, oldest first."""
@@ -98,7 +97,7 @@ class MemoryManager:
 
     def to_llm_format(self) -> list[dict[str, Any]]:
         """What is shown, as chat models take it, with a note where something is left out."""
-        note = [{"role": "user", "content": NOTE.format(count=self._hidden)}] if self._hidden else []
+        note = [{"role": "user", "content": NOTE}] if self._hidden else []
         return note + [message.to_llm_dict() for message in self.shown]
 
     def make_room(self) -> int:
@@ -112,15 +111,35 @@ class MemoryManager:
         while gone < len(shown) - 1 and (gone == 0 or left > KEPT_SHARE * sum(sizes)):
             left -= sizes[gone]
             gone += 1
-        # An answer without what was asked is no use to the model.
-        while gone < len(shown) - 1 and shown[gone].role != "user":
-            gone += 1
-        self._drop(0, self._hidden + gone)
+        hidden = self._beginning(self._hidden + gone)
+        gone = hidden - self._hidden
+        self._drop(0, hidden)
         return gone
 
     def clear(self) -> None:
         """Forget everything."""
         self._drop(len(self._history), 0)
+
+    def _forget(self, sizes: list[int]) -> None:
+        """Forget what is left out already; where that is not enough, so much that the next time is far away."""
+        count, hidden = max(0, self._hidden - 1), self._hidden
+        size = sum(sizes[count:])
+        if self._too_much(len(sizes) - count, size, 1.0):
+            while count < len(sizes) - 1 and self._too_much(len(sizes) - count, size, KEPT_SHARE):
+                size -= sizes[count]
+                count += 1
+            hidden = self._beginning(min(count + 1, len(sizes) - 1))
+        self._drop(count, hidden - count)
+
+    def _too_much(self, messages: int, size: int, share: float) -> bool:
+        """Whether this is more than that share of what may be kept."""
+        return messages > share * self._messages_max or size > share * self._bytes_max
+
+    def _beginning(self, start: int) -> int:
+        """Where what is shown may begin, from `start` on: an answer without what was asked is no use to the model."""
+        while start < len(self._history) - 1 and self._history[start].role != "user":
+            start += 1
+        return start
 
     def _drop(self, count: int, hidden: int) -> None:
         if self._conversation:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edged.agents import MemoryManager, Message
-from edged.agents.memory import Kept, MemoryFull
+from edged.agents.memory import KEPT_SHARE, NOTE, Kept, MemoryFull
 from edged.store import Store
 
 
@@ -55,9 +55,7 @@ def test_making_room_leaves_out_whole_messages_until_one_is_left(turns: list[tup
         assert memory.shown == everything[len(everything) - len(memory.shown) :]
         after = sum(len(message.text) for message in memory.shown)
         assert after <= before / 2 or len(memory.shown) == 1
-        assert memory.to_llm_format()[0]["content"].startswith(
-            f"[{len(everything) - len(memory.shown)} earlier messages"
-        )
+        assert memory.to_llm_format()[0]["content"] == NOTE
     assert memory.history == everything, "what is not shown is still kept"
     with pytest.raises(MemoryFull):
         memory.make_room()
@@ -69,6 +67,35 @@ def test_what_is_left_begins_with_a_question_where_it_can() -> None:
         memory.update_memory(Message(role, "x" * 10))  # type: ignore[arg-type]
     memory.make_room()
     assert [message.role for message in memory.shown] == ["user", "assistant"]
+
+
+@given(
+    said=st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.integers(1, 30)), min_size=1, max_size=120),
+    room=st.sets(st.integers(0, 119), max_size=4), messages_max=st.integers(4, 20), bytes_max=st.integers(60, 400),
+)  # fmt: skip
+def test_a_request_begins_like_the_one_before(
+    said: list[tuple[str, int]], room: set[int], messages_max: int, bytes_max: int
+) -> None:
+    """So that an engine need not read it again, unless room was made; forgetting does that too, and seldom: only after
+    as much as it leaves to be kept has come."""
+    memory = MemoryManager(messages_max=messages_max, bytes_max=bytes_max)
+    before: list[object] = []
+    since: list[int] | None = None  # the sizes of what has come since something that was shown was forgotten
+    for number, (role, size) in enumerate(said):
+        text = f"{number}".ljust(size, "x")
+        memory.update_memory(Message(role, text))  # type: ignore[arg-type]
+        request = memory.to_llm_format()
+        since = None if since is None else [*since, len(text)]
+        if request[: len(before)] != before:
+            if since is not None:
+                enough = len(since) >= (1 - KEPT_SHARE) * messages_max or sum(since) >= (1 - KEPT_SHARE) * bytes_max
+                assert enough, "it is forgotten in blocks"
+            since = []
+            assert request[0]["content"] == NOTE or len(request) == 1
+        if number in room and len(memory.shown) > 1:
+            memory.make_room()
+            request = memory.to_llm_format()
+        before = request
 
 
 def test_forgotten_messages_are_forgotten_from_what_is_left_out_too() -> None:

@@ -339,7 +339,7 @@ def test_an_answer_that_the_end_of_the_context_cut_off_is_asked_for_again_with_l
     agent = Agent(Scripted(*[full] * 20), "x", max_tokens=64)
     for number in range(4):
         assert run(agent, f"message {number}").content == "ok"
-    assert "earlier messages of this conversation are left out" in agent.model.asked[-1].messages[1].content  # type: ignore[attr-defined]
+    assert "Earlier messages of this conversation are left out" in agent.model.asked[-1].messages[1].content  # type: ignore[attr-defined]
     # Where its own limit cut it off, or nothing can be left out, it is an error.
     for used in (10, 9):
         cut = Said("{", Finished("truncated", 90, used, -0.1))
