@@ -368,12 +368,7 @@ def _turns(system: str, memory: MemoryManager, first: Message | None = None) -> 
     `first`: what the run on its way was asked. A run longer than the context leaves its beginning out; that it is shown."""
     turns = [ChatMessage("system", system)] if system else []
     conversation = memory.to_llm_format()
-    if (
-        first is not None
-        and len(conversation) > len(memory.shown)
-        and first in memory.history
-        and first not in memory.shown
-    ):
+    if first is not None and len(conversation) > len(memory.shown) and first not in memory.shown:
         conversation.insert(1, first.to_llm_dict())
     for said in conversation:
         if turns and turns[-1].role == said["role"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -152,7 +153,7 @@ class BaseAgent(ABC):
             known = ", ".join(AgentRegistry.all())
             return self.error(f"no agent {target_agent_name!r} is registered; there are: {known}")
         try:
-            return await target.invoke(request, context)
+            return checked(target, await target.invoke(request, context))
         except asyncio.CancelledError:
             raise
         except Exception as error:  # another agent's code; its failure is an answer to this one
@@ -212,10 +213,21 @@ def beyond(context: RequestContext, limits: RunLimits) -> str:
     return ""
 
 
+def checked(agent: BaseAgent, answer: Any) -> Message:
+    """What an agent's own code answered, or an error where it is no message or its content no JSON: nobody could be told."""
+    if not isinstance(answer, Message):
+        return agent.error(f"agent {agent.name} answered with {type(answer).__name__}; a Message is expected")
+    try:
+        json.dumps(answer.content, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        return agent.error(f"the answer of agent {agent.name} is no JSON: {error}")
+    return answer
+
+
 def peer_schemas(names: Iterable[str]) -> dict[str, dict[str, Any] | None]:
     """The input schemas of those of the named agents that are there."""
     found = {name: AgentRegistry.get(name) for name in sorted(names)}
     return {name: agent.input_schema for name, agent in found.items() if agent is not None}
 
 
-__all__ = ["BaseAgent", "RunLimits", "Tool", "Tools", "beyond", "peer_schemas", "time_limit", "within"]
+__all__ = ["BaseAgent", "RunLimits", "Tool", "Tools", "beyond", "checked", "peer_schemas", "time_limit", "within"]

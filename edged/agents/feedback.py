@@ -53,6 +53,11 @@ class Feedback:
         if len(given) != 1:
             said = " and ".join(given) or "nothing"
             raise BadFeedback(f"feedback gives {said}; give one of score, correction, preference")
+        for name, value in (("who", self.who), ("note", self.note)):
+            if not isinstance(value, str):
+                raise BadFeedback(f"{name} {value!r}: give a text")
+        if self.score is not None and (isinstance(self.score, bool) or not isinstance(self.score, int | float)):
+            raise BadFeedback(f"score {self.score!r}: give a number from 0 (wrong) to 1 (right)")
         if not self.who.strip():
             raise BadFeedback("feedback without who; say whose it is: every label has a provenance")
         if self.score is not None and not (math.isfinite(self.score) and 0 <= self.score <= 1):

@@ -101,6 +101,9 @@ class AgentSocket:
             return _no("store", str(error))
         except (BadFeedback, KeyError, TypeError, ValueError) as error:
             return _no("usage", str(error))
+        except Exception as error:  # whoever asks gets an answer, whatever it is that nobody has thought of
+            log.exception("agents' socket: %s", operation)
+            return _no("agent", f"{type(error).__name__}: {error}")
         return _no("usage", f"op {operation!r}: use list, run, feedback or adapt")
 
     async def _run(self, asked: Json, reader: asyncio.StreamReader) -> Json | None:

@@ -78,6 +78,14 @@ class Failing(BaseAgent):
         raise RuntimeError("no such sensor")
 
 
+class Odd(BaseAgent):
+    """Answers with what is no message, or no JSON."""
+
+    async def handle(self, request: Any, request_context: RequestContext) -> Message:
+        odd: dict[str, Any] = {"none": None, "set": Message("assistant", {1, 2}), "bytes": Message("error", b"b")}
+        return odd.get(request) or (Message("assistant", [float("nan")]) if request == "nan" else None)  # type: ignore[return-value]
+
+
 class Large(BaseAgent):
     """Says more than can be sent."""
 
@@ -303,6 +311,37 @@ def test_an_agent_that_learns_hears_of_feedback_and_asks_for_a_training(tmp_path
             site.hosted.adapt("dev1-talker")
     finally:
         offer_training(None)
+
+
+def test_whatever_comes_over_the_socket_or_out_of_an_agent_is_answered(tmp_path: Path, sites: list[Site]) -> None:
+    site = Site(tmp_path, "dev1", talker={"factory": "scripted"}, odd={"factory": "Odd"})
+    sites.append(site)
+    served = AgentSocket(tmp_path / "dev1", site.hosted)
+    served.start()
+
+    def asked(**line: Any) -> tuple[str, str]:
+        answer = ask(tmp_path / "dev1", line, 20)
+        return answer["kind"], answer["error"]
+
+    run = ask(tmp_path / "dev1", {"op": "run", "agent": "dev1-talker", "request": "go"}, 20)["run"]
+    for feedback, said in (
+        ({"who": 5, "score": 1}, "who 5: give a text"), ({"who": "ann", "score": "1"}, "score '1': give a number"),
+        ({"who": "ann", "score": True}, "score True"), ({"who": "ann", "score": 1, "note": []}, "note []: give a text"),
+        ({"who": "ann", "preference": "x"}, ""), (5, ""), ("x", ""), ([], "feedback gives nothing"),
+    ):  # fmt: skip
+        kind, error = asked(op="feedback", run=run, feedback=feedback)
+        assert kind == "usage" and said in error, feedback
+    for request, said in (
+        ("none", "answered with NoneType; a Message is expected"), ("set", "is no JSON: Object of type set"),
+        ("bytes", "is no JSON: Object of type bytes"), ("nan", "is no JSON: Out of range float"),
+    ):  # fmt: skip
+        kind, error = asked(op="run", agent="dev1-odd", request=request)
+        assert kind == "agent" and said in error
+    asker = Agent(Scripted(asking("dev1-odd", "set"), final("done")), "x", allowed_peers=["dev1-odd"])
+    assert asyncio.run(asker.auto_run("?")).content == "done", "nor does it end the run of an agent that asks it"
+    site.hosted.adapt = lambda name: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    assert asked(op="adapt", agent="dev1-talker") == ("agent", "ZeroDivisionError: division by zero")
+    served.stop()
 
 
 def test_who_waits_when_the_daemon_ends_is_told(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/agents.md does what it says: every example of it is run, every command of it exists."""
+"""docs/agents.md does what it says: every example of it is run. Its commands: test_docs_commands.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import json
 import re
-import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -15,9 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-import typer
 
 from edged.agents import Agent, ModelConfig
 from edged.agents.building import build
@@ -26,7 +23,6 @@ from edged.agents.learnable import LearnableAgent
 from edged.agents.memory import MemoryManager
 from edged.agents.models import offer_slot
 from edged.agents.recorded import StoreRecorder
-from edged.cli import app
 from edged.clock import SystemClock
 from edged.config_agents import Agent as AgentConfig
 from edged.engines.base import Finished, GenerateRequest, Token
@@ -129,18 +125,6 @@ def test_the_topology_and_the_phi_agent(capsys: pytest.CaptureFixture[str]) -> N
     finally:
         offer_slot("tongue", None)
     assert capsys.readouterr().out.startswith(" many. 0.9")
-
-
-@pytest.mark.parametrize("line", re.findall(r"^ {4}(edged .*)$", PAGE, re.MULTILINE))
-def test_a_command_is_typed_as_it_is_written(line: str) -> None:
-    words = shlex.split(line)[1:]
-    command: click.Command = typer.main.get_command(app)
-    context = click.Context(command, info_name="edged")
-    while isinstance(command, click.Group):
-        found = command.get_command(context, words[0])
-        assert found is not None, f"there is no {words[0]!r}"
-        command, words = found, words[1:]
-    command.make_context(command.name, words, parent=context)
 
 
 def test_the_browser_agent_is_made_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,41 +1,49 @@
-"""Every command of `trainer` in the documentation is one that exists, with options that it has."""
+"""Every command of `edged` and `trainer` in the documentation is one that exists, with options that it has."""
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
 
-import click
 import pytest
 import typer
 
-from trainer.cli import app
+import edged.cli
+import trainer.cli
+from tests.support.commands import commands, read
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+APPS: dict[str, typer.Typer] = {"edged": edged.cli.app, "trainer": trainer.cli.app}
 LINES = [
-    (page.name, line.strip())
-    for page in sorted(DOCS.glob("*.md"))
-    for line in page.read_text().splitlines()
-    if re.match(r" {4}(sudo .*)?trainer [a-z]", line)
+    (page.name, program, line)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for program, line in commands(page.read_text())
 ]
 
 
-@pytest.mark.parametrize(("page", "line"), LINES, ids=lambda text: text[:60])
-def test_a_command_is_typed_as_it_is_written(page: str, line: str) -> None:
-    words = shlex.split(line.replace("...", ""), comments=True)
-    words = words[words.index("trainer") + 1 :]
-    command: click.Command = typer.main.get_command(app)
-    context = click.Context(command, info_name="trainer")
-    while isinstance(command, click.Group):
-        found = command.get_command(context, words[0])
-        assert found is not None, f"{page}: {line}: there is no {words[0]!r}; there are {', '.join(command.commands)}"
-        command, words = found, words[1:]
-    try:
-        command.make_context(command.name, words, parent=context)
-    except click.UsageError as error:
-        raise AssertionError(f"{page}: {line}: {error.message}") from None
+@pytest.mark.parametrize(("page", "program", "line"), LINES, ids=lambda text: text[:60])
+def test_a_command_is_typed_as_it_is_written(page: str, program: str, line: str) -> None:
+    read(APPS[program], program, line)
 
 
-def test_there_are_some() -> None:
-    assert any(page == "operations.md" for page, _ in LINES)
+def test_there_are_some_of_both_and_in_both_forms() -> None:
+    assert {
+        ("operations.md", "trainer"),
+        ("agents.md", "edged"),
+        ("agents-device.md", "edged"),
+        ("README.md", "edged"),
+    } <= {(page, program) for page, program, _ in LINES}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("edged agent feedback RUN --who ann --correct '{}'", "No such option: --correct"),
+        ("edged agent feed RUN", "there is no"),
+        ("edged agents list", "there is no"),
+        ("sudo -u edged edged status now", "Got unexpected extra argument"),
+        ("edged agent feedback --who ann", "Missing argument"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(line: str, said: str) -> None:
+    with pytest.raises(AssertionError, match=said):
+        read(edged.cli.app, "edged", line)
