@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ PROVIDERS: dict[str, tuple[str, Literal["json_schema", "json_object"]]] = {
     "openai": ("https://api.openai.com/v1", "json_schema"),
     "llama-cpp-python": ("", "json_object"),
 }
+_HEAD = re.compile(r"^(?=(?:Instruct|Output):)", re.MULTILINE)
 THREADS_MAX = 16  # generations that wait or run, of all agents of this process
 
 
@@ -128,12 +130,16 @@ class LentModel:
 
 
 def plain(request: GenerateRequest) -> GenerateRequest:
-    """A conversation as one text, in the form that Phi-2 was trained on, for a model without a chat template."""
+    """A conversation as one text, in the form that Phi-2 was trained on, for a model without a chat template.
+
+    What is said stays within its turn: control tokens in it stay text, and a line that begins as a turn does is moved in.
+    """
     turns = []
     for turn in request.messages:
         head = {"user": "Instruct: ", "assistant": "Output: "}.get(turn.role, "")
-        turns.append(f"{head}{turn.content}")
-    return replace(request, prompt="\n".join([*turns, "Output:"]), messages=(), stop=("\nInstruct:", *request.stop))
+        turns.append(f"{head}{_HEAD.sub(' ', turn.content)}")
+    text = "\n".join([*turns, "Output:"])
+    return replace(request, prompt=text, literal=True, messages=(), stop=("\nInstruct:", *request.stop))
 
 
 class OwnEngine:
@@ -270,7 +276,7 @@ def _where(device: str, engine: str) -> EngineOptions:
     if engine == "llama":
         layers = {"auto": "auto", "cpu": 0}.get(device, "all")
         return EngineOptions(extra={"gpu_layers": layers})
-    return EngineOptions(providers=("cuda",) if device.startswith("cuda") else ("cpu",))
+    return EngineOptions(providers=(device.removesuffix(":0"),))
 
 
 def _ended(how: str, in_hand: bool) -> None:
