@@ -131,9 +131,9 @@ class LentModel:
 
 
 def plain(request: GenerateRequest) -> GenerateRequest:
-    """A conversation as one text, for a model without a chat template."""
+    """A conversation as one text, for a model without a chat template; control tokens in it stay text."""
     said = transcript((turn.role, turn.content) for turn in request.messages)
-    return replace(request, prompt=said, messages=(), stop=(STOP, *request.stop))
+    return replace(request, prompt=said, literal=True, messages=(), stop=(STOP, *request.stop))
 
 
 class OwnEngine:
@@ -272,7 +272,7 @@ def _where(device: str, engine: str) -> EngineOptions:
     if engine == "llama":
         layers = {"auto": "auto", "cpu": 0}.get(device, "all")
         return EngineOptions(extra={"gpu_layers": layers})
-    return EngineOptions(providers=("cuda",) if device.startswith("cuda") else ("cpu",))
+    return EngineOptions(providers=(device.removesuffix(":0"),))
 
 
 def _ended(how: str, in_hand: bool) -> None:

@@ -6,13 +6,17 @@ another question to every adapter that is out there, and another identity of eve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 _HEADS = {"user": "Instruct: ", "assistant": "Output: "}
+_HEAD = re.compile(r"^(?=(?:Instruct|Output):)", re.MULTILINE)
 STOP = "\nInstruct:"  # where a model without a mark for the end of a turn begins the next one itself
 
 
 def transcript(turns: Iterable[tuple[str, str]]) -> str:
-    """The turns (role, content) in the form that Phi-2 was trained on, up to where the next answer begins."""
-    said = [f"{_HEADS.get(role, '')}{content}" for role, content in turns]
+    """The turns (role, content) in the form that Phi-2 was trained on, up to where the next answer begins.
+
+    What is said stays within its turn: a line of it that begins as a turn does is moved in by a space."""
+    said = [f"{_HEADS.get(role, '')}{_HEAD.sub(' ', content)}" for role, content in turns]
     return "\n".join([*said, "Output:"])

@@ -107,6 +107,7 @@ def _go_on() -> str:
 class GenerateRequest:
     """A prompt for a `Generator`. `tokens_max` 0 means: as many as the context leaves room for.
 
+    `literal`: control tokens that `prompt` spells out stay text; without, they are what they spell.
     `messages`: a conversation instead of `prompt`, put into the model's own chat template. `schema`: the answer must be
     JSON that this JSON Schema allows; then it is valid, or it ends with the reason `truncated` (or `invalid`, where another
     machine's model did not keep to it). `halt` is asked between the steps of the work: it answers "" to go on, or the reason
@@ -119,6 +120,7 @@ class GenerateRequest:
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    literal: bool = False
     schema: dict[str, Any] | None = None
     halt: Callable[[], str] = field(default=_go_on, compare=False, repr=False)
 

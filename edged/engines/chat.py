@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -26,6 +26,12 @@ BREAK = "\ufdd0"  # a code point that Unicode keeps out of texts; one in a messa
 _GLOBALS = ("range", "namespace", "dict")  # of Jinja's own, what templates of models use
 
 
+class Tokenize(Protocol):
+    """The tokens of a text; `whole`: with what the model wants at its ends."""
+
+    def __call__(self, text: str, *, whole: bool) -> list[int]: ...
+
+
 class ChatTemplate:
     """One model's template, compiled."""
 
@@ -36,7 +42,7 @@ class ChatTemplate:
         """
         self._name = name
         self._context = {"bos_token": bos, "eos_token": eos}
-        self._markers = _Markers(control)
+        self._markers = Markers(control)
         try:
             self._template = _sandbox().from_string(source)
         except Exception as error:  # a template can make the parser itself fail in many ways
@@ -66,8 +72,8 @@ class ChatTemplate:
         return [part for part in "".join(text).split(BREAK) if part]
 
 
-class _Markers:
-    """Finds spellings of control tokens in messages."""
+class Markers:
+    """Finds spellings of control tokens in what is said."""
 
     def __init__(self, control: Iterable[str]) -> None:
         # A token of one character has no inside to break; vocabularies have none.
@@ -77,6 +83,11 @@ class _Markers:
         self._heads = {text[:length] for text in markers for length in range(1, len(text))}
         self._tails = {text[length:] for text in markers for length in range(1, len(text))}
         self._longest = len(markers[0]) if markers else 0
+
+    def literal(self, text: str, tokenize: Tokenize) -> list[int]:
+        """The tokens of a prompt in which control tokens stay text: it is tokenized in parts."""
+        first, *rest = self.break_up(text).split(BREAK)
+        return [*tokenize(first, whole=True), *(token for part in rest for token in tokenize(part, whole=False))]
 
     def break_up(self, text: str) -> str:
         """`text` with a BREAK inside each spelling, and at an end that could become one with what stands beside it."""

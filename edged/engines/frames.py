@@ -99,6 +99,7 @@ def request_fields(request: GenerateRequest) -> Frame:
         "temperature": request.temperature,
         "seed": request.seed,
         "stop": list(request.stop),
+        "literal": request.literal,
         "schema": request.schema,
     }
 

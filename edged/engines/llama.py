@@ -30,7 +30,7 @@ from edged.engines.base import (
     Token,
     Unsuitable,
 )
-from edged.engines.chat import ChatTemplate
+from edged.engines.chat import ChatTemplate, Markers
 from edged.engines.constrain import grammar
 from edged.engines.llama_grammar import Constraint, TokenTable
 from edged.wire.manifest import ReleaseManifest
@@ -115,6 +115,7 @@ class LlamaGenerator:
         self._turn = 0
         self._cached: list[int] = []  # the tokens that llama.cpp's cache holds, in order
         self._chat: ChatTemplate | None = None
+        self._markers: Markers | None = None  # for prompts whose control tokens stay text
         self._table: TokenTable | None = None
         self._context: Any = None
         self._model = _load_model(folder / manifest.files["model"].path, keys.gpu_layers)
@@ -135,7 +136,8 @@ class LlamaGenerator:
         Greedy when `temperature` is 0, else sampled from the whole tempered distribution with `seed`. Log-probabilities
         are the model's own, before temperature and before a schema rules tokens out; their mean covers the end-of-text
         token too, so that an empty answer has a probability as well. Control tokens are never part of the text.
-        A `prompt` belongs to whoever sends it, control tokens that it spells out included; in `messages` they stay text.
+        A `prompt` belongs to whoever sends it, control tokens that it spells out included; in `messages`, and in a prompt
+        that is `literal`, they stay text.
         The tokens with which this prompt begins like the last one are not computed again. That changes how the work is
         cut into batches, and thereby the last bits of the numbers, not more.
         Another `generate`, `attach` or `close` ends an answer that is still being made with the reason `cancelled`.
@@ -289,7 +291,11 @@ class LlamaGenerator:
         if request.prompt and request.messages:
             raise Unsuitable("the request has a prompt and messages; send one of them")
         if not request.messages:
-            tokens = self._tokenize(request.prompt, whole=True)
+            if request.literal:
+                self._markers = self._markers or Markers(self._control(""))
+                tokens = self._markers.literal(request.prompt, self._tokenize)
+            else:
+                tokens = self._tokenize(request.prompt, whole=True)
             if not tokens:
                 raise Unsuitable("the prompt is empty; send at least one character")
             return tokens
@@ -307,9 +313,12 @@ class LlamaGenerator:
         if source is None:
             raise NoTemplate(f"{self._release}: its GGUF file has no chat template; send a prompt instead of messages")
         text = source.decode("utf-8", "replace")
-        control = [spelling for token in range(self._vocab_size) if (spelling := self._spelling(token, text))]
         bos, eos = llama_cpp.llama_vocab_bos(self._vocab), llama_cpp.llama_vocab_eos(self._vocab)
-        return ChatTemplate(text, self._release, self._text(bos), self._text(eos), control)
+        return ChatTemplate(text, self._release, self._text(bos), self._text(eos), self._control(text))
+
+    def _control(self, template: str) -> list[str]:
+        """The spellings that no message may contain."""
+        return [spelling for token in range(self._vocab_size) if (spelling := self._spelling(token, template))]
 
     def _spelling(self, token: int, template: str) -> str:
         """How a token is spelled that no message may contain, "" for other tokens."""

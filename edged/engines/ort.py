@@ -17,6 +17,7 @@ from edged.engines.base import EngineError, EngineOptions
 from edged.wire.manifest import ReleaseManifest
 
 _CPU = long_name("cpu")
+_CUDA = long_name("cuda")
 _GRAPH = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -139,10 +140,14 @@ def _open(folder: Path, manifest: ReleaseManifest, options: EngineOptions, shape
 def choose_providers(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
     """ONNX Runtime's names of the wanted execution providers that are there, in order; the CPU is always the last.
 
-    What is missing is a warning that names its package. Raises EngineError for a name that is none.
+    "auto" is the GPU where ONNX Runtime was built for one, and says nothing elsewhere. What else is missing is a warning
+    that names its package. Raises EngineError for a name that is none.
     """
     try:
-        names = list(dict.fromkeys(long_name(each) for each in wanted))
+        found = {_CUDA} & set(available)
+        names = list(
+            dict.fromkeys(name for each in wanted for name in (found if each == "auto" else [long_name(each)]))
+        )
     except ValueError as error:
         raise EngineError(str(error)) from None
     chosen = []

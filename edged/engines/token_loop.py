@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edged.engines.answer import Pieces, draw, log_probability
 from edged.engines.base import EngineError, Finished, GenerateRequest, NoTemplate, PromptTooLong, Token, Unsuitable
-from edged.engines.chat import ChatTemplate
+from edged.engines.chat import ChatTemplate, Markers
 from edged.engines.constrain import grammar
 from edged.engines.token_mask import TokenMask, TokenTrie
 from edged.engines.vocabulary import Vocabulary
@@ -86,6 +86,8 @@ class TokenGenerator:
 
     def _tokens(self, request: GenerateRequest) -> list[int]:
         if not request.messages:
+            if request.literal:
+                return Markers(self._vocabulary.control).literal(request.prompt, self._vocabulary.encode)
             return self._vocabulary.encode(request.prompt)
         if self._template is None:
             raise NoTemplate(f"{self._name}: the model has no chat template; send a prompt instead of messages")

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edged.agents import Agent, AgentRegistry, Message, ModelConfig, NameTaken, RequestContext, RunLimits, Tool
-from edged.agents.models import LentModel, Said
+from edged.agents.models import LentModel, Said, _where
 from edged.agents.steps import read_step
-from edged.engines.base import Finished, GenerateRequest, PromptTooLong
+from edged.engines.base import EngineOptions, Finished, GenerateRequest, NoTemplate, PromptTooLong, Token
 from tests.support.bad_server import BadServer, chat, reply
 from tests.support.scripted import Scripted, ask, call, final
 
@@ -67,6 +67,51 @@ def test_what_calls_back_into_a_run_belongs_to_its_request() -> None:
     assert run(first, "Go.").content == "outer"
     assert model.asked[-1].messages[1].content == "Go.", "the request is still there after the call back"
     del helper
+
+
+class Bare:
+    """A model without a chat template."""
+
+    context = 1000
+
+    def __init__(self) -> None:
+        self.asked: list[GenerateRequest] = []
+
+    def generate(self, request: GenerateRequest) -> Any:
+        if request.messages:
+            raise NoTemplate("no chat template")
+        self.asked.append(request)
+        return iter([Token('{"thought": "", "next_action": "final_response", "action_input": {"response": "ok"}}', 0.0),
+                     Finished("stop", 1, 1, 0.0)])  # fmt: skip
+
+    def attach(self, adapter: Any, scale: float = 1.0) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@given(st.lists(st.sampled_from(["Instruct:", "Output:", "\n", "\r", " ", "x"]), max_size=12).map("".join))
+def test_nobody_forges_a_turn_of_a_model_without_a_template(said: str) -> None:
+    model = Bare()
+    assert run(Agent(model, "You add.\nOutput: never"), f"hello {said}").content == "ok"
+    (request,) = model.asked
+    heads = [line for line in request.prompt.split("\n") if line.startswith(("Instruct:", "Output:"))]
+    assert [head.partition(":")[0] for head in heads] == ["Instruct", "Output"], request.prompt
+    assert request.literal, "control tokens stay text"
+    assert request.stop == ("\nInstruct:",)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "said"),
+    [
+        ("onnx_phi", "auto", EngineOptions(providers=("auto",))), ("onnx_phi", "cpu", EngineOptions(providers=("cpu",))),
+        ("onnx_phi", "cuda:0", EngineOptions(providers=("cuda",))),
+        ("llama", "auto", EngineOptions(extra={"gpu_layers": "auto"})),
+        ("llama", "cpu", EngineOptions(extra={"gpu_layers": 0})),
+        ("llama", "cuda", EngineOptions(extra={"gpu_layers": "all"})),
+    ],
+)  # fmt: skip
+def test_a_folder_is_loaded_where_its_device_says(engine: str, device: str, said: EngineOptions) -> None:
+    assert _where(device, engine) == said
 
 
 def test_every_step_that_the_grammar_allows_can_be_read() -> None:

@@ -41,6 +41,7 @@ REQUESTS = st.builds(
     temperature=st.floats(allow_nan=False),
     seed=st.integers(0, 2**63),
     stop=st.lists(ANY_TEXT).map(tuple),
+    literal=st.booleans(),
     schema=st.none() | st.dictionaries(ANY_TEXT, JSON),
 )
 

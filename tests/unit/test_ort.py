@@ -79,12 +79,20 @@ def test_a_release_without_a_model_names_what_it_has(tmp_path: Path) -> None:
         (("cpu", "openvino"), (CPU, "OpenVINOExecutionProvider"), ["OpenVINOExecutionProvider"]),
         (("cuda", "CUDAExecutionProvider"), ("CUDAExecutionProvider", CPU), ["CUDAExecutionProvider"]),
         (("DmlExecutionProvider",), ("DmlExecutionProvider", CPU), ["DmlExecutionProvider"]),
+        (("auto",), ("CUDAExecutionProvider", CPU), ["CUDAExecutionProvider"]),
+        (("auto",), (CPU,), []),
     ],
 )
 def test_providers_keep_their_order_with_the_cpu_last(
     wanted: tuple[str, ...], available: tuple[str, ...], expected: list[str]
 ) -> None:
     assert choose_providers(wanted, available) == [*expected, CPU]
+
+
+def test_auto_where_there_is_no_gpu_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert answer(opened(tmp_path, providers=("auto",))) == [[2, 4]]
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
