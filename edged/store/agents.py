@@ -15,7 +15,8 @@ FEEDBACK_MAX = 32  # of one run, the newest
 
 
 class Conversations:
-    """The conversations of all agents of a device, by the agents' names. Each call is on the disk when it returns."""
+    """The conversations of all agents of a device, by the agents' names; `NAME:lessons` is what agent NAME was told of its
+    runs. Each call is on the disk when it returns."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -46,10 +47,6 @@ class Conversations:
                 "INSERT INTO agent_conversation VALUES (?, ?) ON CONFLICT (agent) DO UPDATE SET hidden = excluded.hidden",
                 (agent, hidden),
             )
-
-    def names(self) -> list[str]:
-        """The agents that have said something."""
-        return [row["agent"] for row in self._db.read("SELECT DISTINCT agent FROM agent_message ORDER BY agent")]
 
 
 class Runs:
