@@ -174,7 +174,7 @@ class Hosted:
                 self._agents[name] = build(name, each, memory, self.recorder)
             except BadAgent as error:
                 self._not_made(name, str(error))
-            except (StoreError, ValueError, TypeError) as error:
+            except (StoreError, LookupError, ValueError, TypeError) as error:
                 self._not_made(
                     name, f"agents.{name}: its conversation cannot be read ({error}); `remember = false` leaves it"
                 )

@@ -8,20 +8,20 @@ or an adapter that comes back replaces the running one underneath: the agent not
 from __future__ import annotations
 
 from abc import ABC
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edged.agents.agent import Agent
 from edged.agents.base import BaseAgent
 from edged.agents.feedback import BadFeedback, Feedback, Recorder, offered_recorder
+from edged.agents.lessons import KeptLessons, LearningMemory, Lesson
+from edged.agents.memory import Kept
 from edged.agents.models import LentModel, Model, ModelConfig, ServerModel
 from edged.core.lora import LoraSettings, SettingsError
 from edged.engines.base import EngineError
 
 HEADS = ("peft",)
-LESSONS_MAX = 1000  # that an agent remembers; the recorder keeps all
 ANSWER_CHARS_MAX = 2000  # of a refusal
 Json = Mapping[str, Any]
 
@@ -32,45 +32,6 @@ Training = Callable[[Json], Json]
 
 class NothingToLearn(ValueError):
     """There is no run, or nobody who keeps it, that feedback could be of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """One piece of feedback that was taken: of which recorded run, and under which release and adapter it was given."""
-
-    execution: str
-    feedback: Feedback
-    release: str = ""
-    adapter: str = ""
-
-
-class LearningMemory:
-    """What an agent has been told about its runs, oldest first, the newest LESSONS_MAX of it."""
-
-    def __init__(self, lessons_max: int = LESSONS_MAX) -> None:
-        self._lessons: deque[Lesson] = deque(maxlen=lessons_max)
-        self._asked = 0  # lessons that a training has been asked for
-
-    def keep(self, lesson: Lesson) -> None:
-        """Remember a lesson."""
-        if len(self._lessons) == self._lessons.maxlen:
-            self._asked = max(0, self._asked - 1)
-        self._lessons.append(lesson)
-
-    @property
-    def lessons(self) -> tuple[Lesson, ...]:
-        """All that are remembered."""
-        return tuple(self._lessons)
-
-    @property
-    def fresh(self) -> tuple[Lesson, ...]:
-        """Those that no training has been asked for yet."""
-        return self.lessons[self._asked :]
-
-    def asked(self, lessons: Sequence[Lesson]) -> None:
-        """A training has been asked for with these, the oldest of the fresh ones."""
-        gone = sum(1 for lesson in lessons if lesson in self._lessons)  # the others made room while it was asked for
-        self._asked = min(self._asked + gone, len(self._lessons))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +121,13 @@ class LearnableAgent(BaseLearnableAgent, Agent):
     """An Agent that learns from feedback on its runs."""
 
     def __init__(self, *args: Any, training: Training | None = None, **kwargs: Any) -> None:
-        """As BaseLearnableAgent and Agent; `training`: the way to the trainer, else what the daemon offers."""
+        """As BaseLearnableAgent and Agent; `training`: the way to the trainer, else what the daemon offers. Where the
+        conversation outlives the process, so does what the agent was told."""
         super().__init__(*args, **kwargs)
         self._train = training
-        self.learning_memory = LearningMemory()
+        kept = self.memory.conversation
+        lessons = KeptLessons(kept.conversations, kept.agent) if isinstance(kept, Kept) else None
+        self.learning_memory = LearningMemory(kept=lessons)
 
     @property
     def feedback_mechanism(self) -> Recorder | None:

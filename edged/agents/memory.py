@@ -45,20 +45,20 @@ class Kept:
     """The conversation of one agent in the device's store."""
 
     def __init__(self, conversations: Conversations, agent: str) -> None:
-        self._all, self._agent = conversations, agent
+        self.conversations, self.agent = conversations, agent
 
     def load(self) -> tuple[list[Message], int]:
         """As Conversation."""
-        messages, hidden = self._all.load(self._agent)
+        messages, hidden = self.conversations.load(self.agent)
         return [Message(**message) for message in messages], hidden
 
     def append(self, message: Message) -> None:
         """As Conversation."""
-        self._all.append(self._agent, message.to_dict())
+        self.conversations.append(self.agent, message.to_dict())
 
     def drop(self, count: int, hidden: int) -> None:
         """As Conversation."""
-        self._all.drop(self._agent, count, hidden)
+        self.conversations.drop(self.agent, count, hidden)
 
 
 class MemoryManager:
@@ -69,6 +69,11 @@ class MemoryManager:
     ) -> None:
         self._conversation, self._messages_max, self._bytes_max = conversation, messages_max, bytes_max
         self._history, self._hidden = conversation.load() if conversation else ([], 0)
+
+    @property
+    def conversation(self) -> Conversation | None:
+        """Where it is kept beyond the process; None: it ends with it."""
+        return self._conversation
 
     @property
     def history(self) -> Sequence[Message]:

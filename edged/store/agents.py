@@ -16,7 +16,8 @@ FEEDBACK_MAX = 32  # of one run, the newest
 
 
 class Conversations:
-    """The conversations of all agents of a device, by the agents' names. Each call is on the disk when it returns."""
+    """The conversations of all agents of a device, by the agents' names; `NAME:lessons` is what agent NAME was told of its
+    runs. Each call is on the disk when it returns."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -49,16 +50,16 @@ class Conversations:
             )
 
     def keep_only(self, agents: Collection[str]) -> list[str]:
-        """Forget what all other agents have said; answers who they are."""
-        others = sorted(set(self.names()) - set(agents))
+        """Forget what all other agents have said and were told; answers who they are."""
+        others = sorted(each for each in self.names() if each.partition(":")[0] not in agents)
         with self._db.write() as tables:
-            for agent in others:
-                tables.execute("DELETE FROM agent_message WHERE agent = ?", (agent,))
-                tables.execute("DELETE FROM agent_conversation WHERE agent = ?", (agent,))
+            for each in others:
+                tables.execute("DELETE FROM agent_message WHERE agent = ?", (each,))
+                tables.execute("DELETE FROM agent_conversation WHERE agent = ?", (each,))
         return others
 
     def names(self) -> list[str]:
-        """The agents that have said something."""
+        """Of whom there are messages."""
         return [row["agent"] for row in self._db.read("SELECT DISTINCT agent FROM agent_message ORDER BY agent")]
 
 

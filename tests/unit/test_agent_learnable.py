@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from edged.agents import AgentRegistry, BadFeedback, Feedback, LearnableAgent, ModelConfig, Preference
-from edged.agents.learnable import LESSONS_MAX, LearningMemory, Lesson, NothingToLearn, offer_training
+from edged.agents.learnable import NothingToLearn, offer_training
+from edged.agents.lessons import LESSONS_MAX, KeptLessons, LearningMemory, Lesson
+from edged.agents.memory import Kept, MemoryManager
 from edged.agents.models import LentModel
 from edged.agents.recorded import StoreRecorder
 from edged.clock import SystemClock
@@ -200,28 +202,75 @@ def test_a_refusal_is_reported_and_the_lessons_are_asked_for_again(recorder: Sto
     assert third.answer == {"action": "training_triggered"}
 
 
-def test_what_is_said_while_a_training_is_asked_for_is_asked_for_the_next_time() -> None:
-    memory = LearningMemory(2)
-    first, second, third = (Lesson(str(number), Feedback(score=1, who="ann")) for number in range(3))
-    memory.keep(first)
-    asking = memory.fresh
-    memory.keep(second)
-    memory.asked(asking)
-    assert memory.fresh == (second,)
-    asking = memory.fresh
-    memory.keep(third)
-    memory.keep(first)  # the second one makes room while it is asked for
-    memory.asked(asking)
-    assert memory.fresh == (third, first)
-
-
-def test_experience_is_limited() -> None:
-    memory = LearningMemory(3)
+@pytest.mark.parametrize("kept", [False, True])
+def test_experience_is_limited(store: Store, kept: bool) -> None:
+    where = KeptLessons(store.conversations, "inspector") if kept else None
+    memory = LearningMemory(3, kept=where)
     lessons = [Lesson(str(number), Feedback(score=1, who="ann")) for number in range(5)]
     for lesson in lessons[:2]:
         memory.keep(lesson)
     memory.asked(memory.fresh)
     for lesson in lessons[2:]:
         memory.keep(lesson)
-    assert (memory.lessons, memory.fresh) == (tuple(lessons[2:]), tuple(lessons[2:]))
+    for each in (memory, LearningMemory(3, kept=where)) if kept else (memory,):
+        assert (each.lessons, each.fresh) == (tuple(lessons[2:]), tuple(lessons[2:]))
     assert LESSONS_MAX >= 100
+    tight = LearningMemory(bytes_max=3000)
+    for number in range(5):
+        tight.keep(Lesson(str(number), Feedback(correction="x" * 1000, who="ann")))
+    assert [lesson.execution for lesson in tight.lessons] == ["3", "4"]
+    tight.keep(Lesson("huge", Feedback(correction="x" * 10_000, who="ann")))
+    assert [lesson.execution for lesson in tight.lessons] == ["huge"], "the newest one always"
+
+
+def test_what_comes_while_a_training_is_asked_for_is_asked_for_next() -> None:
+    memory = LearningMemory()
+    first, second = (Lesson(each, Feedback(score=0, who="ann")) for each in "ab")
+    memory.keep(first)
+    asking = memory.fresh
+    memory.keep(second)
+    memory.asked(asking)
+    assert memory.fresh == (second,)
+
+
+def test_what_an_agent_was_told_outlives_its_process(tmp_path: Path) -> None:
+    """Every kind of feedback, and what a training was asked for with; the conversation is not mixed up with it."""
+    wishes: list[Any] = []
+
+    def begun(*lines: Any) -> tuple[Store, LearnableAgent]:
+        store, clock = Store(tmp_path / "state"), SystemClock()
+        agent = learner(
+            *lines, agent_name="keeper", memory=MemoryManager(Kept(store.conversations, "keeper")),
+            recorder=StoreRecorder(store, clock, Outgoing("plant", "dev1", Stamp(clock))),
+            training=lambda wish: wishes.append(wish["samples"]) or {"action": "announced"},  # type: ignore[func-returns-value]
+        )  # fmt: skip
+        return store, agent
+
+    store, agent = begun(final("fine"), final("bad"), final("fine"))
+    runs = []
+    for feedback in (
+        Feedback(score=0.0, who="ann", note="no"), Feedback(correction="dented", who="bob"),
+        Feedback(preference=Preference("scratched", "fine"), who="ann"),
+    ):  # fmt: skip
+        if len(runs) == 2:
+            agent.adapt_behavior()
+        asyncio.run(agent.auto_run("Is it fine?"))
+        agent.learn_from_feedback(feedback)
+        runs.append(agent.last_execution)
+    told = agent.learning_memory.lessons
+    assert len(told) == 3 and wishes == [runs[:2]]
+    store.close()
+    AgentRegistry.unregister("keeper")
+
+    store, again = begun()
+    assert again.learning_memory.lessons == told
+    assert [message.text for message in again.memory.history if message.role == "user"] == ["Is it fine?"] * 3
+    again.adapt_behavior()
+    assert wishes == [runs[:2], runs[2:]], "only what is new"
+    store.close()
+    AgentRegistry.unregister("keeper")
+
+    store, third = begun()
+    third.adapt_behavior()
+    assert len(wishes) == 2 and third.learning_memory.fresh == ()
+    store.close()

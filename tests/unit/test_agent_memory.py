@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edged.agents import MemoryManager, Message
+from edged.agents.feedback import Feedback
+from edged.agents.lessons import KeptLessons, LearningMemory, Lesson
 from edged.agents.memory import KEPT_SHARE, NOTE, Kept, MemoryFull
 from edged.store import Store
 
@@ -154,8 +156,10 @@ def test_what_an_agent_said_that_is_there_no_longer_is_forgotten(tmp_path: Path)
         for text in ("one", "two"):
             memory.update_memory(Message("user", text))
         memory.make_room()
-    assert store.conversations.keep_only(["clerk", "new"]) == ["gone", "quiet"]
-    assert store.conversations.names() == ["clerk"]
+    for agent in ("clerk", "gone"):
+        LearningMemory(kept=KeptLessons(store.conversations, agent)).keep(Lesson("run", Feedback(score=1, who="ann")))
+    assert store.conversations.keep_only(["clerk", "new"]) == ["gone", "gone:lessons", "quiet"]
+    assert store.conversations.names() == ["clerk", "clerk:lessons"]
     assert store.conversations.load("gone") == ([], 0), "one of the same name begins anew"
     assert len(Kept(store.conversations, "clerk").load()[0]) == 2
-    assert store.conversations.keep_only([]) == ["clerk"] and store.conversations.keep_only([]) == []
+    assert store.conversations.keep_only([]) == ["clerk", "clerk:lessons"] and store.conversations.keep_only([]) == []
