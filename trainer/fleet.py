@@ -251,6 +251,16 @@ def find_samples(
     return [dict(row._mapping) for row in islice(found, limit)]
 
 
+def free_samples(connection: Connection, model: str, names: Sequence[str], limit: int) -> list[str]:
+    """The newest labelled samples of a model that these devices keep and no job holds, newest first."""
+    table, found = samples.c, list[Any]()
+    query = select(table.captured, table.id).where(table.model == model, table.state == "labelled", table.job.is_(None))
+    for some in parts(names):
+        newest = query.where(table.device.in_(some)).order_by(table.captured.desc(), table.id).limit(limit)
+        found += connection.execute(newest).all()
+    return [row.id for row in sorted(found, key=lambda row: (-row.captured, row.id))[:limit]]
+
+
 def sample_counts(connection: Connection) -> list[dict[str, Any]]:
     """How many samples there are of each model, device and state, with the mean confidence of their labels."""
     count, quality = func.count().label("count"), func.avg(samples.c.label_confidence).label("label_confidence_mean")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from edged.wire.manifest import ReleaseId, ReleaseRef
 from trainer.adapters import misfits
@@ -32,8 +32,9 @@ from trainer.core.rollout import (
 from trainer.database import desired, devices, rollouts
 from trainer.faults import Faults
 from trainer.fleet import Member, members
+from trainer.followed import Followed, going_to
 from trainer.host import Host
-from trainer.newcomers import newcomers, under
+from trainer.newcomers import Newcomers
 from trainer.releases import StoredRelease
 from trainer.signing import forgotten
 from trainer.standing import Standing
@@ -60,7 +61,7 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
         if isinstance(found, str):
             return found
         fleet = found
-    previous = references(host, connection, [member.device for member in fleet], model, part)
+    previous = _ways_back(host, connection, [member.device for member in fleet], model, part)
     stray = {each.device: why for each in fleet if (why := _no_way_back(host, each, previous[each.device]))}
     if stray and 2 * len(stray) >= len(fleet):
         return next(iter(stray.values()))
@@ -76,7 +77,7 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
         rollout = begin(host.new_id(), ref.release, devices, host.config.rollout.rules(), now, online)
     except ValueError as error:
         return str(error)
-    worn = references(host, connection, devices, model, "adapters") if part == "models" else {}
+    worn = _ways_back(host, connection, devices, model, "adapters") if part == "models" else {}
     off = {name: adapter for name, adapter in worn.items() if misfits(host, adapter, ref.model_dump(mode="json"))}
     rollout = replace(rollout, part=part, adapters=off)
     previous = {member.device: previous[member.device] for member in fleet}
@@ -89,6 +90,14 @@ def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollou
             connection, "rollout_left_out", text, rollout=rollout.id, release=ref.release, devices=list(stray)
         )
     return rollout
+
+
+def _ways_back(
+    host: Host, connection: Connection, names: list[str], model: str, part: str
+) -> dict[str, dict[str, str] | None]:
+    """What each device gets back when the rollout is aborted: what it runs, or should be running by now."""
+    going = going_to(host, connection, model, part)
+    return {name: going.get(name, ref) for name, ref in references(host, connection, names, model, part).items()}
 
 
 def _no_way_back(host: Host, member: Member, previous: Mapping[str, str] | None) -> str:
@@ -136,15 +145,13 @@ class Rollouts:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._watch = Watch(host)
+        self._followed, self._newcomers = Followed(host), Newcomers(host)
         self.faults = Faults(host, "rollout")
         self._changed = host.database.changed(devices, desired)
         self._standing: dict[str, Standing] = {}  # by rollout
         self._left: dict[
             str, tuple[float, bool]
         ] = {}  # rollout that is over -> (its `updated`, whether somebody is away)
-        self._knows: dict[
-            str, frozenset[str]
-        ] = {}  # rollout that is done -> its devices, once all others were looked at
 
     def tick(self) -> None:
         """Let every open rollout take the step that the fleet's state calls for, if any; and bring those who were away at
@@ -153,16 +160,15 @@ class Rollouts:
         for standing in self._standing.values():
             standing.heard(heard)
         with self._host.database.read() as connection:
-            last = self._last(connection)
-        self._knows = {name: known for name, known in self._knows.items() if name in last}
-        for rollout_id, phase in last.items():
-            if phase == Phase.DONE:
-                with self.faults.of(rollout_id):
-                    self._join(rollout_id, heard)
+            over, done = self._followed.read(connection)
+        self._newcomers.heard(heard, done)
+        for rollout_id in done:
+            with self.faults.of(rollout_id):
+                self._join(rollout_id)
         with self._host.database.read() as connection:
-            open_ = self._open(connection, [*last, *under(self._host, connection, last)])
+            open_ = self._open(connection, over)
         self._standing = {name: standing for name, standing in self._standing.items() if name in open_}
-        self.faults.keep([*open_, *last])
+        self.faults.keep([*open_, *over])
         for rollout_id, updated in open_.items():
             known = self._standing.get(rollout_id)
             if known is not None and known.row.updated == updated and not known.due(self._host.now()):
@@ -193,38 +199,23 @@ class Rollouts:
         row = connection.execute(select(rollouts).where(rollouts.c.id == rollout_id)).one()
         return Standing(_stored(row), Rollout.from_dict(row.state), _told)
 
-    def _last(self, connection: Connection) -> dict[str, str]:
-        """The last rollout of each model, with its phase."""
-        newest = (
-            select(rollouts.c.model, func.max(rollouts.c.created).label("at")).group_by(rollouts.c.model).subquery()
-        )
-        asked = select(rollouts.c.id, rollouts.c.phase).join(
-            newest, (rollouts.c.model == newest.c.model) & (rollouts.c.created == newest.c.at)
-        )
-        return {row.id: row.phase for row in connection.execute(asked)}
+    def _join(self, rollout_id: str) -> None:
+        """Bring devices that a rollout, which is done, did not know into it."""
+        with self._host.database.read() as connection:
+            new = self._newcomers.find(connection, rollout_id)
+        if new:
+            with self._host.database.write() as connection:
+                stored = self._read(connection, rollout_id)
+                joined, text = join(stored.rollout, new), f"{len(new)} new devices: {', '.join(new[:NAMED_MAX])}"
+                self._step(connection, stored.row, joined, Event.JOINED, text, {})
+        self._newcomers.joined(rollout_id, new)
 
-    def _join(self, rollout_id: str, heard: Iterable[str]) -> None:
-        """Bring devices that a rollout, which is done, did not know into it; at a start all are looked at, then who says
-        something."""
-        known = self._knows.get(rollout_id)
-        names = None if known is None else frozenset(heard) - known
-        if names is not None and not names:
-            return
-        with self._host.database.write() as connection:
-            row = connection.execute(select(rollouts).where(rollouts.c.id == rollout_id)).one()
-            rollout = Rollout.from_dict(row.state)
-            new = newcomers(self._host, connection, row, rollout, names)
-            if new:
-                joined, text = join(rollout, new), f"{len(new)} new devices: {', '.join(new[:NAMED_MAX])}"
-                rollout = self._step(connection, _stored(row), joined, Event.JOINED, text, {})
-        self._knows[rollout_id] = frozenset(rollout.devices)
-
-    def _open(self, connection: Connection, last: Iterable[str]) -> dict[str, float]:
-        """The rollouts that are not over, and the last of each model while somebody is away; each with its `updated`."""
+    def _open(self, connection: Connection, over: Iterable[str]) -> dict[str, float]:
+        """The rollouts that are not over, and of `over` those that somebody was away from; each with its `updated`."""
         ended = [phase.value for phase in ENDED]
         asked = select(rollouts.c.id, rollouts.c.updated)
         found = {row.id: row.updated for row in connection.execute(asked.where(rollouts.c.phase.notin_(ended)))}
-        for row in connection.execute(asked.where(rollouts.c.phase.in_(ended), rollouts.c.id.in_(list(last)))).all():
+        for row in connection.execute(asked.where(rollouts.c.phase.in_(ended), rollouts.c.id.in_(list(over)))).all():
             if self._somebody_is_away(connection, row.id, row.updated):
                 found[row.id] = row.updated
         return found

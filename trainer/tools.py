@@ -23,7 +23,7 @@ from trainer.config_text import own_names
 from trainer.core.selectors import BadSelector
 from trainer.database import Database, jobs, rollouts
 from trainer.figures import LATEST, latest_detections, release_figures, sample_figures
-from trainer.fleet import find_samples, training_counts
+from trainer.fleet import free_samples, training_counts
 from trainer.inventory import chosen, known_labels
 from trainer.live import KEEP_S
 from trainer.orders import await_answer, place, withdraw
@@ -189,11 +189,7 @@ class Tools:
             )
             rules = settings.trigger_rules()
             decided = decision(connection, self._config, asked.model, rules, now=now, wish="agent")
-            wanted: list[str] = []
-            if asked.pull:
-                rows = find_samples(connection, model=asked.model, state="labelled", limit=10 * asked.limit)
-                fit = (row["id"] for row in rows if row["device"] in names and row["job"] is None)
-                wanted = list(fit)[: asked.limit]
+            wanted = free_samples(connection, asked.model, sorted(names), asked.limit) if asked.pull else []
         found = {
             "model": asked.model,
             "samples": counts,

@@ -139,7 +139,8 @@ def audit_more(
     """Have canaries and the others check as many answers as the watch plans; what was changed, for `audit_back`, and how
     many of the canaries that is. An extension plans as many again.
 
-    Never fewer than they check now. `start_from(device)`: what a device runs, for one that was never told anything.
+    Never fewer than they were told to check, or checked in the baseline. `start_from(device)`: what a device runs, for one
+    that was never told anything.
     """
     rules, raised = host.config.rollout.rules(), dict(rollout.raised)
     ours, others = compared(connection, rollout)
@@ -163,7 +164,7 @@ def audit_more(
             changed = {
                 name: {
                     "before": before.get(name, {}).get("before", told.get(name)),
-                    "added": dict.fromkeys(KEYS, share),
+                    "added": {key: max(told.get(name, {}).get(key, 0.0), share) for key in KEYS},
                 }
                 for name, share in pipelines.items()
             }

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from trainer.simulate.virtual import BAD, GOOD, Scenario, run_virtual
+from trainer.simulate.virtual import BAD, GOOD, OLD, Scenario, run_virtual
 from trainer.simulate.virtual_fleet import Habits
 
 # Tables with rows for each device or message, and how often is more than at each step of a rollout or each hour.
@@ -44,6 +44,8 @@ def check(result: dict[str, Any], devices: int) -> None:
     assert bad["ran_it"] > 0.9 * canaries
     assert bad["ran_it_beside_the_canaries"] == 0
     assert bad["run_it_at_the_end"] <= bad["away_at_the_end"]
+    # Who was away over both rollouts is where the others are, though the last one was aborted.
+    assert result["absent"] == [{"device": f"sim-{devices:06d}", "away": OLD, "back": GOOD}]
     assert result["rows"]["devices"] == devices
     assert result["counters"].get("faults", 0) == 0
 

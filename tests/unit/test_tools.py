@@ -11,7 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, insert, select, update
 from typer.testing import CliRunner
 
 from edged.wire.messages import State
@@ -95,6 +95,24 @@ def test_l3_l2_collect_samples_counts_by_model_device_state_and_class(tools: tup
     pulled = its.collect_samples(model="digits", selector="device=d2", pull=True, limit=2)
     assert pulled["pulled"] == 2
     assert world.commands("claim") == {"d2": ["d2-1", "d2-2"]}
+
+
+def test_l3_a_pull_of_chosen_devices_finds_theirs_however_many_newer_ones_others_have(
+    tools: tuple[World, Tools],
+) -> None:
+    world, its = tools
+    with world.host.database.write() as connection:
+        row = dict(connection.execute(select(samples).where(samples.c.id == "d1-0")).one()._mapping)
+        more = [row | {"id": f"d1-more-{number}", "captured": 10.0 + number} for number in range(25)]
+        connection.execute(insert(samples), more)
+    pulled = its.collect_samples(model="digits", selector="device=d2", pull=True, limit=2)
+    assert pulled["pulled"] == 2
+    assert world.commands("claim") == {"d2": ["d2-1", "d2-2"]}
+    with world.host.database.write() as connection:
+        connection.execute(update(samples).where(samples.c.device == "d2").values(job="a job"))
+    assert "no labelled sample of these devices" in refused(
+        lambda: its.collect_samples(model="digits", selector="device=d2", pull=True, limit=2)
+    )
 
 
 def test_l16_request_training_answers_with_exactly_these_fields(tools: tuple[World, Tools]) -> None:

@@ -166,7 +166,7 @@ def step(
         effects = tuple(each for each in effects if each is not F.AUDIT_MORE)
     after = replace(rollout, phase=phase, since=rollout.since if phase is rollout.phase else now)
     after = replace(after, result=_RESULTS.get(event, _RESULTS.get(phase, after.result)))
-    if event not in (E.ROOM, E.SAMPLED):
+    if event not in (E.ROOM, E.SAMPLED, E.JOINED, E.CAME_BACK):  # why it ended as it did stays
         after = replace(after, reason=reason)
     watch_s = rules.watches[min(rollout.stage, len(rules.watches) - 1)]
     if event is E.CANARY_RUNNING:

@@ -106,14 +106,20 @@ class _Play:
         """Play it all; what came of it."""
         habits, scenario = self._scenario.habits, self._scenario
         self._live(BIRTHS_S + BASELINE_WINDOWS * habits.window_s)
+        self.fleet.leave()
         found = [self._rollout(GOOD)]
         if scenario.bad:
             found.append(self._rollout(BAD))
+        away = [self.fleet.devices[number - 1] for number in sorted(self.fleet.absent)]
+        absent = [{"device": device.name, "away": device.active} for device in away]
+        self.fleet.come_back()
+        self._live(SETTLE_S)
         counts = {name: value for name, value in asdict(self.fleet.counts).items() if name != "had"}
         return {
             "scenario": asdict(scenario),
             "virtual_s": round(self._world.clock.elapsed, 1),
             "rollouts": found,
+            "absent": [{**each, "back": device.active} for each, device in zip(absent, away, strict=True)],
             "devices": counts | {"messages_to_devices": self._link.sent},
             "rows": self._rows(),
             "counters": {name: value for name, value in sorted(self._coordinator.counters.items()) if value},

@@ -41,6 +41,7 @@ class Habits:
     fetch_s: float = 90.0  # about, of a release
     reverts: float = 0.0005  # of updates to a release that is not bad
     loss: float = 0.1  # of accuracy, with a bad release
+    absent: int = 1  # devices that go away before the first rollout and come back after the last one
 
 
 @dataclass(slots=True)
@@ -86,6 +87,7 @@ class VirtualFleet:
         self.world, self.habits, self.bad, self.counts = world, habits, bad, Counts()
         self.said: Callable[[topics.Address, bytes], None] = lambda _address, _payload: None
         self.busy: set[int] = set()
+        self.absent: set[int] = set()  # numbers
         dice = world.dice
         self.devices = [
             VirtualDevice(
@@ -123,6 +125,8 @@ class VirtualFleet:
     # A device's life.
 
     def _comes(self, device: VirtualDevice) -> None:
+        if device.online or device.number in self.absent:
+            return
         device.online, device.seq, self.counts.births = True, 0, self.counts.births + 1
         device.boot = self._id()
         state = messages.State(
@@ -139,12 +143,29 @@ class VirtualFleet:
             self._hears(device)
         self.world.after(self._present_s(), self._goes, device)
 
+    def leave(self) -> None:
+        """Those who are absent during all rollouts go away now."""
+        count = min(self.habits.absent, len(self.devices) // 10)
+        self.absent = {device.number for device in self.devices[len(self.devices) - count :]}
+        for device in self.devices:
+            if device.number in self.absent and device.online:
+                self._goes(device)
+
+    def come_back(self) -> None:
+        """They are there again; no other goes or comes for that."""
+        numbers, self.absent = self.absent, set()
+        for device in self.devices:
+            if device.number in numbers:
+                self._comes(device)
+
     def _present_s(self) -> float:
         share = self.habits.away_share
         return self.world.dice.expovariate(share / (1 - share) / self.habits.away_s) if share > 0 else 1e12
 
     def _goes(self, device: VirtualDevice) -> None:
         """Its Will is published."""
+        if not device.online:
+            return
         state = messages.State(**self._stamp(device), state="offline", device=device.name)
         self._say(device, topics.STATE, state)
         device.online, self.counts.away = False, self.counts.away + 1
