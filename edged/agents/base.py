@@ -107,7 +107,7 @@ class BaseAgent(ABC):
         limit = time_limit(context)
         try:
             async with limit:
-                answer = await self.handle(request, context)
+                answer = _checked(self, await self.handle(request, context))
         except TimeoutError:
             if not limit.expired():
                 raise  # the agent's own
@@ -153,7 +153,7 @@ class BaseAgent(ABC):
             known = ", ".join(AgentRegistry.all())
             return self.error(f"no agent {target_agent_name!r} is registered; there are: {known}")
         try:
-            return checked(target, await target.invoke(request, context))
+            return await target.invoke(request, context)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # another agent's code; its failure is an answer to this one
@@ -213,7 +213,7 @@ def beyond(context: RequestContext, limits: RunLimits) -> str:
     return ""
 
 
-def checked(agent: BaseAgent, answer: Any) -> Message:
+def _checked(agent: BaseAgent, answer: Any) -> Message:
     """What an agent's own code answered, or an error where it is no message or its content no JSON: nobody could be told."""
     if not isinstance(answer, Message):
         return agent.error(f"agent {agent.name} answered with {type(answer).__name__}; a Message is expected")
@@ -230,4 +230,4 @@ def peer_schemas(names: Iterable[str]) -> dict[str, dict[str, Any] | None]:
     return {name: agent.input_schema for name, agent in found.items() if agent is not None}
 
 
-__all__ = ["BaseAgent", "RunLimits", "Tool", "Tools", "beyond", "checked", "peer_schemas", "time_limit", "within"]
+__all__ = ["BaseAgent", "RunLimits", "Tool", "Tools", "beyond", "peer_schemas", "time_limit", "within"]

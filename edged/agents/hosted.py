@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from edged.agents.agent import Agent
 from edged.agents.apart import Apart
-from edged.agents.base import BaseAgent, beyond, checked
+from edged.agents.base import BaseAgent, beyond
 from edged.agents.building import BadAgent, build, let_find
 from edged.agents.feedback import Execution, Feedback, Recorder, offer_recorder
 from edged.agents.learnable import LearnableAgent
@@ -279,7 +279,7 @@ class Hosted:
             elif isinstance(agent, Agent) and type(agent).handle is Agent.handle:
                 answer = await agent.auto_run(request, context, max_steps)
             else:
-                answer = checked(agent, await agent.invoke(request, context))
+                answer = await agent.invoke(request, context)
         except Exception as error:  # an agent's own code; its failure is an answer too
             log.exception("agent %s failed", agent.name)
             answer = agent.error(f"agent {agent.name} failed: {type(error).__name__}: {error}")

@@ -123,7 +123,9 @@ def scripted(model: Any, **given: Any) -> Agent:
 
 
 def learner(model: Any, **given: Any) -> LearnableAgent:
-    return LearnableAgent(Scripted(final({"verdict": "reject"})), learning_head="peft", **given)
+    return LearnableAgent(
+        Scripted(final({"verdict": "reject"})), learning_head="peft", output_schema=["verdict"], **given
+    )
 
 
 class Site:
