@@ -13,8 +13,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
+try:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+except ImportError as error:
+    why = f"agents need the package {error.name}, which is not installed; install the extra: pip install edged[agents]"
+    raise ImportError(why, name=error.name) from None
 
 from edged.engines.base import Unsuitable
 from edged.engines.constrain import grammar
