@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from edged.agents import RunLimits
-from edged.agents.browser import PROGRAMS, BrowserAgent, BrowserError, BrowserLimits, BrowserTool
+from edged.agents.browser import BrowserAgent
+from edged.agents.chromium import PROGRAMS, BrowserError, BrowserLimits, BrowserTool
 from edged.core.hosts import HostRefused
 from tests.support.scripted import Scripted, call, final
 

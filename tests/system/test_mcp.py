@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,21 +10,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
+from anyio.from_thread import start_blocking_portal
 from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
-from sqlalchemy import select
+from sqlalchemy import func, select
 
+from edged.agents.learning import FIVE, learning_agent, trainer_tools
+from edged.agents.tools import Tool
 from edged.wire.messages import State
 from tests.support.lived import lived
+from tests.support.scripted import Scripted, call, final
 from tests.system.broker import free_port
+from tests.unit.test_jobs import World
 from tests.unit.test_notices import SECRET, Hook
+from tests.unit.test_tools import FAILED, PASSED, judged
 from trainer import fleet
-from trainer.database import Database, events, requests
+from trainer.database import Database, events, jobs, requests, rollouts, samples
 from trainer.host import new_id
 
 ROOT = Path(__file__).parents[2]
@@ -45,23 +54,57 @@ def config(tmp_path: Path, hook: Hook) -> Iterator[Path]:
         f'[notify]\nurls = ["{hook.url}"]\n'
         '[models.digits]\ncheckpoint = "missing.pt"\nlabels = ["1"]\nholdout = "h"\nholdout_clean = "c"\ncalibration = "k"\n'
     )
-    with (tmp_path / "serve.log").open("wb") as log:
+    with serving(path):
+        yield path
+
+
+@contextmanager
+def serving(path: Path) -> Iterator[None]:
+    """`trainer serve`."""
+    with (path.parent / "serve.log").open("wb") as log:
         command = [sys.executable, "-m", "trainer", "serve", "--verbose", "--config", str(path)]
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
     try:
-        yield path
-        assert process.poll() is None, (tmp_path / "serve.log").read_text()
+        yield
+        assert process.poll() is None, (path.parent / "serve.log").read_text()
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
 
 
-async def drive(config: Path, *calls: tuple[str, dict[str, Any]]) -> tuple[list[Any], list[tuple[bool, str]]]:
-    """(the tools as the client sees them, is_error and text of each call)."""
-    server = StdioServerParameters(
+def mcp(config: Path) -> StdioServerParameters:
+    """`trainer mcp`."""
+    return StdioServerParameters(
         command=sys.executable, args=["-m", "trainer", "mcp", "--config", str(config)], env=dict(os.environ), cwd=ROOT
     )
-    async with stdio_client(server) as (incoming, outgoing), ClientSession(incoming, outgoing) as session:
+
+
+@contextmanager
+def tools_over_mcp(config: Path) -> Iterator[dict[str, Tool]]:
+    """The tools of an agent that uses them through the protocol's own client, which lives in a thread of its own."""
+    with start_blocking_portal() as portal, ExitStack() as stack:
+        streams = stack.enter_context(portal.wrap_async_context_manager(stdio_client(mcp(config))))
+        session = stack.enter_context(portal.wrap_async_context_manager(ClientSession(*streams)))
+        portal.call(session.initialize)
+
+        def use(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            result = portal.call(session.call_tool, name, arguments)
+            (content,) = result.content
+            if result.isError:
+                raise RuntimeError(content.text)
+            answer: dict[str, Any] = json.loads(content.text)
+            return answer
+
+        listed = portal.call(session.list_tools).tools
+        described = {
+            t.name: SimpleNamespace(name=t.name, description=t.description, schema=t.inputSchema) for t in listed
+        }
+        yield trainer_tools(described, use)
+
+
+async def drive(config: Path, *calls: tuple[str, dict[str, Any]]) -> tuple[list[Any], list[tuple[bool, str]]]:
+    """(the tools as the client sees them, is_error and text of each call)."""
+    async with stdio_client(mcp(config)) as (incoming, outgoing), ClientSession(incoming, outgoing) as session:
         await session.initialize()
         listed = (await session.list_tools()).tools
         answers = []
@@ -135,6 +178,58 @@ def test_l3_an_agent_sees_how_right_the_fleet_is_also_before_the_windows_that_ar
     assert row["accuracy"]["low"] < row["accuracy"]["value"] < row["accuracy"]["high"]
     assert row["groups"]["profile=pi-d2"]["accuracy"]["value"] == pytest.approx(45 / 60)
     assert answers[1][0] and "4320" in answers[1][1]
+
+
+def test_l3_the_learning_agent_works_over_mcp_and_its_donts_are_refused_under_the_tools(tmp_path: Path) -> None:
+    """Twelve labelled samples, a release that its gate has passed, one that it has not, one that nobody has judged."""
+    world = World(tmp_path)
+    for release, verdict in (("digits@1.5", FAILED), ("digits@1.6", None), ("digits@1.7", PASSED)):
+        judged(world, release, verdict)
+    for number in range(3, 6):
+        world.sample("d1", number)
+        world.sample("d2", number)
+    world.host.database.close()
+    config = tmp_path / "trainer.toml"
+    seldom = config.read_text().replace(
+        "threshold = 3\nminimum_interval_s = 0", "threshold = 1000\nminimum_interval_s = 3600"
+    )
+    config.write_text(f"{seldom}[broker]\nport = {free_port()}\n[http]\nport = 0\n")
+    train = call("request_training", model="digits")
+    steps = [
+        call("query_metrics", model="digits"), call("collect_samples", model="digits"), train,
+        call("deploy_model", release="digits@1.7"), call("notify", text="training and rollout have begun"),
+        train, call("request_training", model="digits", force=True),
+        call("collect_samples", model="digits", state="deleted"), call("deploy_model", release="digits@1.5"),
+        call("deploy_model", release="digits@1.6"), call("delete_samples"),
+    ]  # fmt: skip
+    model = Scripted(*steps, final({"action": "deployment_started", "reason": "1.7 has passed its gate"}))
+    with serving(config), tools_over_mcp(config) as tools:
+        assert tuple(tools) == FIVE
+        agent = learning_agent(model, tools)
+        answer = asyncio.run(agent.auto_run("Look after the model digits.", max_steps=len(steps) + 1))
+    assert answer.content == {"action": "deployment_started", "reason": "1.7 has passed its gate"}, answer.text
+    told = [request.messages[-1].content for request in model.asked[1:]]
+    for number, tool in enumerate(["query_metrics", "collect_samples", "request_training", "deploy_model", "notify"]):
+        assert told[number].startswith(f"result of {tool}: "), told[number]
+    assert '"samples_new": 12' in told[1] and '"action": "training_triggered"' in told[2]
+    assert [said.split(":")[0] for said in told[5:]] == [
+        "error of request_training", "error of request_training", "error of collect_samples", "error of deploy_model",
+        "error of deploy_model", "error of delete_samples",
+    ]  # fmt: skip
+    assert "digits is not trained: " in told[5], "a second training at once"
+    assert "the gate refused it" in told[8] and "no gate has judged it" in told[9]
+    assert (
+        "its arguments are wrong" in told[6] and "its arguments are wrong" in told[7] and "there is no tool" in told[10]
+    )
+    database = Database(tmp_path / "data" / "trainer.sqlite")
+    with database.read() as connection:
+        counts = [
+            connection.execute(select(func.count()).select_from(t)).scalar_one() for t in (jobs, rollouts, samples)
+        ]
+        assert counts == [1, 1, 12]
+        assert connection.execute(select(rollouts.c.release)).scalar_one() == "digits@1.7"
+        assert {row.body["by"] for row in connection.execute(select(requests.c.body))} == {"agent"}
+    database.close()
 
 
 def test_a_second_trainer_on_the_same_database_says_so_and_ends(config: Path) -> None:

@@ -129,7 +129,7 @@ def test_the_topology_and_the_phi_agent(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_browser_agent_is_made_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a browser: the real one is in tests/system/test_agent_browser.py."""
-    from edged.agents.browser import BrowserTool
+    from edged.agents.chromium import BrowserTool
 
     async def start(tool: BrowserTool) -> None:
         assert tool._allowed.hosts == ("stock.plant.example", "wiki.plant.example:8080")
