@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,6 +18,8 @@ import pytest
 from edged.agents import RunLimits
 from edged.agents.browser import BrowserAgent
 from edged.agents.chromium import PROGRAMS, BrowserError, BrowserLimits, BrowserTool
+from edged.agents.page import look
+from edged.agents.registry import AgentRegistry
 from edged.core.hosts import HostRefused
 from tests.support.scripted import Scripted, call, final
 
@@ -24,6 +27,8 @@ MISSING = [
     *([] if any(map(shutil.which, PROGRAMS)) else ["Chromium (apt-get install chromium)"]),
     *([] if importlib.util.find_spec("playwright") else ["Playwright (pip install playwright)"]),
 ]
+if MISSING and os.environ.get("TESTS_NEED_BROWSER"):  # CI sets it: there a skip would go unnoticed
+    raise RuntimeError(f"this machine has no {' and no '.join(MISSING)}")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"this machine has no {' and no '.join(MISSING)}")
 
 LIMITS = BrowserLimits(seconds_max=15.0, page_bytes_max=300_000, redirects_max=3, text_chars_max=500, screenshots_max=2)
@@ -60,6 +65,8 @@ class Site:
     def answer(self, to: BaseHTTPRequestHandler, path: str) -> None:
         if path.startswith("/round"):
             self.send(to, 302, b"", {"Location": f"{path}x"})
+        elif path == "/to-file":
+            self.send(to, 302, b"", {"Location": "file:///etc/hostname"})
         elif path == "/away":
             self.send(to, 302, b"", {"Location": self.pages["away"]})
         elif path == "/file":
@@ -319,3 +326,111 @@ def test_a_browser_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seconds_max 0"):
         BrowserLimits(seconds_max=0)
     assert RunLimits().seconds_max > LIMITS.seconds_max
+
+
+LIAR = """<title>t</title><p>truth</p><script>
+  document.title = "T".repeat(1e6);
+  for (let n = 0; n < 3000; n++) document.body.append("words ".repeat(500));
+  for (let n = 0; n < 5000; n++) { const a = document.createElement("a"); a.href = "/x"; a.textContent = "L".repeat(500);
+    document.body.append(a); }
+  const lie = () => "y".repeat(1e6);
+  for (const name of ["slice", "trim", "replace", "substring"]) String.prototype[name] = lie;
+  CharacterData.prototype.substringData = lie;
+  Array.prototype.slice = Array.prototype.map = () => Array(10000).fill("y".repeat(100));
+  for (const name of ["innerText", "tagName"]) Object.defineProperty(HTMLElement.prototype, name, {get: lie});
+</script>"""
+
+
+def test_a_page_never_sends_more_than_is_shown_whatever_its_scripts_do(site: Site) -> None:
+    site.pages["/liar"] = LIAR
+
+    async def act(tool: BrowserTool) -> Any:
+        return await tool.open(f"{site.url}/liar"), await look(tool._page, 500, 40)
+
+    shown, seen = browse(site, act)
+    assert len(seen.text) == 500 and seen.text.startswith("truth words words") and seen.cut
+    assert len(seen.title) == 100 and set(seen.title) == {"T"}
+    assert len(seen.lines) == len(seen.elements) == 40 and seen.more
+    assert all(line.startswith("link LLL") and len(line) <= 80 for line in seen.lines)
+    assert "[cut: the page has more text]" in shown and "[40] link" in shown and "[41]" not in shown
+
+
+def test_what_is_hidden_is_not_read_and_words_stay_words(site: Site) -> None:
+    site.pages["/words"] = """<body><h1>Bin  4</h1>has <b>tw</b>elve<div>bolts<br>and</div>nuts
+        <style>p {color: red}</style><script>var a = 1</script><p style="display:none">secret</p><ul><li>one<li>two</ul>"""
+
+    async def act(tool: BrowserTool) -> Any:
+        await tool.open(f"{site.url}/words")
+        return await look(tool._page, 500, 40)
+
+    seen = browse(site, act)
+    assert seen.text == "Bin 4 has twelve bolts and nuts one two" and not seen.cut and not seen.more
+
+
+def test_a_page_ends_with_its_run_and_the_next_run_knows_nothing_of_it(site: Site) -> None:
+    site.pages["/"] = """<p>hi</p><script>fetch("/saw?" + document.cookie + localStorage.known);
+        document.cookie = "known=1"; localStorage.known = 1; setInterval(() => fetch("/tick"), 20)</script>"""
+    site.pages["/saw"] = site.pages["/tick"] = "ok"
+    model = Scripted(
+        call("open", url=f"{site.url}/"), final("a"), call("open", url=f"{site.url}/"), final("b"), final("c")
+    )
+
+    async def run() -> list[bool]:
+        agent = BrowserAgent(model, allowed_hosts=[site.host], browser_limits=LIMITS)
+        still = []
+        try:
+            for _ in range(2):
+                assert (await agent.auto_run("look")).role == "assistant"
+                ticks = len(site.asked)
+                await asyncio.sleep(0.5)
+                still.append(len(site.asked) > ticks + 1)  # one may have been on its way
+            with pytest.raises(BrowserError, match="no page is open"):
+                await agent.browser_tool.read()
+        finally:
+            await agent.close()
+        return still
+
+    assert asyncio.run(run()) == [False, False]
+    assert [path for path in site.asked if path.startswith("/saw")] == ["/saw?undefined"] * 2
+
+
+def test_pictures_after_a_restart_go_on_where_they_were(site: Site, tmp_path: Path) -> None:
+    site.pages["/"] = "<p>hi</p>"
+
+    async def act(tool: BrowserTool) -> list[str]:
+        await tool.open(f"{site.url}/")
+        return [await tool.screenshot() for _ in range(3)]
+
+    for first in (1, 4):
+        said = browse(site, act, screenshots=tmp_path)
+        assert [f"page-{number:06}.png" in line for number, line in enumerate(said, first)] == [True] * 3
+        kept = sorted(path.name for path in tmp_path.iterdir())
+        assert kept == [f"page-{number:06}.png" for number in (first + 1, first + 2)], "the newest are kept"
+
+
+@pytest.mark.parametrize("way", ["link", "script", "redirect", "frame"])
+def test_no_way_of_a_page_leads_to_a_file(site: Site, way: str, tmp_path: Path) -> None:
+    (tmp_path / "secret.html").write_text("<p>the secret</p>")
+    file = (tmp_path / "secret.html").as_uri()
+    site.pages["/link"] = f'<a href="{file}">it</a>'
+    site.pages["/script"] = f"<p>hi</p><button onclick=\"location = '{file}'\">go</button>"
+    site.pages["/frame"] = f'<p>hi</p><iframe src="{file}"></iframe><button>go</button>'
+
+    async def act(tool: BrowserTool) -> str:
+        try:
+            said = await tool.open(f"{site.url}/{'to-file' if way == 'redirect' else way}")
+            said += await tool.click(1)
+            said += await tool.read()
+        except (BrowserError, HostRefused) as error:
+            said = str(error)
+        assert not str(tool._page.url).startswith("file:")
+        return said
+
+    assert "secret</p>" not in browse(site, act) and "the secret" not in browse(site, act)
+
+
+def test_without_a_browser_no_agent_is_left(site: Site) -> None:
+    tool = BrowserTool([site.host], program="/nowhere/chromium")
+    with pytest.raises(BrowserError, match="does not start") as kept:
+        asyncio.run(BrowserAgent.create_safe(Scripted(), agent_name="surfer", browser_tool=tool))
+    assert AgentRegistry.get("surfer") is None, kept

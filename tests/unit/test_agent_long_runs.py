@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edged.agents import Agent, BaseAgent, Message, RequestContext
+from edged.agents.browser import BrowserAgent
 from edged.agents.models import Said
 from edged.engines.base import GenerateRequest, PromptTooLong
 from tests.support.scripted import Scripted, call, final
@@ -80,3 +81,21 @@ def test_an_answer_without_a_model_is_held_against_the_schema_too(says: Message,
     assert teller.name == "teller"
     assert told in answer.text
     assert (answer.role == "assistant") == (says.content == {"answer": "yes"})
+
+
+def page(number: int) -> str:
+    """Read a page."""
+    return f"page {number}: " + "0.5 " * 400
+
+
+def test_a_critic_with_a_small_context_sees_less_of_each_page() -> None:
+    """The three pages alone are more than the model takes."""
+    accepted = json.dumps({"accept": True, "reason": ""})
+    model = Small(final("fine"), accepted)
+    agent = BrowserAgent(model, critic_description="Check it.", agent_name="careful")
+    for number in range(3):
+        agent.memory.update_memory(Message("tool", page(number)))
+    answer = asyncio.run(agent.auto_run("Which drifts?", max_steps=4))
+    assert answer.content == "fine", answer.text
+    told = model.asked[-1].messages[-1].content
+    assert all(f"page {number}" in told for number in range(3)) and len(told) <= CONTEXT_CHARS
