@@ -44,6 +44,14 @@ class Lesson:
     adapter: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LearningConfig:
+    """What an agent learns with, in one piece: `learning_head` and `learning_head_config` of its constructor."""
+
+    learning_head: str | None = "peft"
+    learning_head_config: Json | None = None
+
+
 class LearningMemory:
     """What an agent has been told about its runs, oldest first, the newest LESSONS_MAX of it."""
 
@@ -158,8 +166,19 @@ class BaseLearnableAgent(BaseAgent, ABC):
 class LearnableAgent(BaseLearnableAgent, Agent):
     """An Agent that learns from feedback on its runs."""
 
-    def __init__(self, *args: Any, training: Training | None = None, **kwargs: Any) -> None:
-        """As BaseLearnableAgent and Agent; `training`: the way to the trainer, else what the daemon offers."""
+    def __init__(
+        self, *args: Any, training: Training | None = None, learning_config: LearningConfig | None = None, **kwargs: Any
+    ) -> None:
+        """As BaseLearnableAgent and Agent; `training`: the way to the trainer, else what the daemon offers.
+        `learning_config`: instead of `learning_head` and `learning_head_config`."""
+        if learning_config is not None:
+            twice = {"learning_head", "learning_head_config"} & kwargs.keys()
+            if twice:
+                raise SettingsError(f"learning_config and {min(twice)}: give one of them")
+            kwargs |= {
+                "learning_head": learning_config.learning_head,
+                "learning_head_config": dict(learning_config.learning_head_config or {}),
+            }
         super().__init__(*args, **kwargs)
         self._train = training
         self.learning_memory = LearningMemory()

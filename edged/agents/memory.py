@@ -69,9 +69,9 @@ class MemoryManager:
         self._history, self._hidden = conversation.load() if conversation else ([], 0)
 
     @property
-    def history(self) -> Sequence[Message]:
-        """Everything that is kept."""
-        return tuple(self._history)
+    def history(self) -> list[Message]:
+        """Everything that is kept, as a list of its own: what is done to it changes no memory."""
+        return list(self._history)
 
     @property
     def shown(self) -> Sequence[Message]:
