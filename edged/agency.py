@@ -127,7 +127,8 @@ class Agency:
     def _wish(self, wish: Mapping[str, Any]) -> Mapping[str, Any]:
         """An agent asks for a training. A device commands no trainer: its samples are announced, and people are told."""
         text = f"agent {wish['agent']} asks for a training of {wish['model']} with {len(wish['samples'])} judged runs"
-        self._daemon.control.say("training_wanted", text, agent=wish["agent"], model=wish["model"])
+        asked = {key: wish[key] for key in ("agent", "model", "learning_head", "learning_head_config", "samples")}
+        self._daemon.control.say("training_wanted", text, **asked)
         reason = "its samples are announced; the triggers of the trainer decide, or a person with `trainer train`"
         return {"action": "announced", "reason": reason}
 

@@ -2,12 +2,12 @@
 
 from edged.agents.agent import Agent
 from edged.agents.base import BaseAgent, RunLimits
-from edged.agents.feedback import BadFeedback, Feedback, Preference, Recorder
+from edged.agents.feedback import BadFeedback, Feedback, FeedbackMechanism, Preference, Recorder
 from edged.agents.guild import AgentBuilder, AgentSpec, Guild, GuildBuilder
-from edged.agents.learnable import BaseLearnableAgent, LearnableAgent
+from edged.agents.learnable import BaseLearnableAgent, LearnableAgent, LearningConfig, LearningMemory
 from edged.agents.memory import MemoryManager
 from edged.agents.messages import LogLevel, Message, RequestContext
-from edged.agents.models import BaseLLM, ModelConfig
+from edged.agents.models import BaseLLM, ModelConfig, ServerModel
 from edged.agents.orchestra import Orchestra, OrchestraLimits
 from edged.agents.phi import (
     GenerationPromptRequest,
@@ -21,6 +21,10 @@ from edged.agents.registry import AgentRegistry, NameTaken
 from edged.agents.schemas import BadSchema
 from edged.agents.tools import Tool
 
+# Names of the documented interface for kinds of models: here every model is a language model, of this device or of a server.
+BaseVLM = BaseLLM
+BaseAPIModel = ServerModel
+
 __all__ = [
     "Agent",
     "AgentBuilder",
@@ -28,16 +32,21 @@ __all__ = [
     "AgentSpec",
     "BadFeedback",
     "BadSchema",
+    "BaseAPIModel",
     "BaseAgent",
     "BaseLLM",
     "BaseLearnableAgent",
+    "BaseVLM",
     "Feedback",
+    "FeedbackMechanism",
     "GenerationPromptRequest",
     "GenerationPromptResponse",
     "Guild",
     "GuildBuilder",
     "LLMPhiAgent",
     "LearnableAgent",
+    "LearningConfig",
+    "LearningMemory",
     "LogLevel",
     "MemoryManager",
     "Message",

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edged.agents.base import BaseAgent, RunLimits, peer_schemas, time_limit, within
@@ -18,6 +18,7 @@ from edged.agents.models import Said, ask
 from edged.agents.refs import written_out
 from edged.agents.registry import AgentRegistry
 from edged.agents.schemas import BadSchema, faults
+from edged.agents.shown import raised
 from edged.agents.steps import THOUGHT_CHARS_MAX, BadStep, Step, read_step, step_schema
 from edged.agents.turns import QueueFull
 from edged.engines.base import ChatMessage, EngineError, PromptTooLong
@@ -29,6 +30,9 @@ BEFORE_CHARS_MAX = 4000  # of what was said before a run, in its record
 REPAIRS_MAX = 1  # of a final answer that does not fit its schema
 UNFINISHED = {"truncated": "was cut off", "length": "was cut off", "invalid": "did not keep to the form of a step",
               "cancelled": "was cancelled", "deadline": "took too long"}  # fmt: skip
+
+
+Processor = Callable[[str], str]  # a message's text in, the text to use instead out
 
 
 class StepFailed(Exception):
@@ -86,12 +90,19 @@ class Agent(BaseAgent):
 
     recorded_by_invoke = False
 
-    def __init__(self, *args: Any, memory: MemoryManager | None = None, memory_type: str = HISTORY,
-                 recorder: Recorder | None = None, max_steps: int | None = None, **kwargs: Any) -> None:  # fmt: skip
+    def __init__(
+        self, *args: Any, memory: MemoryManager | None = None, memory_type: str = HISTORY,
+        recorder: Recorder | None = None, max_steps: int | None = None,
+        system_message_processor: Processor | None = None, user_message_processor: Processor | None = None,
+        assistant_message_processor: Processor | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         """As BaseAgent; `memory`: one that outlives the process, else the conversation lives as long as the agent.
         `memory_type`: "conversation_history", or "single_request" for an agent whose requests have nothing to do with each
         other: each one begins a new conversation. `recorder`: who keeps the runs, else whom the daemon offers.
-        `max_steps`: of a run that does not say how many, none: MAX_STEPS, or fewer where `limits.steps_max` says so."""
+        `max_steps`: of a run that does not say how many, none: MAX_STEPS, or fewer where `limits.steps_max` says so.
+
+        The processors get a text and answer with the one to use instead: of the system prompt before each turn of the model,
+        of the request before it is remembered, and of what the model said before it is remembered and read as a step."""
         if memory_type not in (HISTORY, SINGLE):
             raise ValueError(f"memory_type {memory_type!r}: use {HISTORY} or {SINGLE}")
         limits: RunLimits = kwargs.get("limits") or RunLimits()
@@ -106,6 +117,9 @@ class Agent(BaseAgent):
             raise
         self.memory = memory or MemoryManager()
         self.recorder = recorder
+        self._processors = {
+            "system": system_message_processor, "user": user_message_processor, "assistant": assistant_message_processor,
+        }  # fmt: skip
         self.last_execution: str | None = None  # by which feedback names the newest run that was recorded
         self._one_at_a_time = asyncio.Lock()
         self._runs: list[Run] = []  # the one on its way, and within it those that its own calls came back with
@@ -230,6 +244,10 @@ class Agent(BaseAgent):
         Raises StepFailed when the model gave none.
         """
         message = prompt if isinstance(prompt, Message) else Message("user", prompt)
+        if message.role == "user":
+            message = replace(message, content=self._processed("user", message.content))
+            if self._runs and self._runs[-1].first is prompt:
+                self._runs[-1].first = message
         self._remember(message)
         schema = None
         if run_mode == AUTO_STEP:
@@ -238,13 +256,27 @@ class Agent(BaseAgent):
             except BadSchema as error:
                 raise StepFailed(str(error)) from None
         system = self._construct_full_system_prompt(self.description, json_mode_for_output=run_mode == AUTO_STEP)
+        system = self._processed("system", system)
         said = await self._ask(system, schema)
         ended = said.end.reason
         if ended in UNFINISHED and not (ended == "length" and schema is None) and not _readable(ended, run_mode):
             raise StepFailed(f"the answer of model {self.model_config.name} {UNFINISHED[ended]}")
-        answer = Message("assistant", said.text, name=self.name)
+        answer = Message("assistant", self._processed("assistant", said.text), name=self.name)
         self._remember(answer)
         return answer
+
+    def _processed(self, role: str, content: Any) -> Any:
+        """A content as the processor of its role wants it. Raises StepFailed for what that raises."""
+        processor = self._processors[role]
+        if processor is None:
+            return content
+        try:
+            said = processor(Message("user", content).text)
+        except Exception as error:  # a person's code may raise anything
+            raise StepFailed(f"{role}_message_processor failed: {raised(error)}") from error
+        if not isinstance(said, str):
+            raise StepFailed(f"{role}_message_processor answered with {type(said).__name__}; a text is expected")
+        return said
 
     async def _ask(self, system: str, schema: dict[str, Any] | None) -> Said:
         """The model's answer to the conversation, of which as much is shown as its context takes."""

@@ -121,6 +121,7 @@ class Recorder(Protocol):
         ...
 
 
+FeedbackMechanism = Recorder  # as agents that learn call it
 _offered: list[Recorder] = []  # of the daemon that hosts this process's agents; one at most
 
 

@@ -35,6 +35,14 @@ class NothingToLearn(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class LearningConfig:
+    """What an agent learns with, in one piece: `learning_head` and `learning_head_config` of its constructor."""
+
+    learning_head: str | None = "peft"
+    learning_head_config: Json | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Adaptation:
     """What `adapt_behavior` did: `asked` for what, the `answer` to it (None: nobody could be asked), and what runs.
 
@@ -120,9 +128,20 @@ class BaseLearnableAgent(BaseAgent, ABC):
 class LearnableAgent(BaseLearnableAgent, Agent):
     """An Agent that learns from feedback on its runs."""
 
-    def __init__(self, *args: Any, training: Training | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, training: Training | None = None, learning_config: LearningConfig | None = None, **kwargs: Any
+    ) -> None:
         """As BaseLearnableAgent and Agent; `training`: the way to the trainer, else what the daemon offers. Where the
-        conversation outlives the process, so does what the agent was told."""
+        conversation outlives the process, so does what the agent was told. `learning_config`: instead of `learning_head` and
+        `learning_head_config`."""
+        if learning_config is not None:
+            twice = {"learning_head", "learning_head_config"} & kwargs.keys()
+            if twice:
+                raise SettingsError(f"learning_config and {min(twice)}: give one of them")
+            kwargs |= {
+                "learning_head": learning_config.learning_head,
+                "learning_head_config": dict(learning_config.learning_head_config or {}),
+            }
         super().__init__(*args, **kwargs)
         self._train = training
         kept = self.memory.conversation

@@ -76,9 +76,9 @@ class MemoryManager:
         return self._conversation
 
     @property
-    def history(self) -> Sequence[Message]:
-        """Everything that is kept."""
-        return tuple(self._history)
+    def history(self) -> list[Message]:
+        """Everything that is kept, as a list of its own: what is done to it changes no memory."""
+        return list(self._history)
 
     @property
     def shown(self) -> Sequence[Message]:

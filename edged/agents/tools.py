@@ -66,6 +66,10 @@ class Tool:
         made.description = " ".join(description.split())[:DESCRIPTION_CHARS_MAX]
         return made
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function itself, for code: nothing is checked or limited, as `call` does for a model."""
+        return self._function(*args, **kwargs)
+
     @property
     def schema(self) -> dict[str, Any]:
         """The tool as OpenAI's protocol describes one."""

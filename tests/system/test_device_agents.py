@@ -15,7 +15,7 @@ import pytest
 
 from edged.agent_client import ask
 from edged.releases import reference
-from edged.wire.messages import Metrics, SampleEntry
+from edged.wire.messages import Event, Metrics, SampleEntry
 from tests.support.babble import make_babbler
 from tests.support.device import EDGED, Bus, Device, clean_env, tables, until
 from tests.support.files import file_server
@@ -141,6 +141,42 @@ def test_an_agent_answers_is_corrected_and_its_sample_waits_for_a_training(
         assert device.cli("agent", "run", "nobody", "--text", "x").returncode == 2
         assert device.cli("agent", "runs").stdout.count("inspector") == 1, "what was refused is no run"
     assert device.cli("agent", "run", "inspector", "--text", "x").returncode == 3
+
+
+def test_an_agent_that_learns_asks_for_a_training_with_its_configuration(
+    tmp_path: Path, broker: Broker, bus: Bus, babbler: Path
+) -> None:
+    head = {"r": 8, "lora_alpha": 16, "target_modules": ["qkv_proj", "o_proj"]}
+    learner = INSPECTOR | {
+        "factory": "learnable", "options": {"learning_head": "peft", "learning_head_config": head},
+    }  # fmt: skip
+    plan = configured(tmp_path, "dev1", broker, babbler, agents={"learner": learner, "inspector": INSPECTOR})
+    with Device(tmp_path, plan) as device:
+        bus.online("dev1")
+        nothing = device.cli("agent", "adapt", "learner")
+        assert nothing.returncode == 0 and "0 runs with new feedback; nobody was asked" in nothing.stdout
+        status, response, said = run(device, "learner", {"part": 7})
+        assert status == 0, said + device.log()
+        run_id = said.split()[1]
+        right = next(each for each in VERDICTS if each != response["verdict"])
+        done = device.cli("agent", "feedback", run_id, "--correction", json.dumps({"verdict": right}), "--who", "ann")
+        assert done.returncode == 0, done.stderr
+        adapted = device.cli("agent", "adapt", "learner")
+        assert adapted.returncode == 0, adapted.stderr
+        assert adapted.stdout.startswith(
+            "1 runs with new feedback; action: announced, reason: its samples are announced"
+        )
+        assert adapted.stdout.endswith("babbler@1.0 still answers\n")
+        (event,) = until("the event", lambda: [e for e in bus.of(Event, "dev1") if e.kind == "training_wanted"])
+        assert event.text == "agent learner asks for a training of tongue with 1 judged runs"
+        assert event.detail["samples"] == [run_id] and event.detail["learning_head"] == "peft"
+        assert (event.detail["agent"], event.detail["model"]) == ("learner", "tongue")
+        assert event.detail["learning_head_config"].items() >= head.items()
+        (entry,) = until("the catalogue", lambda: bus.of(SampleEntry, "dev1"))
+        assert (entry.pipeline, entry.state) == ("agent:learner", "labelled"), "its sample is announced"
+        assert "0 runs with new feedback" in device.cli("agent", "adapt", "learner").stdout, "it has asked already"
+        refused = device.cli("agent", "adapt", "inspector")
+        assert refused.returncode == 2 and "inspector does not learn: set agents.inspector.factory" in refused.stderr
 
 
 def test_an_agent_sees_what_the_cameras_of_its_device_see(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import hashlib
 import inspect
 import json
 import re
@@ -17,6 +18,7 @@ from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,12 +31,12 @@ from edged.engines.base import EngineError, Finished, GenerateRequest, Token
 from tests.support.bad_server import BadServer, chat, reply
 from tests.support.scripted import Scripted, ask, call, final
 
+SOURCE = (Path(__file__).parent / "agent_examples.txt").read_text()
 EXAMPLES: dict[str, str] = {
-    name.strip(): code
-    for name, _, code in (
-        part.partition("\n") for part in (Path(__file__).parent / "agent_examples.txt").read_text().split("=== ")[1:]
-    )
+    name.strip(): code for name, _, code in (part.partition("\n") for part in SOURCE.split("=== ")[1:])
 }
+# Of the documents' blocks of Python in their order, each behind its name, without the lines that import the originals.
+AS_DOCUMENTED = "969a3a692994b1cb14d2e2baa054adf97884673eb0413e7f718831c682e0d223"
 # Names that the examples use and never import.
 ASSUMED = {name: getattr(typing, name) for name in ("Any", "Dict", "List", "Optional", "Union")} | {
     "ABC": ABC, "BaseAgent": ours.BaseAgent, "BaseModel": BaseModel, "LogLevel": ours.LogLevel, "Orchestra": ours.Orchestra,
@@ -199,12 +201,21 @@ def test_a_json_schema() -> None:
     assert fits(agent, request, whole | {"key_points": []}).role == "error"
 
 
-def test_schemas_in_practice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schemas_in_practice() -> None:
+    answers: list[Message] = []
+
+    class Watched(ours.Agent):
+        async def invoke_agent(self, *given: Any, **more: Any) -> Message:
+            answers.append(await super().invoke_agent(*given, **more))
+            return answers[-1]
+
     config = ModelConfig(type="api", provider="openai", name="gpt-4o")
     with cloud(final({"answer": "Learning from data."}), model="gpt-4o") as server:
-        result = run("schema_in_practice", model_config=config, request_context=RequestContext())["result"]
-    assert capsys.readouterr().out == '{"answer": "Learning from data."}\n'
-    assert result.role == "error" and result.content.startswith("Request validation failed")
+        given = {"model_config": config, "request_context": RequestContext(), "Agent": Watched}
+        result = run("schema_in_practice", **given)["result"]
+    works, fails = answers
+    assert (works.role, works.content) == ("assistant", {"answer": "Learning from data."})
+    assert fails is result and result.role == "error" and result.content.startswith("Request validation failed")
     assert len(server.requests) == 1, "the wrong request never reached the model"
 
 
@@ -286,6 +297,17 @@ def test_the_phi_agents_messages_have_these_fields(example: str, mine: type[Base
     assert needed == {name for name, field in shown.model_fields.items() if field.is_required()}
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_where_a_phi_agents_model_runs(gpu: bool) -> None:
+    """The document's default is decided when the class is made; here "auto" is, when the model is loaded."""
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: gpu))
+    shown = run("phi_device", torch=torch, BaseAgentProps=BaseModel)["PyTorchAgentProps"]
+    assert list(shown.model_fields) == list(ours.PyTorchAgentProps.model_fields) == ["torch_device"]
+    assert ours.PyTorchAgentProps(**shown().model_dump()).torch_device == ("cuda" if gpu else "cpu")
+    assert ours.PyTorchAgentProps().torch_device == "auto"
+    assert issubclass(ours.PhiAgentProps, ours.PyTorchAgentProps)
+
+
 def test_the_phi_agent_in_a_guild() -> None:
     builder = GuildBuilder()
     spec = run("phi_agent", guild_builder=builder)["phi_agent_spec"]
@@ -311,6 +333,12 @@ def test_the_phi_agent_in_a_guild() -> None:
 def test_a_phi_agents_answer() -> None:
     made = eval(textwrap.dedent(EXAMPLES["phi_answered"]), ASSUMED)
     assert set(made.model_dump(exclude_none=True)) == {"generation_prompt", "generated_response"}
+
+
+def test_the_examples_are_the_documents_own() -> None:
+    """Word for word, but for the lines that import what is ours here."""
+    text = re.sub(r"^from edged\.agents import .*\n", "", SOURCE, flags=re.MULTILINE)
+    assert hashlib.sha256(text.encode()).hexdigest() == AS_DOCUMENTED
 
 
 def test_every_example_has_its_test() -> None:

@@ -54,7 +54,7 @@ def test_making_room_leaves_out_whole_messages_until_one_is_left(turns: list[tup
         before = sum(len(message.text) for message in memory.shown)
         gone = memory.make_room()
         assert gone >= 1
-        assert memory.shown == everything[len(everything) - len(memory.shown) :]
+        assert list(memory.shown) == everything[len(everything) - len(memory.shown) :]
         after = sum(len(message.text) for message in memory.shown)
         assert after <= before / 2 or len(memory.shown) == 1
         assert memory.to_llm_format()[0]["content"] == NOTE
@@ -109,14 +109,14 @@ def test_forgotten_messages_are_forgotten_from_what_is_left_out_too() -> None:
     memory.update_memory(Message("user", "4"))
     assert [message.text for message in memory.shown] == [*shown, "4"]
     memory.clear()
-    assert memory.history == () and memory.to_llm_format() == []
+    assert memory.history == [] and memory.to_llm_format() == []
 
 
 def test_a_message_larger_than_the_memory_is_refused() -> None:
     memory = MemoryManager(bytes_max=10)
     with pytest.raises(MemoryFull, match="20 bytes; a conversation holds at most 10"):
         memory.update_memory(Message("user", "x" * 20))
-    assert memory.history == ()
+    assert memory.history == []
 
 
 @given(acts=st.lists(st.one_of(st.text(max_size=20), st.just(None)), max_size=15))
