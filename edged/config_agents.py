@@ -98,7 +98,9 @@ class Agent(Section):
     callers: Annotated[list[Name], Field(max_length=CALLERS_MAX)] = []
     limits: Limits = Limits()
     max_steps: Annotated[int, Field(ge=1, le=1000)] = 10
-    max_tokens: Annotated[int, Field(ge=1, le=65536)] = 512  # of one answer of its model
+    max_tokens: Annotated[int, Field(ge=1, le=65536)] = (
+        512  # of one answer of its model; a Phi agent's: where it is written
+    )
     temperature: Annotated[float, Field(ge=0, le=10)] = 0.0
     seed: Annotated[int, Field(ge=0)] = 0
     remember: bool = True  # its conversation outlives a restart

@@ -16,8 +16,8 @@ from edged.agents.memory import MemoryManager
 from edged.agents.models import ModelConfig
 from edged.agents.schemas import BadSchema, compile_schema
 from edged.agents.tools import Tool
+from edged.config_agents import KINDS, Peer, form
 from edged.config_agents import Agent as AgentConfig
-from edged.config_agents import Peer, form
 
 MODULES = "modules"  # folder beside the configuration file in which factories and tools are looked for, too
 
@@ -97,7 +97,7 @@ def given(
         type="local", name=config.slot, max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed
     )
     always = {
-        "model": model, "agent_name": name, "description": config.instruction, "max_tokens": config.max_tokens,
+        "model": model, "agent_name": name, "description": config.instruction, "max_tokens": _tokens(config),
         "limits": RunLimits(**config.limits.model_dump()),
     }  # fmt: skip
     wanted = {
@@ -105,6 +105,12 @@ def given(
         "output_schema": form(config.output_schema),
     }  # fmt: skip
     return always | {key: value for key, value in wanted.items() if value} | _keeping(config, memory, recorder)
+
+
+def _tokens(config: AgentConfig) -> int:
+    """Of one answer; 0 for as many as the context has left, which is what a Phi agent writes unless it is told otherwise."""
+    told = "max_tokens" in config.model_fields_set or config.made_by != KINDS["phi"]
+    return config.max_tokens if told else 0
 
 
 def _keeping(config: AgentConfig, memory: MemoryManager | None, recorder: Recorder | None) -> dict[str, Any]:

@@ -171,6 +171,7 @@ def test_the_documented_topology_on_a_local_folder(
 
 
 def test_the_phi_agent_answers_with_a_confidence_piece_by_piece(clerk: Path) -> None:
+    """P7."""
     agent = PhiAgent(props=PhiAgentProps(model_id=str(clerk), torch_device="cpu"), agent_name="phi")
     pieces: list[str] = []
     response = asyncio.run(agent.generate(GenerationPromptRequest(generation_prompt=PROMPT), hear=pieces.append))
@@ -190,6 +191,7 @@ def test_the_phi_agent_answers_with_a_confidence_piece_by_piece(clerk: Path) -> 
 
 
 def test_the_phi_agent_uses_the_whole_context_and_says_when_a_prompt_does_not_fit(clerk: Path) -> None:
+    """P5."""
     agent = PhiAgent(props=PhiAgentProps(model_id=str(clerk)), limits=RunLimits(seconds_max=60))
     with pytest.raises(PromptTooLong, match=rf"{PHI_CONTEXT}"):
         asyncio.run(agent.generate("word " * 400))

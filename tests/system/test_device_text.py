@@ -57,6 +57,7 @@ def configured(tmp_path: Path, broker: Broker, base: Path, url: str) -> dict[str
 def test_prompts_are_answered_and_adapters_come_and_go(
     tmp_path: Path, broker: Broker, bus: Bus, base: Path, phi: dict[str, Path]
 ) -> None:
+    """P7: it learns."""
     ref = reference(base)
     good_folder, good = adapter(tmp_path, phi, ref, ADAPTED, "clerk-terse@1.0")
     bad_folder, bad = adapter(tmp_path, phi, ref, "something else", "clerk-terse@1.1")

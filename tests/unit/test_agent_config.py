@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from jsonschema_specifications import REGISTRY
 
-from edged.agents import Agent, LearnableAgent, PhiAgent
+from edged.agents import Agent, AgentRegistry, LearnableAgent, PhiAgent
 from edged.agents.building import BadAgent, build
 from edged.agents.memory import MemoryManager
 from edged.agents.models import offer_slot
@@ -170,6 +170,7 @@ class Nowhere:
 
 
 def test_agents_are_made_as_they_are_described(tmp_path: Path, modules: str) -> None:
+    """P5: a Phi agent answers in the whole context unless it is told otherwise."""
     table = {
         "slot": "tongue", "instruction": "You inspect.", "tools": [f"{modules}:count"], "input_schema": {"part": "integer"},
         "output_schema": ["verdict"], "limits": {"tokens_max": 99}, "max_tokens": 7,
@@ -192,7 +193,11 @@ def test_agents_are_made_as_they_are_described(tmp_path: Path, modules: str) -> 
         )
         assert agent.limits.tokens_max == 99 and list(agent.tools) == ["count"] and agent.recorder is recorder
         assert agent.input_schema and json.dumps(agent.input_schema["properties"]) == '{"part": {"type": "integer"}}'
-        assert isinstance(build("phi", configs["phi"], MemoryManager(), recorder), PhiAgent)
+        phi_agent = build("phi", configs["phi"], MemoryManager(), recorder)
+        assert isinstance(phi_agent, PhiAgent) and phi_agent.props.max_tokens == 0
+        AgentRegistry.unregister("phi", phi_agent)
+        short = build("phi", configs["phi"].model_copy(update={"max_tokens": 512}), MemoryManager(), recorder)
+        assert isinstance(short, PhiAgent) and short.props.max_tokens == 512, "unless it is told otherwise"
         learnable = build("learns", configs["learns"], MemoryManager(), recorder)
         assert isinstance(learnable, LearnableAgent) and learnable.recorder is recorder
         assert learnable.peft_config is not None and learnable.peft_config.r == 4 and learnable.max_tokens == 7

@@ -287,6 +287,7 @@ def test_composition(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_the_phi_agents_messages_have_these_fields(example: str, mine: type[BaseModel]) -> None:
+    """P1, P3."""
     shown = run(example)[mine.__name__]
     for name, field in shown.model_fields.items():
         if name in shown.__annotations__:
@@ -299,7 +300,7 @@ def test_the_phi_agents_messages_have_these_fields(example: str, mine: type[Base
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_where_a_phi_agents_model_runs(gpu: bool) -> None:
-    """The document's default is decided when the class is made; here "auto" is, when the model is loaded."""
+    """P2. The document's default is decided when the class is made; here "auto" is, when the model is loaded."""
     torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: gpu))
     shown = run("phi_device", torch=torch, BaseAgentProps=BaseModel)["PyTorchAgentProps"]
     assert list(shown.model_fields) == list(ours.PyTorchAgentProps.model_fields) == ["torch_device"]
@@ -309,6 +310,7 @@ def test_where_a_phi_agents_model_runs(gpu: bool) -> None:
 
 
 def test_the_phi_agent_in_a_guild() -> None:
+    """P4."""
     builder = GuildBuilder()
     spec = run("phi_agent", guild_builder=builder)["phi_agent_spec"]
     assert (spec.id, spec.name, spec.properties.torch_device) == ("phi_agent", "Phi-2 LLM", "cuda:0")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edged.agency import Agency
 from edged.agents import MemoryManager, Message
 from edged.agents.feedback import Feedback
 from edged.agents.lessons import KeptLessons, LearningMemory, Lesson
 from edged.agents.memory import KEPT_SHARE, NOTE, Kept, MemoryFull
-from edged.store import Store
+from edged.config_agents import Agent as AgentConfig
+from edged.store import Store, StoreError
 
 
 def test_what_was_said_is_shown_in_order() -> None:
@@ -163,3 +167,25 @@ def test_what_an_agent_said_that_is_there_no_longer_is_forgotten(tmp_path: Path)
     assert store.conversations.load("gone") == ([], 0), "one of the same name begins anew"
     assert len(Kept(store.conversations, "clerk").load()[0]) == 2
     assert store.conversations.keep_only([]) == ["clerk", "clerk:lessons"] and store.conversations.keep_only([]) == []
+
+
+def test_a_start_forgets_what_agents_said_that_are_there_no_longer(tmp_path: Path) -> None:
+    """Also where none is configured any more; a store that fails does not keep the device from starting."""
+    store = Store(tmp_path)
+    for name in ("clerk", "forgetful", "gone"):
+        store.conversations.append(name, Message("user", "hello").to_dict())
+    settings = SimpleNamespace(agents={}, peers={})
+    agency = Agency(SimpleNamespace(settings=settings, store=store), None, None)  # type: ignore[arg-type]
+    settings.agents = {"clerk": AgentConfig(slot="tongue"), "forgetful": AgentConfig(slot="tongue", remember=False)}
+    agency.start()
+    assert store.conversations.names() == ["clerk"]
+    settings.agents = {}
+    agency.start()
+    assert store.conversations.names() == []
+    store.close()
+    broken = SimpleNamespace(conversations=SimpleNamespace(keep_only=fails))
+    Agency(SimpleNamespace(settings=settings, store=broken), None, None).start()  # type: ignore[arg-type]
+
+
+def fails(_agents: Any) -> Any:
+    raise StoreError("the disk is full")

@@ -154,7 +154,7 @@ def test_the_grammars_schema_allows_all_that_the_schema_allows(schema: dict[str,
 def test_every_step_fits_the_grammar_of_steps(
     tools: list[dict[str, Any]], peers: list[dict[str, Any]], answer: dict[str, Any], data: st.DataObject
 ) -> None:
-    """Whatever the schemas are that stand within the schema of a step, their references too."""
+    """A4. Whatever the schemas are that stand within the schema of a step, their references too."""
     made = {f"t{number}": Tool.described(f"t{number}", "", each, print) for number, each in enumerate(tools)}
     asked = {f"p{number}": compile_schema(each, "input_schema") for number, each in enumerate(peers)}
     steps = step_schema(made, asked, compile_schema(answer, "output_schema"))

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "development.md").read_text()
 ROWS = [*(f"L{number}" for number in range(1, 19)), *(f"A{number}" for number in range(1, 13))]
+ROWS += [f"P{number}" for number in range(1, 8)]
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
@@ -19,7 +20,7 @@ def table() -> dict[str, list[tuple[str, str]]]:
     found = {}
     for line in TEXT.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if re.match(r"\| [LA]\d", line) and len(cells) == 3:
+        if re.match(r"\| [LAP]\d", line) and len(cells) == 3:
             found[cells[0]] = NAMED.findall(cells[2])
     return found
 
