@@ -17,8 +17,8 @@ from edged.agents.messages import LogLevel, Message, RequestContext
 from edged.agents.models import Said, ask
 from edged.agents.schemas import faults
 from edged.agents.steps import THOUGHT_CHARS_MAX, BadStep, Step, read_step, step_schema
-from edged.agents.turns import QueueFull
 from edged.engines.base import ChatMessage, EngineError, PromptTooLong
+from edged.turns import QueueFull
 
 MAX_STEPS = 10  # of a run that does not say how many
 AUTO_STEP, PLAIN = "auto_step", "plain"  # modes of a `_run`

@@ -28,9 +28,9 @@ from edged.agents.gatekeeper import Gatekeeper
 from edged.agents.messages import Message, RequestContext
 from edged.agents.models import Model, ModelConfig, ask
 from edged.agents.tools import Tool, tools_of
-from edged.agents.turns import QueueFull
 from edged.core.hosts import AllowedHosts, HostRefused
 from edged.engines.base import ChatMessage, EngineError
+from edged.turns import QueueFull
 
 log = logging.getLogger(__name__)
 

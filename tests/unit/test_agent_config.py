@@ -129,7 +129,7 @@ def test_check_finds_what_is_wrong_before_the_daemon_does(tmp_path: Path, module
 class Nowhere:
     """A slot that has no model yet."""
 
-    def lent(self) -> Any:
+    def lent(self, halt: Any = None) -> Any:
         raise AssertionError("nobody asks it")
 
 
