@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -81,8 +82,12 @@ class Large(BaseAgent):
         return Message("assistant", "x" * INVOKED_BYTES_MAX)
 
 
+MODELS: list[Scripted] = []  # of the agents that were made last
+
+
 def scripted(model: Any, **given: Any) -> Agent:
-    return Agent(Scripted(final({"verdict": "reject"}), final({"verdict": "again"})), **given)
+    MODELS.append(Scripted(final({"verdict": "reject"}), final({"verdict": "again"})))
+    return Agent(MODELS[-1], **given)
 
 
 def learner(model: Any, **given: Any) -> LearnableAgent:
@@ -174,6 +179,18 @@ def test_a_run_ends_with_one_answer_and_the_id_of_its_record(site: Site) -> None
     assert second.content == {"verdict": "again"} and other != run
     message, run = site.hosted.submit("dev1-failing", "go").future.result(20)
     assert message.role == "error" and "failed: RuntimeError: no such sensor" in message.text and run == ""
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_a_conversation_survives_a_restart_where_it_is_to(tmp_path: Path, sites: list[Site], remember: bool) -> None:
+    talker = {"factory": "scripted", "remember": remember}
+    for said in ("Bin 4 holds bolts.", "What does bin 4 hold?"):
+        site = Site(tmp_path, "dev1", talker=talker)
+        assert site.hosted.submit("dev1-talker", said).future.result(20)[0].content == {"verdict": "reject"}
+        site.close()
+    turns = [turn.content for turn in MODELS[-1].asked[0].messages if turn.role != "system"]
+    assert turns[-1] == "What does bin 4 hold?"
+    assert turns[:-1] == (["Bin 4 holds bolts.", json.dumps(final({"verdict": "reject"}))] if remember else [])
 
 
 def test_what_cannot_run_is_said_and_the_others_run(site: Site) -> None:
