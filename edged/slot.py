@@ -13,15 +13,16 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from edged import golden
 from edged.core.confidence import check_calibration
 from edged.engines.base import ELSEWHERE, Detector, EngineError, EngineOptions, Generator, Unsuitable, open_engine
 from edged.engines.host import ProcessGenerator
+from edged.turns import POLL_S, Halt, Halted, Turns, Unlimited, never
 from edged.wire.manifest import Calibration, ReleaseManifest, ReleaseRef
 
 log = logging.getLogger(__name__)
@@ -41,15 +42,15 @@ class WrongKind(Unsuitable):
 
 @dataclass(slots=True)
 class Loaded:
-    """A release in memory. `use` serialises the engine: one caller at a time, and an adapter changes only between calls.
-    Where another machine runs the model there is nothing to serialise."""
+    """A release in memory. `use` serialises the engine: one caller at a time, first come first served, and an adapter
+    changes only between calls. Where another machine runs the model there is nothing to serialise."""
 
     ref: ReleaseRef
     manifest: ReleaseManifest
     engine: Detector | Generator
     adapter: ReleaseRef | None = None
     adapter_calibration: Calibration = field(default_factory=Calibration)
-    use: AbstractContextManager[Any] = field(default_factory=threading.Lock)
+    use: Turns = field(default_factory=Turns)
     leases: int = 0
     retired: bool = False
     awaited: bool = (
@@ -112,7 +113,7 @@ def load(
         engine.close()
         raise
     if manifest.engine in ELSEWHERE:
-        return Loaded(ref, manifest, engine, use=nullcontext())
+        return Loaded(ref, manifest, engine, use=Unlimited())
     return Loaded(ref, manifest, engine)
 
 
@@ -142,11 +143,11 @@ class Slot:
             return self._changed.wait_for(lambda: self._live is not None or self._stopped, timeout_s)
 
     @contextmanager
-    def lease(self, timeout_s: float | None = None) -> Iterator[Loaded]:
+    def lease(self, timeout_s: float | None = None, halt: Halt = never) -> Iterator[Loaded]:
         """The live model, kept in memory until the block ends; waits for the first one, and while the slot is vacated.
 
         Raises SlotStopped on shutdown and EngineError when none came within `timeout_s`, not counting a time in which one
-        was known to come; with 0 it never waits.
+        was known to come; with 0 it never waits. Raises Halted when `halt` has a reason not to wait any more.
         """
         give_up = math.inf if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
@@ -154,7 +155,10 @@ class Slot:
                 left = give_up - time.monotonic()
                 if left <= 0 and (self._vacated_at is None or timeout_s == 0):
                     raise EngineError(f"slot {self.name}: no model is loaded yet")
-                self._changed.wait(min(BEAT_S, left) if left > 0 else BEAT_S)
+                if reason := halt():
+                    raise Halted(reason)
+                beat_s = BEAT_S if halt is never else POLL_S
+                self._changed.wait(min(beat_s, left) if left > 0 else beat_s)
                 self._beat()
             live = self._live
             if self._stopped or live is None:

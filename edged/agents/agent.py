@@ -20,8 +20,8 @@ from edged.agents.registry import AgentRegistry
 from edged.agents.schemas import BadSchema, faults
 from edged.agents.shown import raised
 from edged.agents.steps import THOUGHT_CHARS_MAX, BadStep, Step, read_step, step_schema
-from edged.agents.turns import QueueFull
 from edged.engines.base import ChatMessage, EngineError, PromptTooLong
+from edged.turns import QueueFull
 
 MAX_STEPS = 10  # of a run that does not say how many
 HISTORY, SINGLE = "conversation_history", "single_request"  # kinds of memory

@@ -37,6 +37,7 @@ from edged.engines.host import EngineEnded
 from edged.pace import Pace
 from edged.slot import Slot, SlotStopped
 from edged.store import Store, StoreError
+from edged.turns import Halt, never
 
 if TYPE_CHECKING:
     from edged.agents.peers import Courier
@@ -68,12 +69,15 @@ class LentSlot:
         self._slot, self._pace, self._failed, self._stopping = slot, pace, failed, stopping
 
     @contextmanager
-    def lent(self) -> Iterator[tuple[Generator, str, str]]:
+    def lent(self, halt: Halt = never) -> Iterator[tuple[Generator, str, str]]:
         """As Lessor. Raises EngineError."""
         pace, slot = self._pace, self._slot
         pace.begin()
         try:
-            with pace.admitted(slot.lease(MODEL_WAIT_S)) as loaded, pace.admitted(loaded.use):
+            with (
+                pace.admitted(slot.lease(MODEL_WAIT_S, halt)) as loaded,
+                pace.admitted(loaded.use.turn(halt)),
+            ):
                 yield loaded.generator, loaded.ref.release, loaded.adapter.release if loaded.adapter else ""
         except SlotStopped:
             raise EngineError(f"slot {slot.name}: the daemon is ending") from None

@@ -15,11 +15,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
-from edged.agents.turns import Turns
 from edged.core.transcript import STOP, transcript
 from edged.engines.base import (
     ChatMessage,
@@ -31,6 +30,7 @@ from edged.engines.base import (
     NoTemplate,
     generate_all,
 )
+from edged.turns import Halt, Halted, Turns, never
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ PROVIDERS: dict[str, tuple[str, Literal["json_schema", "json_object"]]] = {
     "llama-cpp-python": ("", "json_object"),
 }
 TOKEN_CHARS = 4  # of a token, about, where a server does not count them
-THREADS_MAX = 16  # generations that wait or run, of all agents of this process
+WAITING_MAX = 64  # that wait for one model
+THREADS_MAX = WAITING_MAX + 2  # of one model: those that wait, the one that generates, and one to say that it is full
 
 
 class ModelConfig(BaseModel):
@@ -94,8 +95,8 @@ class Model(Protocol):
 class Lessor(Protocol):
     """Where a generator comes from for one request: a slot lends the one that is live now."""
 
-    def lent(self) -> AbstractContextManager[tuple[Generator, str, str]]:
-        """The generator, its release and its adapter, for one request."""
+    def lent(self, halt: Halt) -> AbstractContextManager[tuple[Generator, str, str]]:
+        """The generator, its release and its adapter, for one request. Raises Halted when `halt` ends the wait for it."""
         ...
 
 
@@ -105,19 +106,19 @@ class LentModel:
 
     def __init__(self, lessor: Lessor, name: str = "") -> None:
         """`name`: the slot's, or the release's folder."""
-        self._lessor, self._turns, self.name = lessor, Turns(), name
+        self._lessor, self._turns, self.name = lessor, Turns(WAITING_MAX), name
 
     def say(self, request: GenerateRequest, hear: Hear | None = None) -> Said:
-        with self._turns.turn(request.halt) as late:
-            if late:
-                return Said("", Finished(late, 0, 0, 0.0))
-            with self._lessor.lent() as (generator, release, adapter):
+        try:
+            with self._turns.turn(request.halt), self._lessor.lent(request.halt) as (generator, release, adapter):
                 began = time.monotonic()
                 try:
                     text, end = generate_all(generator, request, hear)
                 except NoTemplate:
                     text, end = generate_all(generator, plain(request), hear)
                 took_ms = (time.monotonic() - began) * 1000
+        except Halted as late:
+            return Said("", Finished(str(late), 0, 0, 0.0))
         return Said(text, end, release, adapter, took_ms)
 
     def running(self) -> tuple[str, str]:
@@ -126,7 +127,7 @@ class LentModel:
         if look is not None:
             found: tuple[str, str] = look()
             return found
-        with self._lessor.lent() as (_, release, adapter):
+        with self._lessor.lent(never) as (_, release, adapter):
             return release, adapter
 
 
@@ -143,7 +144,7 @@ class OwnEngine:
         self._generator, self._release = generator, release
 
     @contextmanager
-    def lent(self) -> Iterator[tuple[Generator, str, str]]:
+    def lent(self, halt: Halt) -> Iterator[tuple[Generator, str, str]]:
         yield self._generator, self._release, ""
 
 
@@ -178,7 +179,19 @@ class ServerModel:
 _opened: dict[tuple[str, str], Model] = {}  # by configuration, and folder or key
 _opening = threading.Lock()
 _slots: dict[str, Model] = {}  # of the daemon that hosts this process's agents, by their names
-_threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="agent")
+# Where each model's requests wait and run: those of a slow one keep nobody from another. They end with their models.
+_pooling = threading.Lock()
+_threads: WeakKeyDictionary[Model, ThreadPoolExecutor] = WeakKeyDictionary()
+
+
+def _pool(model: Model) -> ThreadPoolExecutor | None:
+    with _pooling:
+        try:
+            if model not in _threads:
+                _threads[model] = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="agent")
+        except TypeError:  # somebody's own, which cannot be a key: the event loop's threads do
+            return None
+        return _threads[model]
 
 
 def offer_slot(name: str, lessor: Lessor | None) -> None:
@@ -241,8 +254,8 @@ async def speak(
     asked, loop = replace(request, halt=halt), asyncio.get_running_loop()
     try:
         if hear is None:
-            return await loop.run_in_executor(_threads, model.say, asked)
-        return await loop.run_in_executor(_threads, model.say, asked, hear)
+            return await loop.run_in_executor(_pool(model), model.say, asked)
+        return await loop.run_in_executor(_pool(model), model.say, asked, hear)
     except asyncio.CancelledError:
         gone.set()
         raise

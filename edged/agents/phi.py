@@ -19,8 +19,8 @@ from edged.agents.base import BaseAgent
 from edged.agents.feedback import Execution, ModelStep, offered_recorder
 from edged.agents.messages import Message, RequestContext
 from edged.agents.models import Hear, Model, ModelConfig, Said, open_model, speak
-from edged.agents.turns import QueueFull
 from edged.engines.base import EngineError, Finished, GenerateRequest
+from edged.turns import QueueFull
 
 MODEL_ID = "microsoft/phi-2"
 ERRORS = {

@@ -49,6 +49,15 @@ class Clerk(BaseAgent):
         return Message("assistant", {"verdict": "reject" if request["part"] > 5 else "accept"})
 
 
+class Relay(BaseAgent):
+    """Asks its peer twice, and gives back what it said last."""
+
+    async def handle(self, request, request_context):
+        (peer,) = self.allowed_peers
+        await self.invoke_agent(peer, request, request_context)
+        return await self.invoke_agent(peer, request, request_context)
+
+
 class Watcher(BaseAgent):
     """Says what the device sees."""
 
@@ -276,14 +285,22 @@ def two(tmp_path: Path, babbler: Path) -> Iterator[tuple[Device, Device]]:
     peers = {
         "clerk_there": remote | {"input_schema": QUESTION}, "unchecked": remote, "shut": remote | {"agent": "shut"},
         "slow_there": remote | {"agent": "slow", "deadline_s": 1.0},
+        "relay_there": {"device": "helper", "agent": "relay"},
     }  # fmt: skip
+    relay = {"slot": "tongue", "factory": "plant_agents:Relay"}
     others = {
         "clerk": clerk | {"callers": ["asker"]}, "shut": clerk,
         "slow": clerk | {"callers": ["asker"], "options": {"wait_s": 3.0}},
+        "relay": relay | {"callers": ["asker"], "allowed_peers": ["relay_back"]},
     }  # fmt: skip
     foreman = INSPECTOR | {"allowed_peers": ["clerk_there"], "tools": ["plant_agents:scratches"]}
-    asker = configured(tmp_path, "asker", broker, babbler, peers=peers, agents={"foreman": foreman})
-    helper = configured(tmp_path, "helper", broker, babbler, agents=others)
+    chief = INSPECTOR | {"allowed_peers": ["clerk_there"], "temperature": 1.0}
+    ours = {
+        "foreman": foreman, "chief": chief, "relay": relay | {"callers": ["helper"], "allowed_peers": ["relay_there"]},
+    }  # fmt: skip
+    back = {"relay_back": {"device": "asker", "agent": "relay"}}
+    asker = configured(tmp_path, "asker", broker, babbler, peers=peers, agents=ours)
+    helper = configured(tmp_path, "helper", broker, babbler, peers=back, agents=others)
     with broker, Device(tmp_path, asker) as one, Device(tmp_path, helper) as other:
         for each in (one, other):
             each.wait("it is connected", lambda s: s["broker"] == "connected")
@@ -318,3 +335,32 @@ def test_agents_ask_those_of_other_devices(two: tuple[Device, Device]) -> None:
     assert (
         foreman["error"] is None and foreman["tools"] == ["scratches"] and foreman["allowed_peers"] == ["clerk_there"]
     )
+
+
+def test_a_model_of_one_device_asks_the_agent_of_another(two: tuple[Device, Device]) -> None:
+    """Whom it asks and what is the model's own step. It writes at random, so it does so in some of its runs."""
+    asker, helper = two
+
+    def through() -> dict[str, Any] | None:
+        asked(asker, "chief", {"part": 7})
+        (run, *_) = json.loads(asker.cli("agent", "runs", "--json").stdout)
+        plan, done = run["record"]["plan"], run["record"]["execution"]
+        steps = [(step, came) for step, came in zip(plan, done, strict=True) if step["tool"] == "invoke_agent"]
+        return next(({**step, **came} for step, came in steps if came["status"] == "success"), None)
+
+    step = until("a run in which it asks", through, 120)
+    assert step["arguments"]["agent_name"] == "clerk_there"
+    part = step["arguments"]["request"]["part"]
+    assert json.loads(step["output"]) == {"verdict": "reject" if part > 5 else "accept"}
+    helper.counted("invocations")
+
+
+def test_agents_of_two_devices_that_ask_each_other_in_a_circle_end(two: tuple[Device, Device]) -> None:
+    """Each asks twice: without one count for the whole task these were hundreds of requests, with it 32 a device."""
+    ok, said = asked(two[0], "relay", "round and round")
+    assert not ok
+    assert "calls between agents, at most 32 are made for a task" in said or "agents wait for one another" in said
+    status = [device.status() for device in two]
+    made = [each["counters"].get("invocations", 0) for each in status if each]
+    assert len(made) == 2 and 8 <= sum(made) <= 64, made
+    assert not any(each["agents"]["relay"]["running"] for each in status if each)

@@ -165,7 +165,7 @@ def test_check_says_when_an_onnx_model_cannot_be_held_to_steps(
 class Nowhere:
     """A slot that has no model yet."""
 
-    def lent(self) -> Any:
+    def lent(self, halt: Any = None) -> Any:
         raise AssertionError("nobody asks it")
 
 

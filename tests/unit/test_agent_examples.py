@@ -83,7 +83,7 @@ class Slot:
         self.text, self.asked = text, list[GenerateRequest]()
 
     @contextmanager
-    def lent(self) -> Any:
+    def lent(self, halt: Any = None) -> Any:
         yield self, "small@1.0", ""
 
     def generate(self, request: GenerateRequest) -> Any:

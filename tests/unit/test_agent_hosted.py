@@ -118,8 +118,12 @@ class Holder(BaseAgent):
         self.closed.append(f"{self.how} {threading.current_thread().name}")
 
 
+MODELS: list[Scripted] = []  # of the agents that were made last
+
+
 def scripted(model: Any, **given: Any) -> Agent:
-    return Agent(Scripted(final({"verdict": "reject"}), final({"verdict": "again"})), **given)
+    MODELS.append(Scripted(final({"verdict": "reject"}), final({"verdict": "again"})))
+    return Agent(MODELS[-1], **given)
 
 
 def learner(model: Any, **given: Any) -> LearnableAgent:
@@ -240,6 +244,18 @@ def test_runs_of_agents_that_answer_by_themselves_are_recorded_and_teach_nothing
     assert site.store.samples(limit=10) == [] and site.store.runs.get(run).feedback == []  # type: ignore[union-attr]
     site.hosted.submit("dev1-picky", {"wrong": 1}).future.result(20)
     assert len(site.store.runs.newest(10)) == 2, "what was refused is no run"
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_a_conversation_survives_a_restart_where_it_is_to(tmp_path: Path, sites: list[Site], remember: bool) -> None:
+    talker = {"factory": "scripted", "remember": remember}
+    for said in ("Bin 4 holds bolts.", "What does bin 4 hold?"):
+        site = Site(tmp_path, "dev1", talker=talker)
+        assert site.hosted.submit("dev1-talker", said).future.result(20)[0].content == {"verdict": "reject"}
+        site.close()
+    turns = [turn.content for turn in MODELS[-1].asked[0].messages if turn.role != "system"]
+    assert turns[-1] == "What does bin 4 hold?"
+    assert turns[:-1] == (["Bin 4 holds bolts.", json.dumps(final({"verdict": "reject"}))] if remember else [])
 
 
 def test_what_cannot_run_is_said_and_the_others_run(site: Site) -> None:

@@ -140,7 +140,7 @@ class Slot:
         self.live = ("clerk@1.0", "")
 
     @contextmanager
-    def lent(self) -> Any:
+    def lent(self, halt: Any = None) -> Any:
         yield self, *self.live
 
     def generate(self, request: GenerateRequest) -> Any:

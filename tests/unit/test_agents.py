@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edged.agents import Agent, AgentRegistry, Message, ModelConfig, NameTaken, RequestContext, RunLimits, Tool
-from edged.agents.models import LentModel, Said, _where
+from edged.agents.models import WAITING_MAX, LentModel, OwnEngine, Said, _where
 from edged.agents.steps import read_step
 from edged.engines.base import EngineOptions, Finished, GenerateRequest, NoTemplate, PromptTooLong, Token
 from tests.support.bad_server import BadServer, chat, reply
@@ -399,7 +399,7 @@ def test_a_swap_between_two_steps_is_not_noticed() -> None:
         def __init__(self) -> None:
             self.lent_out = 0
 
-        def lent(self) -> Any:
+        def lent(self, halt: Any = None) -> Any:
             from contextlib import nullcontext
 
             self.lent_out += 1
@@ -439,7 +439,7 @@ def test_one_generation_at_a_time_first_come_first_served() -> None:
             yield Finished("stop", 1, 1, -0.1)
 
     class Lessor:
-        def lent(self) -> Any:
+        def lent(self, halt: Any = None) -> Any:
             from contextlib import nullcontext
 
             return nullcontext((One(), "one@1.0", ""))
@@ -456,6 +456,40 @@ def test_one_generation_at_a_time_first_come_first_served() -> None:
 
     asyncio.run(all_at_once())
     assert order == [f"{number}" for number in range(6)]
+
+
+def test_those_who_wait_for_a_slow_model_keep_nobody_from_another_and_are_so_many_at_most() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        context = 100
+
+        def generate(self, request: GenerateRequest) -> Any:
+            from edged.engines.base import Token
+
+            begun.set()
+            go_on.wait(60)
+            yield Token(json.dumps(final("x")), -0.1)
+            yield Finished("stop", 1, 1, -0.1)
+
+    slow = LentModel(OwnEngine(Slow(), "slow@1.0"))  # type: ignore[arg-type]
+    agents = [Agent(slow, "") for _ in range(WAITING_MAX + 3)]
+
+    async def all_at_once() -> list[Message]:
+        runs = [asyncio.create_task(agent.auto_run("go")) for agent in agents]
+        try:
+            await asyncio.to_thread(begun.wait, 60)
+            other = Agent(Scripted(final("at once")), "")
+            assert (await asyncio.wait_for(other.auto_run("go"), 60)).text == "at once"
+            while sum(run.done() for run in runs) < 2:  # for whom there is no room
+                await asyncio.sleep(0.01)
+        finally:
+            go_on.set()
+        return await asyncio.gather(*runs)
+
+    answers = [answer.text for answer in asyncio.run(asyncio.wait_for(all_at_once(), 120))]
+    assert answers.count("x") == WAITING_MAX + 1
+    assert sum(f"{WAITING_MAX} requests wait for this model already" in answer for answer in answers) == 2
 
 
 def test_what_a_model_cannot_answer_is_an_error_message() -> None:

@@ -43,7 +43,7 @@ class Tongue:
         self.lines, self.asked = list(lines), list[GenerateRequest]()
 
     @contextmanager
-    def lent(self) -> Iterator[Any]:
+    def lent(self, halt: Any = None) -> Iterator[Any]:
         yield self, "clerk@1.0", ""
 
     def generate(self, request: GenerateRequest) -> Any:
