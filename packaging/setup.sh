@@ -55,6 +55,7 @@ Gst.init(None); assert all(map(Gst.ElementFactory.find, ("openh264enc", "h264par
         missing+=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad)
     compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
     command -v chromium >/dev/null || missing+=(chromium)
+    command -v certutil >/dev/null || missing+=(libnss3-tools)
     install_if_root "${missing[@]}"
 }
 

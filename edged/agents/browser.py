@@ -43,13 +43,17 @@ class BrowserAgent(Agent):
         self, model: ModelConfig | Model | None = None, generation_description: str = "",
         critic_description: str | None = None, *, allowed_hosts: Iterable[str] = (),
         screenshots: str | Path | None = None, browser_limits: BrowserLimits | Mapping[str, Any] | None = None,
-        browser_tool: BrowserTool | None = None, description: str = "", tools: Tools = None, **more: Any,
+        browser_tool: BrowserTool | None = None, description: str = "", tools: Tools = None,
+        ca: str | Path | None = None, **more: Any,
     ) -> None:  # fmt: skip
-        """`allowed_hosts`: see `core.hosts`; none: no page can be opened. `generation_description`, or `description`: what
-        the agent is told to do, after how it uses the browser. The rest as for Agent. Raises ValueError."""
+        """`allowed_hosts`: see `core.hosts`; none: no page can be opened. `ca`: as BrowserTool. `generation_description`, or
+        `description`: what the agent is told to do, after how it uses the browser. The rest as for Agent. Raises
+        ValueError."""
         limits = browser_limits if isinstance(browser_limits, BrowserLimits) else BrowserLimits(**browser_limits or {})
         folder = Path(screenshots) if screenshots is not None else None
-        self.browser_tool = browser_tool or BrowserTool(allowed_hosts, screenshots=folder, limits=limits)
+        self.browser_tool = browser_tool or BrowserTool(
+            allowed_hosts, screenshots=folder, limits=limits, ca=Path(ca) if ca is not None else None
+        )
         told = "\n\n".join(filter(None, [GENERATION, generation_description or description]))
         super().__init__(model, told, {**self.browser_tool.tools, **tools_of(tools)}, **more)
         self.critic_description = critic_description

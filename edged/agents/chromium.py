@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from edged.agents.authorities import BadAuthorities, trust
 from edged.agents.gatekeeper import Gatekeeper
 from edged.agents.page import ENGINE, SELECTOR, look
 from edged.agents.tools import Tool
@@ -67,12 +69,14 @@ class BrowserTool:
 
     def __init__(
         self, allowed_hosts: Iterable[str], *, screenshots: Path | None = None, limits: BrowserLimits | None = None,
-        program: str | None = None,
+        program: str | None = None, ca: Path | None = None,
     ) -> None:  # fmt: skip
-        """`screenshots`: folder for pictures, none: none are taken; `program`: Chromium, by default found in the PATH.
+        """`screenshots`: folder for pictures, none: none are taken; `program`: Chromium, by default found in the PATH; `ca`:
+        PEM file of authorities that https servers may have their certificates from, besides those that Chromium trusts.
         Raises BadHosts."""
         self._allowed, self._limits = AllowedHosts(allowed_hosts), limits or BrowserLimits()
-        self._folder, self._program = screenshots, program
+        self._folder, self._program, self._ca = screenshots, program, ca
+        self._home: tempfile.TemporaryDirectory[str] | None = None
         self._gate = Gatekeeper(self._allowed)
         self._playwright: Any = None
         self._browser: Any = None
@@ -159,13 +163,18 @@ class BrowserTool:
         self._gate = Gatekeeper(self._allowed)
         await self._gate.start()
         try:
+            environment = await asyncio.to_thread(self._environment)
             self._playwright = await async_playwright().start()
             await self._playwright.selectors.register(ENGINE, SELECTOR, content_script=True)
+            # Chromium's sandbox needs a user that is not root: for root it would not start at all.
             self._browser = await self._playwright.chromium.launch(
                 executable_path=program, headless=True, proxy={"server": self._gate.url, "bypass": "<-loopback>"},
-                chromium_sandbox=os.geteuid() != 0, args=list(SWITCHES), timeout=60_000,
+                chromium_sandbox=os.geteuid() != 0, args=list(SWITCHES), env=environment, timeout=60_000,
             )  # fmt: skip
             await self._fresh()
+        except BadAuthorities as error:
+            await self.close()
+            raise BrowserError(f"ca = {error}") from None
         except Exception as error:  # of Playwright's own kinds, and of the system's
             await self.close()
             raise BrowserError(f"{program} does not start: {str(error)[:300]}") from None
@@ -188,6 +197,17 @@ class BrowserTool:
         self._browser = self._playwright = self._page = None
         self._elements = []
         await self._gate.close()
+        if self._home is not None:
+            self._home.cleanup()
+            self._home = None
+
+    def _environment(self) -> dict[str, str] | None:
+        """The browser's, with a home of its own where it is to trust somebody; None: as this process's."""
+        if self._ca is None:
+            return None
+        self._home = tempfile.TemporaryDirectory(prefix="edged-browser-", ignore_cleanup_errors=True)
+        trust(self._ca, Path(self._home.name))
+        return {key: value for key, value in os.environ.items() if key != "XDG_DATA_HOME"} | {"HOME": self._home.name}
 
     @property
     def _ms(self) -> float:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import shutil
+import ssl
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -17,11 +22,12 @@ import pytest
 
 from edged.agents import RunLimits
 from edged.agents.browser import BrowserAgent
-from edged.agents.chromium import PROGRAMS, BrowserError, BrowserLimits, BrowserTool
+from edged.agents.chromium import PROGRAMS, SWITCHES, BrowserError, BrowserLimits, BrowserTool
 from edged.agents.page import look
 from edged.agents.registry import AgentRegistry
 from edged.core.hosts import HostRefused
 from tests.support.scripted import Scripted, call, final
+from trainer.ca import Issued, create_ca, issue
 
 MISSING = [
     *([] if any(map(shutil.which, PROGRAMS)) else ["Chromium (apt-get install chromium)"]),
@@ -35,9 +41,9 @@ LIMITS = BrowserLimits(seconds_max=15.0, page_bytes_max=300_000, redirects_max=3
 
 
 class Site:
-    """A server on loopback; `asked` are the paths that were asked for."""
+    """A server on loopback; `asked` are the paths that were asked for. With a `certificate` and its key it speaks https."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Issued | None = None) -> None:
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,6 +66,13 @@ class Site:
         self.server.daemon_threads = True
         self.host = f"127.0.0.1:{self.server.server_port}"
         self.url = f"http://{self.host}"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate.certificate, certificate.key)
+            self.server.socket = context.wrap_socket(
+                self.server.socket, server_side=True, do_handshake_on_connect=False
+            )
+            self.url = f"https://{self.host}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def answer(self, to: BaseHTTPRequestHandler, path: str) -> None:
@@ -213,6 +226,158 @@ def test_a_page_does_not_lead_elsewhere(site: Site, evil: Site) -> None:
         assert "stolen" not in said
         assert "here" in said or "not allowed" in said or "no page is open" in said, said
     assert evil.asked == []
+
+
+@pytest.fixture
+def secure(tmp_path: Path) -> Iterator[Site]:
+    """A site whose certificate is of an authority that nobody knows."""
+    made = Site(issue(tmp_path / "ca", "stock"))
+    made.pages["/"] = "<p>12 bolts</p>"
+    yield made
+    made.close()
+
+
+@pytest.mark.skipif(not shutil.which("certutil"), reason="this machine has no certutil (apt-get install libnss3-tools)")
+def test_https_is_read_where_its_authority_is_given_and_nowhere_else(secure: Site, tmp_path: Path) -> None:
+    create_ca(tmp_path / "other")
+
+    async def reads(tool: BrowserTool) -> str:
+        return await tool.open(f"{secure.url}/")
+
+    for ca in (None, tmp_path / "other" / "ca.crt"):
+        with pytest.raises(BrowserError, match="ERR_CERT_AUTHORITY_INVALID"):
+            browse(secure, reads, ca=ca)
+    assert secure.asked == [], "it was told nothing"
+    assert "12 bolts" in browse(secure, reads, ca=tmp_path / "ca" / "ca.crt")
+    both = tmp_path / "both.pem"
+    both.write_bytes(b"".join((tmp_path / name / "ca.crt").read_bytes() for name in ("other", "ca")))
+    assert "12 bolts" in browse(secure, reads, ca=both)
+
+
+@pytest.mark.skipif(not shutil.which("certutil"), reason="this machine has no certutil (apt-get install libnss3-tools)")
+def test_also_over_tls_nothing_goes_to_hosts_or_ports_that_are_not_allowed(secure: Site, tmp_path: Path) -> None:
+    elsewhere = Site(issue(tmp_path / "ca", "stock"))  # the same host and certificate, another port
+    elsewhere.pages["/"] = "<p>stolen</p>"
+    secure.pages |= {
+        "/": f"""<p>kept</p><img src="{elsewhere.url}/pixel"><iframe src="{elsewhere.url}/"></iframe>
+            <script>fetch("{elsewhere.url}/x").catch(() => {{}}); new WebSocket("wss://{elsewhere.host}/ws");
+            new WebSocket("wss://{secure.host}/own");</script>""",
+        "away": f"{elsewhere.url}/",
+    }
+
+    async def act(tool: BrowserTool) -> str:
+        with pytest.raises(HostRefused, match="is not allowed"):
+            await tool.open(f"{elsewhere.url}/")
+        said = await tool.open(f"{secure.url}/")
+        with pytest.raises(BrowserError, match="not allowed"):
+            await tool.open(f"{secure.url}/away")
+        return said
+
+    try:
+        said = browse(secure, act, ca=tmp_path / "ca" / "ca.crt")
+    finally:
+        elsewhere.close()
+    assert "kept" in said and f"Not loaded, because not allowed: {elsewhere.host}" in said
+    assert elsewhere.asked == [] and "/own" in secure.asked, "a socket to the site itself gets there"
+
+
+def test_authorities_that_nothing_can_be_made_of_are_said(
+    secure: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "ca" / "issued" / "stock.key"
+    for ca, why in ((tmp_path / "nowhere.pem", "No such file"), (key, "stock.key holds no certificate")):
+        with pytest.raises(BrowserError, match=f"^ca = .*{why}"):
+            browse(secure, lambda tool: tool.start(), ca=ca)
+    chromium = next(filter(None, map(shutil.which, PROGRAMS)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BrowserError, match=r"needs certutil, .*apt-get install libnss3-tools"):
+        browse(secure, lambda tool: tool.start(), program=chromium, ca=tmp_path / "ca" / "ca.crt")
+
+
+# What an unprivileged user sees of his own browser, which has a page of the site open.
+UNPRIVILEGED = """
+import asyncio, json, os, sys
+import playwright.async_api, psutil
+from playwright._impl._driver import compute_driver_executable
+from edged.agents.chromium import BrowserTool
+
+host, home = sys.argv[1:]
+if os.geteuid() == 0:
+    os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
+os.environ["HOME"] = home
+os.chdir(home)
+if not os.access(compute_driver_executable()[0], os.X_OK):
+    sys.exit("nobody may read Playwright here")
+
+
+def status(process, key):
+    lines = open(f"/proc/{process.pid}/status").read().splitlines()
+    return next(line.split()[1:] for line in lines if line.startswith(f"{key}:"))
+
+
+async def run():
+    tool = BrowserTool([host])
+    said = await tool.open(f"http://{host}/")
+    below = psutil.Process().children(recursive=True)
+    renderers = [each for each in below if "--type=renderer" in each.cmdline()]
+    seen = [(status(each, "Uid"), status(each, "Seccomp"), os.readlink(f"/proc/{each.pid}/ns/user")) for each in renderers]
+    flags = [flag for each in below for flag in each.cmdline() if "no-sandbox" in flag or "disable-setuid" in flag]
+    await tool.close()
+    return {"said": said, "renderers": seen, "own": os.readlink("/proc/self/ns/user"), "uid": os.geteuid(), "flags": flags}
+
+
+print(json.dumps(asyncio.run(run())))
+"""
+SANDBOX = Path(
+    "/usr/lib/chromium/chrome-sandbox"
+)  # Debian's chromium-sandbox, where the kernel gives users no namespaces
+
+
+def may_sandbox() -> bool:
+    """Whether the kernel lets a user who is not root have a user namespace, or a program with rights does it for him."""
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    return (
+        SANDBOX.exists()
+        or subprocess.run([*as_nobody, "unshare", "-U", "true"], capture_output=True, check=False).returncode == 0
+    )
+
+
+def test_for_who_is_not_root_the_sandbox_is_on(site: Site) -> None:
+    if not may_sandbox():
+        pytest.skip("this machine's kernel gives users no namespaces, and Debian's chromium-sandbox is not installed")
+    site.pages["/"] = "<p>12 bolts</p>"
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o777)
+        command = [sys.executable, "-c", UNPRIVILEGED, site.host, home]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if "nobody may read" in done.stderr:
+        pytest.skip("this checkout lies where an unprivileged user may not read it")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert "12 bolts" in seen["said"] and seen["uid"] != 0 and seen["flags"] == []
+    assert seen["renderers"], "somebody shows the page"
+    for uids, seccomp, namespace in seen["renderers"]:
+        assert set(uids) == {str(seen["uid"])} and seccomp == ["2"], "its system calls are filtered"
+        assert namespace != seen["own"], "and it has nothing of the system's"
+
+
+@pytest.mark.parametrize(("uid", "sandboxed"), [(0, False), (1000, True)])
+def test_only_for_root_chromium_is_started_without_its_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, sandboxed: bool
+) -> None:
+    program = tmp_path / "chromium"
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/flags"\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("edged.agents.chromium.os.geteuid", lambda: uid)
+    with pytest.raises(BrowserError, match="does not start"):
+        asyncio.run(BrowserTool([], program=str(program)).start())
+    flags = (tmp_path / "flags").read_text().split("\n")
+    assert ("--no-sandbox" in flags) is not sandboxed
+    assert {*SWITCHES, "--headless"} <= {*flags} and any(
+        f.startswith("--proxy-server=http://127.0.0.1:") for f in flags
+    )
+    for loose in ("--disable-setuid-sandbox", "--ignore-certificate-errors", "--disable-web-security"):
+        assert not [flag for flag in flags if flag.startswith(loose)]
 
 
 def test_redirects_without_end_end(site: Site) -> None:
