@@ -25,14 +25,16 @@ Name = Annotated[str, typer.Argument(help="The agent, as `edged agent list` name
 
 @app.command("list")
 def agent_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
-    """List the agents that run here, and those of other devices that they may ask: slot or device, tools, peers, what is
-    wrong. Exit status: 0, 3 no daemon with agents runs."""
+    """List the agents that run here, and those of other devices that they may ask: slot (and what answers in it) or device,
+    tools, peers, what is wrong. Exit status: 0, 3 no daemon with agents runs."""
     agents = _ask(config, {"op": "list"}, ANSWER_S_MAX)["agents"]
     if as_json:
         typer.echo(json.dumps(agents, indent=2))
         return
     for name, agent in agents.items():
         where = f"slot {agent['slot']}" if "slot" in agent else f"{agent['agent']} of device {agent['device']}"
+        answering = [agent[key] for key in ("release", "adapter") if agent.get(key)]
+        where += f" ({' with '.join(answering)})" if answering else ""
         more = "".join(
             f", {what} {', '.join(agent[key])}"
             for key, what in (("tools", "tools"), ("allowed_peers", "may ask"), ("callers", "answers"))
@@ -138,8 +140,8 @@ def agent_runs(
     config: Config = DEFAULT_CONFIG,
     as_json: Json = False,
 ) -> None:
-    """List runs that this device keeps, newest first: id, agent, how it ended, how many steps, how long it took, what
-    people said, goal."""
+    """List runs that this device keeps, newest first: id, agent, how it ended, whose words they are (the adapter where there
+    was one), how many steps, how long it took, what people said, goal."""
     from dataclasses import asdict
 
     with store_of(config) as store:
@@ -153,8 +155,9 @@ def agent_runs(
         words = len(run.feedback)
         said = f"{words} feedback" if words else "no feedback"
         goal = json.dumps(record["goal"][:60], ensure_ascii=False)
-        took = f", {record['seconds']:.1f} s" if record.get("seconds") is not None else ""  # older records have none
-        typer.echo(f"{run.id}  {outcome:<5} {run.agent} {len(record['execution'])} steps{took}, {said}  {goal}")
+        by = record["adapter"] or record["release"] or "-"
+        took = f", {record['seconds']:.1f} s" if record.get("seconds") is not None else ""
+        typer.echo(f"{run.id}  {outcome:<5} {run.agent} {by} {len(record['execution'])} steps{took}, {said}  {goal}")
     typer.echo(f"{len(runs)} runs", err=True)
 
 

@@ -58,9 +58,24 @@ def _llama_tokens(engine: Any, said: Said) -> tuple[list[int], list[int]]:
     import llama_cpp
 
     asked = engine._prompt(request_of(engine, said))
-    turn = llama_cpp.llama_vocab_eot(engine._vocab) if _chats(engine, said) else -1
-    end = turn if turn >= 0 else llama_cpp.llama_vocab_eos(engine._vocab)
-    return asked, [*engine._tokenize(said.answer, whole=False), end]
+    wanted = engine._tokenize(_completion(engine, said), whole=False)
+    ended = (n for n, token in enumerate(wanted) if llama_cpp.llama_vocab_is_eog(engine._vocab, token))
+    place = next(ended, None)
+    if place is not None:
+        return asked, wanted[: place + 1]
+    return asked, [*wanted, llama_cpp.llama_vocab_eos(engine._vocab)]
+
+
+def _completion(engine: Any, said: Said) -> str:
+    """The answer with the mark that ends a turn, as the model's chat template writes it. What llama.cpp takes for that mark
+    is any one of those that it knows by name: of Phi-3, which has two, not always the one that its answers end with."""
+    if not _chats(engine, said):
+        return said.answer
+    template, turns = engine._chat, [ChatMessage(role, content) for role, content in said.messages]
+    asked = "".join(template.render(turns))
+    whole = "".join(template.render([*turns, ChatMessage("assistant", said.answer)], asks=False))
+    # As in training: some templates write an answer differently from where they ask for one.
+    return whole[len(asked) :] if whole.startswith(asked) and len(whole) > len(asked) else said.answer
 
 
 def llama_fits(engine: Any, said: Said) -> bool:

@@ -316,7 +316,8 @@ class Hosted:
             at_work = [running.agent for running in self._running.values()]
         return {
             name: {
-                "slot": config.slot, "factory": config.made_by, "running": at_work.count(name),
+                "slot": config.slot, **self._answering(config.slot), "factory": config.made_by,
+                "running": at_work.count(name),
                 "error": self._wrong.get(name), "tools": sorted(agent.tools) if agent else [],
                 "allowed_peers": sorted(config.allowed_peers), "callers": sorted(config.callers),
                 "input_schema": agent.input_schema if agent else None,
@@ -334,6 +335,14 @@ class Hosted:
             for name, peer in self._peers.items()
             for agent in (self._agents.get(name),)
         }  # fmt: skip
+
+    def _answering(self, slot: str) -> dict[str, str]:
+        """Which release, with which adapter, answers for the agents of a slot now; "" where nothing does."""
+        try:
+            release, adapter = self._lessors[slot].running()
+        except EngineError:
+            release, adapter = "", ""
+        return {"release": release, "adapter": adapter}
 
     def problems(self) -> Iterator[Problem]:
         """Agents that could not be made."""

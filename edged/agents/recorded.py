@@ -6,8 +6,9 @@ text like every other one, announced in the catalogue, claimed by a training, ju
 
 - A correction labels the step that gave the response with the step as it should have been.
 - A preference is a sample of its own: what is preferred is its label, what is not stands as the answer of the model.
-- A score from GOOD_FROM on labels the step with itself; one below leaves it without a label, as a failure of which
-  `dataset.jsonl` makes pairs with successes.
+- A score from GOOD_FROM on labels the step with itself, and so the steps before it that went well: whoever calls a run right
+  stands behind how it got there. Without them a training that corrects last steps would forget the calls of tools.
+- One below leaves the step without a label, as a failure of which `dataset.jsonl` makes pairs with successes.
 
 Law: the run is kept before its id is known to anybody, and a sample is labelled before its feedback is written down: said
 again, the same feedback changes nothing.
@@ -44,6 +45,7 @@ from edged.wire.ids import derived
 PIPELINE = "agent:"  # before the agent's name, in requests and samples
 TEXT_CHARS_MAX = 16_000  # of a text in the record of a run; the whole one stands in the requests
 LABEL_WITHIN_S = 60.0  # between the sample and its label, which follow each other at once
+OPEN = ("escalated", "labelled", "unresolved")  # states of a sample in which a person's word still counts
 UNFINISHED = ("truncated", "invalid", "cancelled", "deadline")  # ends that are no whole answer
 
 
@@ -75,6 +77,7 @@ class StoreRecorder:
         record = _record(execution) | {
             "requests": [request.id for request in requests],
             "answer": None if answering is None else requests[answering].id,
+            "before": [requests[number].id for number in _went_well(execution) if number != answering],
             "stepwise": any(asked.stepwise for asked in execution.asked),
         }
         self._store.record_run(AgentRun(run_id, execution.agent, now, record), requests)
@@ -108,6 +111,9 @@ class StoreRecorder:
             self._label(run, request, request.answer, feedback)
         else:
             self._label(run, request, None, feedback)
+        right = feedback.score is not None and feedback.score >= GOOD_FROM
+        for each in run.record.get("before", []):
+            self._stand_behind(run, each, feedback, right=right)
         self._store.runs.add_feedback(sample_id, _said(feedback))
         self._store.count("agent_feedback")
         self._wake()
@@ -126,6 +132,19 @@ class StoreRecorder:
         )  # fmt: skip
         self._store.record_request(asked)
         self._label(run, asked, chosen, feedback)
+
+    def _stand_behind(self, run: AgentRun, request_id: str, feedback: Feedback, *, right: bool) -> None:
+        """A step before the one that answered is right as it is, or, `right` or not, nobody says so any more."""
+        request, sample = self._store.request(request_id), self._store.sample(request_id)
+        if request is None or (sample is not None and sample.state not in OPEN):
+            return  # given up for newer ones, or taken by a training: the answer itself is what counts
+        if right:
+            self._label(run, request, request.answer, feedback)
+        elif sample is not None:
+            self._store.label(
+                request_id, "rejected", [], 1.0, {"kind": "person", "who": feedback.who, "release": ""},
+                _reason(feedback), self._clock.now(), self._outgoing.catalogue,
+            )  # fmt: skip
 
     def _label(self, run: AgentRun, request: LanguageRequest, text: str | None, feedback: Feedback) -> None:
         """Make a sample of a request and label it; `text` None: its answer is wrong, and nobody has said what is right."""
@@ -183,6 +202,25 @@ def _answering(asked: tuple[ModelStep, ...]) -> int | None:
         except BadStep:
             continue
     return whole[-1] if whole else None
+
+
+def _went_well(execution: Execution) -> list[int]:
+    """Which of a run's model steps did what they were for. Each that can be read is one of the run's steps, in order."""
+    read = [number for number, each in enumerate(execution.asked) if _is_step(each)]
+    if len(read) != len(execution.execution):
+        return []  # what was said and what was done cannot be told to belong together
+    done = zip(read, execution.execution, strict=True)
+    return [number for number, step in done if step["status"] == "success"]
+
+
+def _is_step(asked: ModelStep) -> bool:
+    if not asked.stepwise or asked.said.end.reason in UNFINISHED:
+        return False
+    try:
+        read_step(asked.said.text)
+    except BadStep:
+        return False
+    return True
 
 
 def _request(request_id: str, agent: str, asked: ModelStep, now: float) -> LanguageRequest:

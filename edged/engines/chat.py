@@ -50,8 +50,9 @@ class ChatTemplate:
                 f"{name}: its chat template is not valid ({_reason(error)}); export the model anew"
             ) from None
 
-    def render(self, messages: Sequence[ChatMessage]) -> list[str]:
-        """The prompt that asks for the next turn, as the parts to be tokenized one by one, special tokens included.
+    def render(self, messages: Sequence[ChatMessage], *, asks: bool = True) -> list[str]:
+        """The prompt that asks for the next turn, as the parts to be tokenized one by one, special tokens included; not
+        `asks`: the conversation so far and nothing more.
 
         Raises EngineError: an unknown role, a template that refuses the conversation, fails, or writes without end.
         """
@@ -62,7 +63,7 @@ class ChatTemplate:
         text: list[str] = []
         size = 0
         try:
-            for part in self._template.generate(messages=said, add_generation_prompt=True, **self._context):
+            for part in self._template.generate(messages=said, add_generation_prompt=asks, **self._context):
                 text.append(part)
                 size += len(part)
                 if size > RENDERED_CHARS_MAX:

@@ -147,6 +147,7 @@ def test_an_agent_answers_is_corrected_and_its_sample_waits_for_a_training(
         assert (windows[0].items, windows[0].accepted, windows[0].release) == (1, 1, "babbler@1.0")
         listed = json.loads(device.cli("agent", "list", "--json").stdout)["inspector"]
         assert (listed["slot"], listed["error"], listed["running"]) == ("tongue", None, 0)
+        assert (listed["release"], listed["adapter"]) == ("babbler@1.0", ""), "what answers now"
         assert device.cli("agent", "run", "nobody", "--text", "x").returncode == 2
         assert device.cli("agent", "runs").stdout.count("inspector") == 1, "what was refused is no run"
     assert device.cli("agent", "run", "inspector", "--text", "x").returncode == 3

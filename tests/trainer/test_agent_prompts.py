@@ -32,12 +32,14 @@ from trainer.kinds.catalogue import write_dataset
 from trainer.tuners import language
 from trainer.tuners.lora.settings import LanguageSettings
 
-# As Phi-3's own; the roles of a conversation between an agent, its model and its tools.
+# As Phi-3's own; the roles of a conversation between an agent, its model and its tools. Like Phi-3 the model knows several
+# tokens that end something, and llama.cpp takes any one of them for the end of a turn.
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}END\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-MARKS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+ENDS = ("<|end|>", "<|im_end|>")
+MARKS = ["<|system|>", "<|user|>", "<|assistant|>", *ENDS]
 
 
 class Overheard:
@@ -56,18 +58,18 @@ class Overheard:
     def close(self) -> None: ...
 
 
-def checkpoint(folder: Path, template: str | None) -> Path:
-    """A Phi-3 of random weights, whose marks of turns are tokens of their own where it has a template."""
+def checkpoint(folder: Path, end: str | None) -> Path:
+    """A Phi-3 of random weights, with a chat template whose turns end so; None: without one."""
     words = tokenizer()
-    if template:
+    if end:
         words.add_special_tokens({"additional_special_tokens": MARKS})
-        words.chat_template = template
+        words.chat_template = TEMPLATE.replace("END", end)
     size = {"vocab_size": 420, "max_position_embeddings": 8192, "original_max_position_embeddings": 8192}
     model = save_phi3(folder, 1, words, **size)
     with torch.no_grad():
         model.lm_head.weight[len(words) :] = 0  # rows of no token are never the likeliest
-    if template:
-        model.generation_config.eos_token_id = [0, words.convert_tokens_to_ids("<|end|>")]
+    if end:
+        model.generation_config.eos_token_id = [0, words.convert_tokens_to_ids(end)]
     model.save_pretrained(folder)
     return folder
 
@@ -98,10 +100,10 @@ def trained_line(store: Store, sample: str, folder: Path) -> texts.Text:
     return row
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, None], ids=["template", "none"])
+@pytest.mark.parametrize("end", [*ENDS, None])
 @pytest.mark.parametrize("requests", [1, 2])
-def test_what_is_trained_is_what_was_asked(tmp_path: Path, template: str | None, requests: int) -> None:
-    folder = checkpoint(tmp_path / "phi", template)
+def test_what_is_trained_is_what_was_asked(tmp_path: Path, end: str | None, requests: int) -> None:
+    folder = checkpoint(tmp_path / "phi", end)
     export_gguf(folder, tmp_path / "model.gguf")
     engine = LlamaGenerator(tmp_path, manifest(tmp_path / "model.gguf"), EngineOptions())
     store, clock = Store(tmp_path / "state"), SystemClock()

@@ -150,15 +150,39 @@ def test_a_correction_goes_the_way_of_every_text_that_the_fleet_trains_on(kept: 
 def test_scores_make_successes_failures_and_with_both_a_pair(kept: Kept) -> None:
     kept.recorder.feedback(kept.run(*GOOD), Feedback(score=1.0, who=ANN))
     kept.recorder.feedback(wrong := kept.run(*BAD), Feedback(score=0.0, who=ANN))
-    assert [entry.state for entry in kept.entries()] == ["labelled", "unresolved"]
-    for file in (kept.requests_file(), kept.runs_file()):
+    assert [entry.state for entry in kept.entries()] == ["labelled", "labelled", "unresolved"]
+    for file, learned in ((kept.requests_file(), [json.dumps(each) for each in GOOD]), (kept.runs_file(), None)):
         examples, bad = read_examples(file)
-        assert ["reject" in each["answer"] for each in examples] == [True]
+        assert [each["answer"] for each in examples] == (learned or ['{"verdict": "reject"}'])
         assert any("its execution failed" in reason for _, reason in bad)
         (pair,), _ = read_pairs(file)
         assert "reject" in pair["chosen"] and "accept" in pair["rejected"]
     kept.recorder.feedback(wrong, Feedback(correction={"verdict": "reject"}, who=ANN))
     assert kept.entries()[-1].state == "labelled", "who first said only that it is wrong may still say what is right"
+
+
+def test_who_calls_a_run_right_stands_behind_the_steps_that_went_well(kept: Kept) -> None:
+    failed, garbled = call("scratches", part="seven"), "no step"
+    run_id = kept.run(failed, garbled, *GOOD)
+    kept.recorder.feedback(run_id, Feedback(score=1.0, who=ANN))
+    assert [each["answer"] for each in read_examples(kept.requests_file())[0]] == [json.dumps(each) for each in GOOD]
+    kept.recorder.feedback(run_id, Feedback(score=1.0, who=ANN))
+    assert len(kept.entries()) == 2, "said again, it changes nothing"
+    kept.recorder.feedback(run_id, Feedback(correction={"verdict": "scrap"}, who=ANN))
+    examples, bad = read_examples(kept.requests_file())
+    assert [json.loads(each["answer"]) for each in examples] == [final({"verdict": "scrap"})], (
+        "nobody stands behind the others"
+    )
+    assert not any("failed" in reason for _, reason in bad), "nor has anybody said that they are wrong"
+
+
+def test_a_step_that_a_training_has_taken_stays_what_it_is(kept: Kept) -> None:
+    run_id = kept.run(*GOOD)
+    kept.recorder.feedback(run_id, Feedback(score=1.0, who=ANN))
+    before = next(entry for entry in kept.entries() if "call_tool" in entry.label[0].text)  # type: ignore[union-attr]
+    kept.store.claim([before.sample], "job-1")
+    kept.recorder.feedback(run_id, Feedback(correction={"verdict": "scrap"}, who=ANN))
+    assert (kept.store.sample(before.sample).state, kept.entries()[-1].state) == ("claimed", "labelled")  # type: ignore[union-attr]
 
 
 def test_a_preference_is_a_pair_whatever_the_agent_itself_had_said(kept: Kept) -> None:

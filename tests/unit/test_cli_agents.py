@@ -49,8 +49,9 @@ def test_runs_are_listed_newest_first(config: Path) -> None:
     shown = run(config, "runs")
     lines = [line.split(maxsplit=1)[1] for line in shown.stdout.splitlines()]
     assert lines == [
-        'error cook 0 steps, 1.3 s, no feedback  "What colour?"', 'ok    clerk 0 steps, no feedback  "What colour?"',
-        'ok    clerk 0 steps, 1 feedback  "What colour?"',
+        'error cook phi@1.0 0 steps, 1.3 s, no feedback  "What colour?"',
+        'ok    clerk phi@1.0 0 steps, no feedback  "What colour?"',
+        'ok    clerk phi@1.0 0 steps, 1 feedback  "What colour?"',
     ]  # fmt: skip
     one = json.loads(run(config, "runs", "clerk", "--limit", "1", "--json").stdout)
     assert [(row["agent"], row["record"]["summary"]) for row in one] == [("clerk", "Green.")]
