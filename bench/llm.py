@@ -6,6 +6,7 @@ not depend on what it learned. It says nonsense, which is the hard case for a sc
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import shutil
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2TokenizerFast, Phi3Config, Phi3ForCausalLM
 
 from bench.measure import Benchmark, Result, Say, Target, alternate, ratio
+from edged.agents import Agent
 from edged.engines.base import ChatMessage, EngineOptions, Finished, GenerateRequest, Token
 from edged.engines.llama import BATCH_TOKENS, LlamaGenerator
 from edged.wire.manifest import ReleaseManifest
@@ -188,6 +190,64 @@ def prefix_speedup(model: Path, rounds: int, turns: int, say: Say) -> tuple[floa
     return ratio(cold, warm), facts
 
 
+class Timed:
+    """A generator for an agent, that notes of each request how long its first token took and what it read again; `cold`:
+    nothing is reused."""
+
+    def __init__(self, engine: LlamaGenerator, cold: bool) -> None:
+        self._engine, self._cold, self.context = engine, cold, engine.context
+        self.first_s: list[float] = []
+        self.ends: list[Finished] = []
+
+    def generate(self, request: GenerateRequest) -> Iterator[Token | Finished]:
+        """As the engine's."""
+        if self._cold:
+            self._engine.attach(None)
+        started = time.perf_counter()
+        for number, event in enumerate(self._engine.generate(request)):
+            if number == 0:
+                self.first_s.append(time.perf_counter() - started)
+            if isinstance(event, Finished):
+                self.ends.append(event)
+            yield event
+
+    def attach(self, adapter: Path | None, scale: float = 1.0) -> None:
+        """As the engine's."""
+        self._engine.attach(adapter, scale)
+
+    def close(self) -> None:
+        """The engine outlives it."""
+
+
+def agent_conversation(engine: LlamaGenerator, turns: int, cold: bool) -> Timed:
+    """A conversation of an agent, remembered as agents do, on the engine. Raises RuntimeError for a turn that fails."""
+    timed = Timed(engine, cold)
+    engine.attach(None)
+    agent = Agent(timed, _system_prompt(engine), output_schema={"done": bool}, max_tokens=400)
+    for turn in range(turns):
+        answer = asyncio.run(agent.auto_run(f"Turn {turn}: is line {turn + 3} done?", max_steps=1))
+        if answer.role == "error":
+            raise RuntimeError(f"turn {turn}: {answer.text}")
+    return timed
+
+
+def agent_prefix_speedup(model: Path, rounds: int, turns: int, say: Say) -> tuple[float, dict[str, Any]]:
+    """The same for an agent with its memory: steps under their grammar, old messages left out where the context ends."""
+    done: dict[bool, Timed] = {}
+    with _engine(model) as engine:
+
+        def side(cold: bool) -> float:
+            done[cold] = agent_conversation(engine, turns, cold)
+            return sum(done[cold].first_s)
+
+        cold, warm = alternate(
+            rounds, lambda: side(True), lambda: side(False), say=say, names=("agent, nothing reused, s", "agent, s")
+        )
+    read = sum(end.prompt_tokens for end in done[False].ends)
+    reused = sum(end.reused_tokens for end in done[False].ends)
+    return ratio(cold, warm), {"agent_tokens_reused": f"{reused} of {read}"}
+
+
 def _system_prompt(engine: LlamaGenerator) -> str:
     """A text of SYSTEM_TOKENS tokens, to one sentence's length."""
     words = random.Random(0).choices([*_PLACES, "checks", "the", "every", "hour", "reports"], k=SYSTEM_TOKENS)
@@ -235,12 +295,21 @@ def run(quick: bool, say: Say) -> Result:
     large = small if quick else make_model(folder / "large", _LARGE)
     speed, speed_facts = tokens_vs_raw(large, 2 if quick else 7, 32 if quick else 96, say)
     speedup, speedup_facts = prefix_speedup(large, 1 if quick else 3, TURNS, say)
+    agents, agents_facts = agent_prefix_speedup(large, 1 if quick else 2, TURNS, say)
     share, ends = valid_json(small, 40 if quick else 400, 200, say)
     if not quick:
         share_large, more = valid_json(large, 20, 64, say)
         share, ends = min(share, share_large), ends + more
-    facts = {"model": f"{large.stat().st_size / 2**20:.0f} MiB", "threads": THREADS, **speed_facts, **speedup_facts}
-    keys = {"tokens_vs_raw": speed, "prefix_speedup": speedup, "valid_json": share}
+    facts = {
+        "model": f"{large.stat().st_size / 2**20:.0f} MiB",
+        "threads": THREADS,
+        **speed_facts,
+        **speedup_facts,
+        **agents_facts,
+    }
+    keys = {
+        "tokens_vs_raw": speed, "prefix_speedup": speedup, "agent_prefix_speedup": agents, "valid_json": share,
+    }  # fmt: skip
     return Result(keys, facts | {"constrained_answers": dict(ends)})
 
 
@@ -250,6 +319,7 @@ BENCHMARK = Benchmark(
     {
         "tokens_vs_raw": Target(">=", 0.98),
         "prefix_speedup": Target(">=", 3.0),
+        "agent_prefix_speedup": Target(">=", 3.0),
         "valid_json": Target(">=", 1.0),
     },
     run,
