@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from trainer.config_drift import Drift
 from trainer.core import drift
 from trainer.core.accuracy import Checked
 from trainer.core.changes import changes, cycle_end, evenly
@@ -18,6 +19,7 @@ from trainer.core.streams import Block, Period, Verdict, design_effect, split
 BLOCK_S = 6 * 3600.0
 BLOCKS = 28  # of each place in a window of a week
 WINDOW_S = BLOCKS * BLOCK_S
+EACH = Rules(window_s=WINDOW_S, baseline_s=WINDOW_S, cycle_s=WINDOW_S)
 SURE = np.array([0, 0, 0, 0, 0.05, 0.05, 0.1, 0.1, 0.2, 0.5])  # the confidence of what is not escalated
 UNSURE = np.array([0, 0, 0, 0.05, 0.1, 0.1, 0.15, 0.2, 0.2, 0.2])
 
@@ -36,6 +38,8 @@ class World:
     right: float = 0.93
     audit_share: float = 0.1
     sure: tuple[float, ...] = tuple(SURE)
+    joins: int = 0  # the window in which as many places again come, whose rate and accuracy are others; 0: nobody comes
+    theirs: tuple[float, float] = (0.2, 0.75)
 
 
 Change = Callable[[World, float], World]  # the world after so many windows
@@ -43,13 +47,18 @@ Change = Callable[[World, float], World]  # the world after so many windows
 
 def stream(world: World, windows: int, rng: np.random.Generator, change: Change) -> tuple[list[Block], list[Verdict]]:
     blocks, verdicts = [], []
-    away = rng.uniform(-world.spread, world.spread, world.places)
+    count = world.places * (2 if world.joins else 1)
+    away = rng.uniform(-world.spread, world.spread, count)
     for number in range(windows * BLOCKS):
         now, at = change(world, number / BLOCKS), number * BLOCK_S
-        for place in range(world.places):
+        for place in range(count):
+            if place >= world.places:
+                now = replace(change(world, number / BLOCKS), rate=world.theirs[0], right=world.theirs[1])
+                if number < world.joins * BLOCKS:
+                    continue
             p = now.rate * (1 + away[place] / 0.1 + now.day * (1 if number % 4 < 2 else -1))
             p = float(rng.beta(p / now.noise, (1 - p) / now.noise)) if now.noise else p
-            items = int(rng.poisson(now.items * (1 + place)))
+            items = int(rng.poisson(now.items * (1 + place % world.places)))
             asked = int(rng.binomial(items, p))
             counts = rng.multinomial(items - asked, now.sure)
             counts[2] += asked
@@ -64,7 +73,7 @@ def stream(world: World, windows: int, rng: np.random.Generator, change: Change)
 
 
 def looks(
-    world: World, windows: int, seed: int, change: Change = lambda world, _: world, each: int = 1
+    world: World, windows: int, seed: int, change: Change = lambda world, _: world, each: int = 1, rules: Rules = EACH
 ) -> list[list[Look]]:
     """What is found at the end of every window (or `each` times in one) after the baseline."""
     rng = np.random.default_rng(seed)
@@ -72,8 +81,7 @@ def looks(
     asked = round(200 * world.rate)  # the calibration's items are as the stream is
     counts = rng.multinomial(200 - asked, np.array(world.sure))
     counts[2] += asked
-    rules = Rules(window_s=WINDOW_S, baseline_s=WINDOW_S, cycle_s=WINDOW_S, looks=each)
-    found, before = [], 0.0
+    rules, found, before = replace(rules, looks=each), list[list[Look]](), 0.0
     for number in range(each, windows * each):
         now = (number + 1) * WINDOW_S / each
         seen = [block for block in blocks if block.start < now], [verdict for verdict in verdicts if verdict.at < now]
@@ -86,6 +94,8 @@ QUIET = {
     "independent items": World(),
     "items that are alike, and days with nights": World(noise=0.03, day=0.4),
     "hardly any escalation": World(rate=0.01, spread=0.0, items=30),
+    "cameras that ask more and are wrong more come later": World(joins=3),
+    "cameras that are right more often come later": World(right=0.85, joins=3, theirs=(0.1, 0.99)),
 }
 
 
@@ -107,6 +117,54 @@ def test_a_stream_that_does_not_change_alarms_in_fewer_than_one_of_100_windows(s
             total += alarms(found)
     assert windows >= 168
     assert total.total() < windows / 100, total
+
+
+def test_a_quiet_fleet_with_several_groups_alarms_in_fewer_than_one_of_100_windows() -> None:
+    """L5: the fleet and four groups of it, each looked at by all five rules with its part of the level."""
+    config, world = (
+        Drift(window_s=WINDOW_S, baseline_s=WINDOW_S, cycle_s=WINDOW_S),
+        World(noise=0.02, day=0.3, places=4),
+    )
+    rules, windows, total = config.rules(5), 0, Counter[str]()
+    assert rules.level == pytest.approx(0.005 / 25)
+    for seed in range(10):
+        blocks, verdicts = stream(world, 11, np.random.default_rng(seed), lambda world, _: world)
+        for number in range(1, 11):
+            now = (number + 1) * WINDOW_S
+            for group in (None, *(f"d{place}/eye" for place in range(4))):
+                its = [block for block in blocks if block.start < now and group in (None, block.place)]
+                checked = [each for each in verdicts if each.at < now and group in (None, each.place)]
+                total += alarms([look(its, checked, [], rules, now, number * WINDOW_S)])
+            windows += 1
+    assert windows == 100
+    assert total.total() == 0, total
+
+
+def test_l5_the_rules_on_streams_take_their_part_of_the_level_too() -> None:
+    """More groups ask more of a change before it is one, by ADWIN as by the other rules."""
+    world, change, rule, _ = PLANTED["15 points of accuracy, by ADWIN"]
+
+    def found(rules: Rules) -> int:
+        return sum(each.found for seed in range(3) for one in looks(world, 6, 40 + seed, change, rules=rules)
+                   for each in one if each.rule == rule)  # fmt: skip
+
+    assert found(EACH) == 3
+    assert found(replace(EACH, false_alarms=EACH.false_alarms / 10**40)) == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "world"),
+    [
+        ("escalation_change", World(joins=3, theirs=(0.7, 0.93))),
+        ("accuracy_change", World(joins=3, theirs=(0.1, 0.7))),
+        ("accuracy", World(right=0.85, joins=3, theirs=(0.1, 0.99), items=80)),
+    ],
+)
+def test_l5_who_comes_later_and_differs_is_no_drift(rule: str, world: World) -> None:
+    total = Counter[str]()
+    for seed in range(2):
+        total += alarms(looks(world, 8, seed))
+    assert total[rule] == 0, total
 
 
 def test_looking_at_a_window_seven_times_does_not_alarm_more_often() -> None:

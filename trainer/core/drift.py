@@ -8,14 +8,14 @@ is measured between blocks of one place (core.streams), the levels of all rules 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from scipy.stats import chi2, hypergeom
 
 from trainer.core.accuracy import Accuracy, exact, live_accuracy
-from trainer.core.changes import Change, Stream, changes, cycle_end, evenly
+from trainer.core.changes import DELTA, Change, Stream, changes, cycle_end, evenly
 from trainer.core.streams import Block, Period, Verdict, design_effect, split
 
 RULES = ("escalation_rate", "accuracy", "confidence", "escalation_change", "accuracy_change")
@@ -109,11 +109,14 @@ def escalation_rate(baseline: Period, window: Period, rules: Rules) -> Look:
 
 
 def accuracy(baseline: Period, window: Period, rules: Rules) -> Look:
-    """L5: live accuracy against the baseline's, by the exact intervals of both, joined as by Newcombe (1998, method 10).
+    """L5: live accuracy against the same places' baseline, by the exact intervals of both, joined as by Newcombe (1998,
+    method 10).
 
     Where escalations have no verdicts, of the accepted answers alone.
     """
     rule = "accuracy"
+    there = baseline.by_place().keys() & window.by_place().keys()
+    baseline, window = baseline.only(there), window.only(there)
     if min(baseline.items, window.items) < rules.items_min:
         return _too_few(rule, baseline.items, window.items, rules)
     before, after = (_accuracy(period, 1 - 2 * rules.level) for period in (baseline, window))
@@ -163,28 +166,47 @@ def confidence(reference: Sequence[int], window: Period, rules: Rules) -> Look:
 
 
 def escalation_change(blocks: Sequence[Block], rules: Rules, looked_at: float, now: float) -> Look:
-    """ADWIN on the escalation rate of block after block, over the release's whole life."""
+    """ADWIN on the escalation rate of block after block, over the release's whole life, against each place's own mean."""
     ordered = sorted((block for block in blocks if block.items), key=lambda block: (block.start, block.place))
+    off = _off((block.place, block.items, block.escalated) for block in ordered)
     step = max(1, math.ceil(len(ordered) / VALUES_MAX))
     parts = [ordered[first : first + step] for first in range(0, len(ordered), step)]
     stream = [
-        (part[0].start, sum(block.escalated for block in part) / sum(block.items for block in part)) for part in parts
+        (
+            part[0].start,
+            sum(block.escalated - block.items * off[block.place] for block in part)
+            / sum(block.items for block in part),
+        )
+        for part in parts
     ]
     found = [each for each in _new(stream, rules, looked_at, now) if each.after > rules.escalation_ratio * each.before]
     return _changed("escalation_change", "escalation rate", found, len(stream))
 
 
 def accuracy_change(verdicts: Sequence[Verdict], rules: Rules, looked_at: float, now: float) -> Look:
-    """ADWIN on the audits' verdicts, one after the other, over the release's whole life."""
+    """ADWIN on the audits' verdicts, one after the other, over the release's whole life, against each place's own mean."""
     audits = sorted((each for each in verdicts if not each.checked.escalated), key=lambda each: (each.at, each.place))
-    stream = [(each.at, float(each.checked.right)) for each in audits[-VALUES_MAX:]]
+    audits = audits[-VALUES_MAX:]
+    off = _off((each.place, 1, each.checked.right) for each in audits)
+    stream = [(each.at, each.checked.right - off[each.place]) for each in audits]
     found = [each for each in _new(stream, rules, looked_at, now) if each.before - each.after > rules.accuracy_drop]
     return _changed("accuracy_change", "accuracy of audits", found, len(stream))
 
 
+def _off(counts: Iterable[tuple[str, int, int]]) -> dict[str, float]:
+    """Place -> how far its mean is above that of all, of (place, items, those counted). Without it who comes later, and is
+    another camera at another place, would look like a step."""
+    sums: dict[str, tuple[int, int]] = {}
+    for place, items, counted in counts:
+        n, x = sums.get(place, (0, 0))
+        sums[place] = n + items, x + counted
+    mean = sum(x for _, x in sums.values()) / max(1, sum(n for n, _ in sums.values()))
+    return {place: x / n - mean for place, (n, x) in sums.items()}
+
+
 def _new(stream: Stream, rules: Rules, looked_at: float, now: float) -> list[Change]:
     """The changes in cycles that have ended since the last look: each is reported by exactly one look."""
-    found = changes(evenly(stream, rules.cycle_s, now))
+    found = changes(evenly(stream, rules.cycle_s, now), min(DELTA, rules.level))
     return [each for each in found if cycle_end(each.seen, rules.cycle_s) > looked_at]
 
 
