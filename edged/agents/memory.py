@@ -7,7 +7,6 @@ already it need not read again (docs/agents.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edged.agents.messages import Message
@@ -74,9 +73,9 @@ class MemoryManager:
         return list(self._history)
 
     @property
-    def shown(self) -> Sequence[Message]:
+    def shown(self) -> list[Message]:
         """What the model gets to see."""
-        return tuple(self._history[self._hidden :])
+        return self._history[self._hidden :]
 
     def update_memory(self, message: Message) -> None:
         """Keep a message, and forget the oldest where there are too many. Raises MemoryFull for one that is too large."""
