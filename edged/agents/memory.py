@@ -8,7 +8,6 @@ anything is shown besides the last one: so it is known, after a restart too, tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edged.agents.messages import Message
@@ -81,9 +80,9 @@ class MemoryManager:
         return list(self._history)
 
     @property
-    def shown(self) -> Sequence[Message]:
+    def shown(self) -> list[Message]:
         """What the model gets to see."""
-        return tuple(self._history[self._hidden :])
+        return self._history[self._hidden :]
 
     def update_memory(self, message: Message) -> None:
         """Keep a message, and forget old ones where there are too many. Raises MemoryFull for one that is too large."""
