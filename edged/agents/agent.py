@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from edged.agents import told
 from edged.agents.base import BaseAgent, RunLimits, peer_schemas, time_limit, within
 from edged.agents.feedback import Execution, ModelStep, Recorder
 from edged.agents.memory import MemoryFull, MemoryManager
 from edged.agents.messages import LogLevel, Message, RequestContext
 from edged.agents.models import Said, ask
-from edged.agents.refs import written_out
 from edged.agents.registry import AgentRegistry
 from edged.agents.schemas import BadSchema, faults
 from edged.agents.shown import raised
-from edged.agents.steps import THOUGHT_CHARS_MAX, BadStep, Step, read_step, step_schema
+from edged.agents.steps import BadStep, Step, read_step, step_schema
 from edged.engines.base import ChatMessage, EngineError, PromptTooLong
 from edged.turns import QueueFull
 
@@ -287,7 +286,7 @@ class Agent(BaseAgent):
         )
         while True:
             try:
-                said = await self._think(run, _turns(system, self.memory, run.first), schema)
+                said = await self._think(run, told.turns(system, self.memory, run.first), schema)
             except PromptTooLong as error:
                 try:
                     self.memory.make_room()
@@ -341,15 +340,13 @@ class Agent(BaseAgent):
     def _construct_full_system_prompt(self, base_description: str, json_mode_for_output: bool = False) -> str:
         """The description, the tools and peers, and what a step looks like. The same for every step of a run, so that what
         an engine has read of it need not be read again."""
-        parts = [base_description.strip()]
-        if self.tools:
-            parts.append("Tools:\n" + "\n".join(_described(tool.schema["function"]) for tool in self.tools.values()))
-        peers = peer_schemas(self.allowed_peers)
-        if peers:
-            parts.append("Agents that you can ask:\n" + "\n".join(_peer(name, peers[name]) for name in peers))
-        if json_mode_for_output:
-            parts.append(_how_to_step(bool(self.tools), bool(peers), self.output_schema))
-        return "\n\n".join(part for part in parts if part)
+        return told.system_prompt(
+            base_description,
+            self.tools,
+            peer_schemas(self.allowed_peers),
+            self.output_schema,
+            stepwise=json_mode_for_output,
+        )
 
 
 def _check_steps(steps: int, limits: RunLimits) -> None:
@@ -392,50 +389,3 @@ _INPUTS: Mapping[str, Callable[[Step], dict[str, Any]]] = {
     "invoke_agent": lambda step: {"agent_name": step.target, "request": step.value},
     "final_response": lambda step: {"response": step.value},
 }
-
-
-def _turns(system: str, memory: MemoryManager, first: Message | None = None) -> list[ChatMessage]:
-    """The conversation as chat templates take it: the system's turn, then user and assistant in turn, the user first.
-
-    `first`: what the run on its way was asked. A run longer than the context leaves its beginning out; that it is shown."""
-    turns = [ChatMessage("system", system)] if system else []
-    conversation = memory.to_llm_format()
-    if first is not None and len(conversation) > len(memory.shown) and first not in memory.shown:
-        conversation.insert(1, first.to_llm_dict())
-    for said in conversation:
-        if turns and turns[-1].role == said["role"]:
-            turns[-1] = ChatMessage(said["role"], f"{turns[-1].content}\n\n{said['content']}")
-        else:
-            turns.append(ChatMessage(said["role"], said["content"]))
-    return turns
-
-
-def _described(function: Mapping[str, Any]) -> str:
-    return f"- {function['name']}: {function['description']} Arguments: {_short(function['parameters'])}"
-
-
-def _peer(name: str, schema: Mapping[str, Any] | None) -> str:
-    agent = AgentRegistry.get(name)
-    about = " ".join(agent.description.split())[:200] if agent else ""
-    return f"- {name}: {about} Request: {_short(schema) if schema else 'a text'}"
-
-
-def _short(schema: Mapping[str, Any]) -> str:
-    written = written_out(schema)
-    return json.dumps(written.get("properties", written), ensure_ascii=False)
-
-
-def _how_to_step(tools: bool, peers: bool, output_schema: Mapping[str, Any] | None) -> str:
-    forms = []
-    if tools:
-        forms.append('"call_tool" with {"tool_name", "arguments"}')
-    if peers:
-        forms.append('"invoke_agent" with {"agent_name", "request"}')
-    forms.append('"final_response" with {"response"}')
-    response = (
-        f"\nThe response must fit {json.dumps(written_out(output_schema), ensure_ascii=False)}" if output_schema else ""
-    )
-    return (
-        'Answer with one step as JSON: {"thought", "next_action", "action_input"}. next_action is '
-        f"{' or '.join(forms)}. The thought has at most {THOUGHT_CHARS_MAX} characters.{response}"
-    )
