@@ -28,19 +28,22 @@ INSTRUCTION = """You keep the models of a fleet of edge devices good.
 Don't train constantly, don't deploy what was not validated, don't train on labels of low confidence. What is refused says
 why; asking again at once changes nothing: report the refusal."""
 
-# What it did: the training that it asked for has exactly the fields of the trainer's answer (L16).
+_REASON = {"type": "string", "maxLength": 400}
+_TRIGGERED: dict[str, Any] = {
+    "action": {"const": "training_triggered"},
+    "reason": _REASON,
+    "samples_collected": {"type": "integer", "minimum": 0},
+    "training_job_id": {"type": "string", "minLength": 1, "maxLength": 200},
+    "target_model": {"type": "string", "minLength": 1, "maxLength": 200},
+    "estimated_completion": {"type": "string", "minLength": 1, "maxLength": 40},
+}
+_OTHERWISE: dict[str, Any] = {"action": {"enum": ["deployment_started", "notified", "nothing"]}, "reason": _REASON}
+# What it did: of a training that it asked for all the fields of the trainer's answer (L16), and nothing less.
 ANSWER: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "action": {"enum": ["training_triggered", "deployment_started", "notified", "nothing"]},
-        "reason": {"type": "string", "maxLength": 400},
-        "samples_collected": {"type": "integer", "minimum": 0},
-        "training_job_id": {"type": "string", "maxLength": 200},
-        "target_model": {"type": "string", "maxLength": 200},
-        "estimated_completion": {"type": "string", "maxLength": 40},
-    },
-    "required": ["action", "reason"],
-    "additionalProperties": False,
+    "anyOf": [
+        {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+        for fields in (_TRIGGERED, _OTHERWISE)
+    ]
 }
 
 

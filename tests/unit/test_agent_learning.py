@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from edged.agents.learning import ANSWER, FIVE, learning_agent, trainer_tools
+from edged.agents.learning import FIVE, learning_agent, trainer_tools
 from edged.agents.schemas import for_grammar
 from edged.engines.base import GenerateRequest
 from edged.engines.constrain import grammar
@@ -72,11 +72,21 @@ def test_it_collects_trains_and_answers_with_the_documented_fields(trainer: tupl
         call("request_training", model="digits"), triggered,
     )  # fmt: skip
     assert answer.role == "assistant", answer.text
-    assert sorted(answer.content) == sorted(ANSWER["properties"])
+    assert sorted(answer.content) == [
+        "action", "estimated_completion", "reason", "samples_collected", "target_model", "training_job_id",
+    ]  # fmt: skip
     assert (answer.content["action"], answer.content["samples_collected"]) == ("training_triggered", 6)
     assert answer.content["estimated_completion"].endswith("Z")
     assert '"samples_new": 6' in told[1]
     assert count(world, jobs) == 1
+
+
+def test_it_cannot_say_that_it_trains_without_the_fields_of_the_job(trainer: tuple[World, Tools]) -> None:
+    world, tools = trainer
+    bare = final({"action": "training_triggered", "reason": "more than 100 new samples"})
+    answer, _ = run(tools, bare, bare)
+    assert answer.role == "error" and "Response validation failed" in answer.text
+    assert count(world, jobs) == 0
 
 
 def test_it_does_not_train_constantly(trainer: tuple[World, Tools]) -> None:
