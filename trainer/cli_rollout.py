@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from trainer.config import TrainerConfig
+    from trainer.database import Database
 
 REFRESH_S = 1.0
 _ENDED = ("done", "aborted")
@@ -80,16 +81,15 @@ def status(
     if follow:
         _follow(settings, rollout, as_json)
         return
-    rolled, trained = _read(settings)
     if rollout:
-        chosen = _chosen(rolled, rollout)
-        if chosen is None:
-            fail(f"rollout {rollout!r} does not exist; `trainer rollout status` lists them")
+        chosen = _one(open_database(settings), rollout)
         if as_json:
             show(chosen, as_json)
         else:
             _print(chosen)
-    elif as_json:
+        return
+    rolled, trained = _read(settings)
+    if as_json:
         show({"rollouts": rolled, "jobs": trained}, as_json)
     else:
         keys = ("rollout_id", "release", "status", "step", "progress", "canary_result", "reason")
@@ -114,23 +114,35 @@ def _read(settings: TrainerConfig) -> tuple[list[dict[str, Any]], list[dict[str,
     from sqlalchemy import select
 
     from trainer.database import jobs, rollouts
-    from trainer.rollouts import progress
+    from trainer.rollouts import Known, progress
     from trainer.status import job_status
 
     with open_database(settings).read() as connection:
         rolled = connection.execute(select(rollouts).order_by(rollouts.c.created.desc())).all()
         trained = connection.execute(select(jobs).order_by(jobs.c.created.desc())).all()
+        known: Known = {}
         return (
-            [progress(connection, row) for row in rolled],
+            [progress(connection, row, known) for row in rolled],
             [job_status(connection, settings, row) for row in trained],
         )
 
 
-def _chosen(rolled: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """The rollout of this id, else the newest of this release or model, or of all for ""."""
-    by_id = [row for row in rolled if row["rollout_id"] == name]
-    named = [row for row in rolled if not name or name in (row["release"], row["model"])]
-    return next(iter([*by_id, *named]), None)
+def _one(database: Database, name: str) -> dict[str, Any]:
+    """The rollout of this id, else the newest of this release or model, or of all for ""; no other is read."""
+    from sqlalchemy import select, true
+
+    from trainer.database import rollouts
+    from trainer.rollouts import progress
+
+    table = rollouts.c
+    named = (table.release == name) | (table.model == name) if name else true()
+    with database.read() as connection:
+        row = connection.execute(select(rollouts).where(table.id == name)).first()
+        if row is None:
+            row = connection.execute(select(rollouts).where(named).order_by(table.created.desc()).limit(1)).first()
+        if row is None:
+            fail(f"rollout {name!r} does not exist; `trainer rollout status` lists them")
+        return progress(connection, row)
 
 
 def _follow(settings: TrainerConfig, name: str, as_json: bool) -> None:
@@ -142,15 +154,13 @@ def _follow(settings: TrainerConfig, name: str, as_json: bool) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    shown, live = "", None
+    shown, live, database = "", None, open_database(settings)
     if sys.stdout.isatty() and not as_json:
         live = Live(console=Console(highlight=False), auto_refresh=False)
         live.start()
     try:
         while True:
-            row = _chosen(_read(settings)[0], name)
-            if row is None:
-                fail(f"rollout {name!r} does not exist; `trainer rollout status` lists them")
+            row = _one(database, name)
             text = json.dumps(row, default=str) if as_json else _line(row)
             if live is not None:
                 live.update(_picture(row, time.time()), refresh=True)

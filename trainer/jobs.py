@@ -22,7 +22,7 @@ from trainer import leases
 from trainer.child import EXIT_UNWRITTEN, Outcome, read_outcome
 from trainer.claims import by_device, end_claims, forget_pixels, give_back, refused
 from trainer.config_text import own_names
-from trainer.core.rollout import Phase, Rollout
+from trainer.core.rollout import ENDED, Phase, Rollout
 from trainer.core.triggers import Fire, Wait, Wish
 from trainer.database import jobs, parts, rollouts, samples
 from trainer.faults import Faults
@@ -269,12 +269,16 @@ class Jobs:
 
     def _deploying(self, row: dict[str, Any]) -> None:
         host = self._host
+        this = rollouts.c.id == row["rollout"]
+        with host.database.read() as connection:  # twice a second: its state is as large as the fleet
+            phase = connection.execute(select(rollouts.c.phase).where(this)).scalar_one()
+        if phase not in ENDED:
+            return
         with host.database.write() as connection:
-            state = connection.execute(select(rollouts.c.state).where(rollouts.c.id == row["rollout"])).scalar_one()
-            rollout = Rollout.from_dict(state)
-            if rollout.phase is Phase.DONE:
+            if phase == Phase.DONE:
                 self._confirm(connection, row, f"the fleet runs {row['target']}")
-            elif rollout.phase is Phase.ABORTED:
+            else:
+                rollout = Rollout.from_dict(connection.execute(select(rollouts.c.state).where(this)).scalar_one())
                 self._end(connection, row, "rolled_back", rollout.reason)
 
     def _confirm(self, connection: Connection, row: dict[str, Any], told: str) -> None:

@@ -89,7 +89,7 @@ def _newcomers(host: Host, connection: Connection, done: _Done, names: list[str]
         for each in new
         if done.part not in told.get(each.device, ())
         and (each.device not in whole or _may_change(whole[each.device], told.get(each.device, ())))
-        and back[each.device] is not None
+        and (back[each.device] is not None or (each.active is None and done.part == "models"))  # nothing to go back to
     ]
 
 

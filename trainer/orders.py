@@ -219,6 +219,9 @@ class Orders:
             known = connection.execute(select(devices.c.device)).scalars().all()
             if device not in known:
                 return {"error": stranger(connection, device)}
+            refused = self._off_base(connection, device, models, adapters)
+            if refused:
+                return {"error": refused}
             off = self._misfits(connection, device, {s: each for s, each in models.items() if s not in adapters})
             adapters |= dict.fromkeys(off)
             rev = desire(
@@ -232,6 +235,24 @@ class Orders:
             text += "".join(f", {release} off {slot}: it is for another model" for slot, release in off.items())
             host.announce(connection, "desired_set", f"{device}: {text}", device=device, rev=rev)
         return {"device": device, "rev": rev, **({"adapters_off": off} if off else {})}
+
+    def _off_base(
+        self, connection: Connection, device: str, models: dict[str, StoredRelease],
+        adapters: dict[str, StoredRelease | None],
+    ) -> str:  # fmt: skip
+        """Why an adapter is not for the model that the device shall run in its slot, or runs; empty when it may go there."""
+        runs = runs_now(self._host, connection, device)["models"]
+        runs |= (desired_of(connection, device) or {"models": {}})["models"]
+        runs |= {slot: stored.ref.model_dump(mode="json") for slot, stored in models.items()}
+        for slot, adapter in adapters.items():
+            if adapter is not None and misfits(self._host, adapter.ref.model_dump(mode="json"), runs.get(slot)):
+                base = adapter.manifest.base.release if adapter.manifest.base else "another model"
+                model = runs[slot]["release"]
+                return (
+                    f"{slot}: {adapter.ref.release} is an adapter for {base}, and {device} runs {model} there: "
+                    f"add --model {slot}={base}, or train one for {model}"
+                )
+        return ""
 
     def _misfits(self, connection: Connection, device: str, models: dict[str, StoredRelease]) -> dict[str, str]:
         """slot -> the adapter that is desired of a device, or that it runs, and is for another model than these."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, delete, func, select
 
-from trainer.core.rollout import ENDED
+from trainer.core.rollout import ENDED, Phase
 from trainer.database import events, jobs, opinions, predictions, rollouts, samples, windows
 
 DAY_S = 86400.0
@@ -15,7 +15,7 @@ EVENTS_A_DEVICE_MAX = 2000
 SAMPLES_S_MAX = 180 * DAY_S  # after the last word about one that no training can have any more
 SAMPLES_A_DEVICE_MAX = 100_000
 WINDOWS_A_DEVICE_MAX = 200_000
-OVER_S_MAX = 2 * 365 * DAY_S  # of jobs and rollouts; the last of each model stays
+OVER_S_MAX = 2 * 365 * DAY_S  # of jobs and rollouts; the last of each model stays, and the last that is done
 WANTED = ("labelled", "claimed", "escalated", "unresolved")  # states of samples that may yet train
 OPEN = ("claiming", "training", "deploying")  # statuses of jobs
 
@@ -32,7 +32,9 @@ def forget(connection: Connection, now: float, own: str = "") -> None:
     _over(connection, windows, windows.c.end, WINDOWS_A_DEVICE_MAX)
     ended = [phase.value for phase in ENDED]
     _old(connection, jobs, now, jobs.c.status.notin_(OPEN))
-    _old(connection, rollouts, now, rollouts.c.phase.in_(ended))
+    # Whom the last one that is done did not reach follows it yet, however many were aborted since.
+    done = select(func.max(rollouts.c.created)).where(rollouts.c.phase == Phase.DONE).group_by(rollouts.c.model)
+    _old(connection, rollouts, now, rollouts.c.phase.in_(ended) & rollouts.c.created.notin_(done))
 
 
 def _events(connection: Connection, own: str) -> None:

@@ -41,6 +41,8 @@ from trainer.standing import Standing
 from trainer.telling import references, runs_now, tell
 from trainer.watch import Watch, audit_back, audit_more
 
+Known = dict[tuple[str, str], dict[str, Member]]  # (model, part) -> device -> how it stands
+
 
 def start_rollout(host: Host, connection: Connection, ref: ReleaseRef) -> Rollout | str:
     """Store a new rollout of a registered release to all devices of its model, of an adapter to all that run its base; or
@@ -309,10 +311,14 @@ def shown(judged: Judgement) -> dict[str, Any]:
     return {"verdict": judged.verdict.value, "reason": judged.reason, "audited": judged.audited, "findings": findings}
 
 
-def progress(connection: Connection, row: Any) -> dict[str, Any]:
-    """How far a rollout is, for people: `{status, progress: "1/3 nodes", canary_result, ...}` (L17)."""
-    rollout = Rollout.from_dict(row.state)
-    fleet = {member.device: member for member in members(connection, row.model, part=rollout.part)}
+def progress(connection: Connection, row: Any, known: Known | None = None) -> dict[str, Any]:
+    """How far a rollout is, for people: `{status, progress: "1/3 nodes", canary_result, ...}` (L17). `known`: given to all
+    calls for several rollouts, the fleet of each model is read once."""
+    rollout, known = Rollout.from_dict(row.state), {} if known is None else known
+    if (row.model, rollout.part) not in known:
+        found = members(connection, row.model, part=rollout.part)
+        known[row.model, rollout.part] = {member.device: member for member in found}
+    fleet = known[row.model, rollout.part]
     running = [
         device
         for device in rollout.devices

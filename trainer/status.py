@@ -14,7 +14,7 @@ from trainer.enrolment import revoked_names
 from trainer.fleet import sample_counts
 from trainer.host import Host
 from trainer.ready import OPEN
-from trainer.rollouts import progress
+from trainer.rollouts import Known, progress
 
 LATEST = 20
 FAULT_S = 86400.0
@@ -22,6 +22,7 @@ FAULT_S = 86400.0
 
 def status(host: Host, counters: dict[str, int], connected: bool) -> dict[str, Any]:
     """Everything at once, as /status shows it."""
+    known: Known = {}
     with host.database.read() as connection:
         return {
             "trainer": host.config.name,
@@ -33,7 +34,7 @@ def status(host: Host, counters: dict[str, int], connected: bool) -> dict[str, A
             "samples": sample_counts(connection),
             "jobs": [job_status(connection, host.config, row) for row in _latest(connection, jobs)],
             "workers": [dict(row._mapping) for row in connection.execute(select(workers).order_by(workers.c.name))],
-            "rollouts": [progress(connection, row) for row in _latest(connection, rollouts)],
+            "rollouts": [progress(connection, row, known) for row in _latest(connection, rollouts)],
             "events": [
                 {"ts": row.ts, "source": row.source, "kind": row.kind, "text": row.text}
                 for row in connection.execute(select(events).order_by(events.c.ts.desc()).limit(LATEST))

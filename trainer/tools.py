@@ -28,7 +28,7 @@ from trainer.inventory import chosen, known_labels
 from trainer.live import KEEP_S
 from trainer.orders import await_answer, place, withdraw
 from trainer.ready import decision
-from trainer.rollouts import progress
+from trainer.rollouts import Known, progress
 from trainer.status import job_status, promised
 
 WAIT_S = 15.0
@@ -219,6 +219,8 @@ class Tools:
             names = set(chosen(connection, self._config.site, asked.selector))
             known_labels(connection, self._config.site, asked.group_by)
 
+            known: Known = {}
+
             def latest(table: Any) -> list[Any]:
                 query = select(table).order_by(table.c.created.desc()).limit(LATEST)
                 return list(connection.execute(query.where(table.c.model == asked.model) if asked.model else query))
@@ -229,7 +231,7 @@ class Tools:
                     connection, self._config, time.time() - 3600 * asked.hours, asked.model, names, asked.group_by
                 ),
                 "jobs": [promised(job_status(connection, self._config, row)) for row in latest(jobs)],
-                "rollouts": [progress(connection, row) for row in latest(rollouts)],
+                "rollouts": [progress(connection, row, known) for row in latest(rollouts)],
                 "drift": latest_detections(connection, asked.model),
             }
 

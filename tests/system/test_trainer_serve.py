@@ -344,9 +344,43 @@ def test_a_release_goes_to_the_canary_and_then_to_all_through_a_power_cut(tmp_pa
         assert kinds == ["digits@1.1"] * 3
 
 
+@contextmanager
+def listening(broker: Broker) -> Iterator[list[str]]:
+    """The kinds of the events that whoever subscribes to them at the broker hears."""
+    name, kinds, done = "wall", list[str](), threading.Event()
+    ca, (certificate, key) = (broker.ca, broker.certificate(name)) if broker.ca else (None, (None, None))
+    link = Link(
+        LinkOptions(broker.host, broker.port, name, ca, certificate, key), [topics.EVENT.filter(site=SITE, dev="+")]
+    )
+
+    def listen() -> None:
+        while not done.is_set():
+            try:
+                found = link.inbox.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if isinstance(found, Inbound):
+                message = messages.decode(found.topic, found.payload)[2]
+                assert isinstance(message, messages.Event)
+                kinds.append(message.kind)
+                link.acknowledge(found)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    link.start()
+    thread.start()
+    try:
+        until("the listener is connected", lambda: link.connected)
+        yield kinds
+    finally:
+        done.set()
+        thread.join()
+        link.stop()
+
+
 @pytest.mark.timeout(180)
 def test_a_canary_that_fails_brings_the_previous_release_back(tmp_path: Path) -> None:
-    with running(tmp_path, "d1", "d2", rollout=ROLLOUT) as (broker, trainer, devices):
+    """And whoever subscribes hears of each phase (L18)."""
+    with running(tmp_path, "d1", "d2", rollout=ROLLOUT) as (broker, trainer, devices), listening(broker) as kinds:
         trainer.register("digits@1.1", b"second")
         until("two devices are known", lambda: len(trainer.call("fleet", "status")) == 2)
         started = trainer.call("rollout", "start", "digits@1.1", "--unjudged", "made by hand")
@@ -361,6 +395,8 @@ def test_a_canary_that_fails_brings_the_previous_release_back(tmp_path: Path) ->
         assert "golden input 3" in ended["reason"]
         other = next(device for device in devices if device is not canary)
         assert other.desired == {}
+        phases = ["rollout_canary", "rollout_aborting", "rollout_aborted"]
+        until("events of every phase", lambda: [kind for kind in kinds if kind in phases] == phases)
 
         # A broker that loses everything is told again what devices shall run.
         canary.desired = {}

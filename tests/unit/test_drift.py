@@ -256,6 +256,7 @@ def one(items: int, escalated: int, start: float = 0.0, place: str = "d/eye") ->
     ],
 )
 def test_the_rule_of_the_escalation_rate(before: tuple[int, int], after: tuple[int, int], found: bool) -> None:
+    """L5: more than 1.1 times the baseline, and more than chance."""
     rules = Rules(window_s=10.0, baseline_s=10.0, cycle_s=10.0)
     assert look([one(*before), one(*after, 15.0)], [], [], rules, 20.0, 0.0)[0].found is found
 
@@ -285,6 +286,21 @@ def test_the_rule_of_the_confidence(reference: list[int], window: tuple[int, int
     rules = Rules(window_s=10.0, baseline_s=10.0, cycle_s=10.0)
     blocks = [one(200, 20), one(*window, 15.0)]
     assert look(blocks, [], reference, rules, 20.0, 0.0)[2].found is found
+
+
+@pytest.mark.parametrize(("points", "found"), [(4.5, False), (5.5, True)])
+def test_l5_accuracy_has_to_fall_by_more_than_five_points_however_sure_it_is(points: float, found: bool) -> None:
+    rules, audits = Rules(window_s=10.0, baseline_s=10.0, cycle_s=10.0), 50_000
+
+    def checked(at: float, share: float) -> list[Verdict]:
+        right = round(share * audits)
+        return [Verdict("d/eye", at, Checked(number < right, 1.0, False)) for number in range(audits)]
+
+    verdicts = [*checked(1.0, 0.9), *checked(16.0, 0.9 - points / 100)]
+    seen = look([one(audits, 0), one(audits, 0, 15.0)], verdicts, [], rules, 20.0, 0.0)[1]
+    assert seen.evidence["drop"] == pytest.approx(points / 100)
+    assert seen.evidence["drop_low"] > 0  # it did fall
+    assert seen.found is found
 
 
 def test_accuracy_of_the_accepted_alone_where_escalations_are_not_answered() -> None:

@@ -283,6 +283,7 @@ def test_a_rise_of_escalations_is_found_announced_once_and_shown(world: World) -
 
 
 def test_a_fall_of_accuracy_that_only_audits_see(world: World) -> None:
+    """L5: by live accuracy."""
     world.hours(10, 0, 0.05, right=0.95)
     world.hours(10, 10, 0.05, right=0.8)
     found = {row["rule"]: row for row in Drift(world.host).check()}

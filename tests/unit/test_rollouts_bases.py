@@ -119,6 +119,25 @@ def test_one_device_that_is_told_another_model_loses_an_adapter_for_the_old_one_
     assert world.told()["d01"] == (BASE, FIRST)
 
 
+def test_an_adapter_for_another_model_is_refused_with_what_it_is_for_and_what_runs(tmp_path: Path) -> None:
+    world = Bases(tmp_path)
+    world.runs(NEXT, None)
+
+    def told(models: dict[str, str], adapters: dict[str, str]) -> dict[str, Any]:
+        return world.order("desire", device="d00", models=models, adapters=adapters)  # type: ignore[arg-type]
+
+    error = told({}, {"clerk": FIRST})["error"]
+    assert f"{FIRST} is an adapter for {BASE}, and d00 runs {NEXT} there" in error
+    assert f"--model clerk={BASE}" in error
+    assert NEXT in told({"clerk": NEXT}, {"clerk": FIRST})["error"]
+    assert world.told() == {}
+    assert "error" not in told({"clerk": BASE}, {"clerk": FIRST})
+    assert "error" not in told(
+        {}, {"clerk": FIRST}
+    )  # the model that it shall run counts, though it does not run it yet
+    assert world.told()["d00"] == (BASE, FIRST)
+
+
 def adapted(folder: Path) -> Bases:
     """A fleet to which an adapter was rolled out."""
     world = Bases(folder)

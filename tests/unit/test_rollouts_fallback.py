@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event
 
-from edged.wire.messages import ModelReport, Reported
+from edged.wire.messages import ModelReport, Reported, State
 from tests.unit.test_rollouts import HOUR, NEW, OLD, QUICK, WINDOW_S, World
 from trainer import fleet
 from trainer.files import write_whole
@@ -195,3 +195,15 @@ def test_what_devices_of_another_model_say_costs_a_finished_rollout_no_transacti
     world.rollouts.tick()
     assert any("FROM devices" in statement for statement in done)
     assert [each for each in done if "rollouts.state" in each or each.startswith(("BEGIN IMMEDIATE", "UPDATE"))] == []
+
+
+def test_a_device_whose_slot_is_empty_is_brought_along(tmp_path: Path) -> None:
+    world = Later(tmp_path)
+    world.goes_on(NEW, "done")
+    with world.host.database.write() as connection:
+        fleet.take_state(connection, "d10", State(**world.host.envelope(), state="online", device="d10"), world.clock)
+        said = Reported(**world.host.envelope(), models={"digits": ModelReport(active=None)})
+        fleet.take_reported(connection, "d10", said, world.clock)
+    for _ in range(2):
+        world.rollouts.tick()
+    assert world.told()["d10"]["digits"]["release"] == NEW

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def test_l16_request_training_answers_with_exactly_these_fields(tools: tuple[Wor
     ]  # fmt: skip
     assert answer["action"] == "training_triggered"
     assert (answer["samples_collected"], answer["target_model"]) == (6, "digits@1.1")
-    assert answer["estimated_completion"].endswith("Z")
+    ends = datetime.fromisoformat(answer["estimated_completion"])
+    assert ends.utcoffset() == timedelta(0)
+    assert ends > datetime.now(UTC)
 
 
 def test_l17_job_status_has_exactly_these_fields(tools: tuple[World, Tools]) -> None:

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from trainer.config import ConfigError, load_config
+from trainer.config_drift import Drift
+from trainer.config_fleet import Triggers
 from trainer.config_registration import BODY
+from trainer.config_rollout import Rollout
 from trainer.core.registration import Pace
+from trainer.core.triggers import CRON
 
 GOOD = """
 name = "host"
@@ -34,6 +38,13 @@ def test_paths_start_at_the_file_and_the_environment_wins(tmp_path: Path, monkey
     assert config.database_at == tmp_path / "data" / "trainer.sqlite"
     assert config.model("digits").checkpoint == tmp_path / "base.pt"
     assert (config.model("digits").epochs, config.broker.port, config.name) == (3, 1999, "host")
+
+
+def test_what_the_design_says_of_clocks_is_the_default() -> None:
+    """L4, L5, L12: Sunday at two, a look at drift each week, an hour of watching."""
+    assert Triggers().cron == CRON == "0 2 * * sun"
+    assert Drift().check_s == 604_800
+    assert (Rollout().watch_s, Rollout().rules().watches) == (3600.0, (3600.0,))
 
 
 @pytest.mark.parametrize(
