@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,74 @@ def test_every_answer_is_valid_or_truncated(engine: LlamaGenerator, name: str) -
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(schemas(), st.integers(0, 2**32), st.sampled_from([0.0, 0.8, 4.0]))
-def test_any_schema_is_kept_to(engine: LlamaGenerator, schema: dict[str, Any], seed: int, temperature: float) -> None:
-    said, end = ask(engine, prompt="the", schema=schema, seed=seed, temperature=temperature, tokens_max=400)
-    if end.reason != "truncated":
+@given(schemas(), st.integers(0, 2**32), st.sampled_from([0.0, 0.8, 4.0]), st.sampled_from([6, 10, 400]))
+def test_any_schema_is_kept_to(
+    engine: LlamaGenerator, schema: dict[str, Any], seed: int, temperature: float, tokens_max: int
+) -> None:
+    """Also as far as an answer went that its tokens did not reach for."""
+    said, end = ask(engine, prompt="the", schema=schema, seed=seed, temperature=temperature, tokens_max=tokens_max)
+    if end.reason == "truncated":
+        assert end.answer_tokens == tokens_max
+        begun = closed(said)
+        if begun is None:
+            assert SCALAR_BEGUN.fullmatch(said.strip()), said
+        else:
+            jsonschema.validate(json.loads(begun), begun_of(schema))
+    else:
+        assert end.reason in ("stop", "length")
         jsonschema.validate(json.loads(said), schema)
+
+
+# A number, a text or a word that is not at its end, or not begun.
+SCALAR_BEGUN = re.compile(r'(-?\d*(\.\d*)?([eE][-+]?\d*)?|"([^"\\]|\\.)*\\?|[a-z]*)"?')
+
+
+def closed(text: str) -> str | None:
+    """The list or object that a cut-off text begins, with what is whole in it; None when it begins none."""
+    stack, quoted, escaped = "", False, False
+    whole = None
+    for at, char in enumerate(text):
+        if quoted:
+            quoted, escaped = escaped or char != '"', char == "\\" and not escaped
+        elif char == '"':
+            quoted = True
+        elif char in "[{":
+            stack += "]" if char == "[" else "}"
+            whole = text[: at + 1] + stack[::-1]
+        elif char in "]}":
+            stack = stack[:-1]
+            whole = text[: at + 1] + stack[::-1]
+        elif char == ",":
+            whole = text[:at] + stack[::-1]
+    return whole
+
+
+def begun_of(schema: Any) -> Any:
+    """The schema without what only a whole value fulfils."""
+    if isinstance(schema, list):
+        return [begun_of(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "properties" in schema:
+        named = {name: begun_of(each) for name, each in schema["properties"].items()}
+        return {"type": "object", "properties": named, "additionalProperties": False}
+    return {
+        key: value if key in ("const", "enum") else begun_of(value)
+        for key, value in schema.items()
+        if key != "minItems"
+    }
+
+
+def test_what_was_cut_off_is_closed_where_it_was_whole() -> None:
+    assert closed('{"a": [1, tru') == '{"a": [1]}'
+    assert closed('{"a": {"b": 1}, "c') == '{"a": {"b": 1}}'
+    assert closed('["]\\"[", ') == '["]\\"["]'
+    assert closed("[[") == "[[]]" and closed('"[') is None and closed("1.") is None
+    assert SCALAR_BEGUN.fullmatch("-1.5e") and SCALAR_BEGUN.fullmatch('"a\\') and not SCALAR_BEGUN.fullmatch("1x")
+    wrong = {"anyOf": [{"items": {"type": "integer", "maximum": 4}, "minItems": 3}]}
+    jsonschema.validate([4], begun_of(wrong))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate([5], begun_of(wrong))
 
 
 def test_both_ends_of_what_is_allowed_are_reached(engine: LlamaGenerator) -> None:
