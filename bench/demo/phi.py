@@ -8,22 +8,18 @@ words and accepts from a score of 0.5 on; the adapter is the plant's new rule: P
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast, Phi3Config, Phi3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.kept import kept
+from bench.small_phi import Row, Schooling, cached, tokenizer_of, train, wrong
 from trainer.export.gguf import export_gguf
 from trainer.export.gguf_lora import export_lora_gguf
 from trainer.tuners.base import Work
@@ -34,12 +30,8 @@ from trainer.tuners.settings import LoraSettings
 
 LINES = 3
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_END = "<|endoftext|>"
 _RECIPE = 1  # part of the cache's key: raise it when a change here changes what comes out
-_STEPS = 300
-_WARM_STEPS = 20
-_BATCH = 25
-_RATE = 3e-3
+_SCHOOLING = Schooling(steps=300, batch=25, rate=3e-3)
 _MODEL = {
     "vocab_size": 384,
     "hidden_size": 192,
@@ -85,7 +77,7 @@ def make_phi(build: Path, seed: int) -> Path:
     Raises RuntimeError when it does not learn the grammar.
     """
     recipe = {"recipe": _RECIPE, "model": _MODEL, "grammar": [_texts(item) for item in GRAMMAR], "seed": seed}
-    return _cached(build, "phi", recipe, lambda folder: _train_base(folder, seed))
+    return cached(build, "phi", recipe, lambda folder: _train_base(folder, seed))
 
 
 def make_adapter(build: Path, base: Path, seed: int) -> Path:
@@ -95,112 +87,39 @@ def make_adapter(build: Path, base: Path, seed: int) -> Path:
     """
     recipe = {"base": base.name, "recipe": _RECIPE, "lora": _LORA.model_dump(), "seed": seed}
     recipe |= {"epochs": _LORA_EPOCHS, "rate": _LORA_RATE, "loop": 2}
-    return _cached(build, "phi-adapter", recipe, lambda folder: _train_adapter(folder, base, seed))
+    return cached(build, "phi-adapter", recipe, lambda folder: _train_adapter(folder, base, seed))
 
 
 def _texts(item: PhiExample) -> list[str]:
     return [item.prompt, item.base, item.adapter]
 
 
-def _cached(build: Path, name: str, recipe: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    folder = build / f"{name}-{key}"
-
-    def made(beside: Path) -> None:
-        beside.mkdir()
-        with _one_thread():
-            make(beside)
-
-    return kept(folder, made)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # So small a network gains nothing from a second thread, and several of them spin while they wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train_tokenizer() -> GPT2TokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_MODEL["vocab_size"],
-        special_tokens=[_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text for item in GRAMMAR for text in _texts(item)), trainer)
-    return GPT2TokenizerFast(tokenizer_object=tokenizer, bos_token=_END, eos_token=_END, unk_token=_END, pad_token=_END)
-
-
 def _train_base(folder: Path, seed: int) -> None:
-    tokenizer = _train_tokenizer()
-    end = tokenizer.eos_token_id
-    rows = _rows(tokenizer, lambda item: item.base)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        order = random.Random(seed)
-        model = Phi3ForCausalLM(Phi3Config(**_MODEL, bos_token_id=end, eos_token_id=end, pad_token_id=end))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
-        for step in range(_STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = _RATE * min((step + 1) / _WARM_STEPS, 1 - step / _STEPS)
-            tokens, labels = _batch(order.sample(rows, _BATCH), end)
-            loss = model(input_ids=tokens, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-    if wrong := _wrong(model, rows, end):
-        raise RuntimeError(f"the demo's Phi answers {wrong} prompts wrongly; try another seed than {seed}")
+    words = tokenizer_of((text for item in GRAMMAR for text in _texts(item)), _MODEL["vocab_size"])
+    model = train(_rows(words, lambda item: item.base), _MODEL, words.eos_token_id, _SCHOOLING, seed)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    words.save_pretrained(folder)
 
 
 def _train_adapter(folder: Path, base: Path, seed: int) -> None:
     examples = [Example(prompt=item.prompt, answer=item.adapter) for item in GRAMMAR]
-    settings = LanguageSettings(epochs=_LORA_EPOCHS, batch=_BATCH, learning_rate=_LORA_RATE, lora=_LORA)
+    settings = LanguageSettings(epochs=_LORA_EPOCHS, batch=_SCHOOLING.batch, learning_rate=_LORA_RATE, lora=_LORA)
     scratch = folder / "scratch"
     made = tune(Work(base, examples, folder / "tuned", scratch, settings, seed)).path
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), made)
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = _rows(tokenizer, lambda item: item.adapter)
-    if wrong := _wrong(model, rows, tokenizer.eos_token_id):
-        raise RuntimeError(f"the demo's adapter answers {wrong} prompts by the old rule; try another seed than {seed}")
+    if count := wrong(model, rows, tokenizer.eos_token_id):
+        raise RuntimeError(f"the demo's adapter answers {count} prompts by the old rule; try another seed than {seed}")
     for file in made.iterdir():
         file.rename(folder / file.name)
     made.rmdir()
 
 
-def _rows(tokenizer: Any, answer: Callable[[PhiExample], str]) -> list[tuple[list[int], list[int]]]:
+def _rows(tokenizer: Any, answer: Callable[[PhiExample], str]) -> list[Row]:
     """Tokens of prompt and of answer, the end of text included, for the whole grammar."""
     end = tokenizer.eos_token_id
     return [(tokenizer(item.prompt)["input_ids"], [*tokenizer(answer(item))["input_ids"], end]) for item in GRAMMAR]
-
-
-def _batch(rows: list[tuple[list[int], list[int]]], end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (rows, longest row); only answers carry a label."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    pads = [width - len(prompt) - len(answer) for prompt, answer in rows]
-    tokens = [prompt + answer + [end] * pad for (prompt, answer), pad in zip(rows, pads, strict=True)]
-    labels = [[-100] * len(prompt) + answer + [-100] * pad for (prompt, answer), pad in zip(rows, pads, strict=True)]
-    return torch.tensor(tokens), torch.tensor(labels)
-
-
-@torch.no_grad()
-def _wrong(model: Any, rows: list[tuple[list[int], list[int]]], end: int) -> int:
-    """How many greedy answers would differ in some token: each token of an answer must be the likeliest one."""
-    model.eval()
-    tokens, labels = _batch(rows, end)
-    likeliest = model(input_ids=tokens).logits[:, :-1].argmax(-1)
-    right = (likeliest == labels[:, 1:]) | (labels[:, 1:] == -100)
-    return int((~right.all(dim=1)).sum())
 
 
 def main(build: Path, seed: int) -> None:
