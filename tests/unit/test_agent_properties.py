@@ -17,7 +17,7 @@ from edged.agents import Agent, BaseAgent, Message, RequestContext, RunLimits, T
 from edged.agents.browser import BrowserAgent
 from edged.agents.models import Said
 from edged.engines.base import Finished, GenerateRequest
-from edged.turns import QueueFull, Turns
+from edged.turns import QueueFull, Turns, never
 from tests.support.device import until
 from tests.support.scripted import Scripted, call, final
 
@@ -81,7 +81,11 @@ def test_nothing_begins_after_the_time_of_a_run_or_of_its_task(
     model = Drawn([(line, 1) for line, _ in said])
     clock = SimpleNamespace(monotonic=lambda: model.clock)
     context = RequestContext(deadline=None if own is None else float(own))
-    with patch("edged.agents.agent.time", clock), patch("edged.agents.models.time", clock):
+    with (
+        patch("edged.agents.agent.time", clock),
+        patch("edged.agents.models.time", clock),
+        patch("edged.agents.base.time", clock),
+    ):
         answer = asyncio.run(agent(kind, model, RunLimits(seconds_max=seconds)).auto_run("go", context, 20))
     assert model.clock <= min(seconds, own or seconds), "each answer takes a second, and none begins at the end"
     assert answer.role == "error" or answer.content == {"n": 1}
@@ -149,7 +153,7 @@ def test_so_many_wait_for_a_model_and_no_more(most: int) -> None:
     turns, go_on, served = Turns(most), threading.Event(), list[int]()
 
     def wait(number: int) -> None:
-        with turns.turn(lambda: ""):
+        with turns.turn(never):
             served.append(number)
             go_on.wait(20)
 
@@ -157,12 +161,14 @@ def test_so_many_wait_for_a_model_and_no_more(most: int) -> None:
     for number in range(most + 1):  # one has its turn, the others wait
         threads.append(threading.Thread(target=wait, args=(number,), daemon=True))
         threads[-1].start()
-        until("it waits", lambda number=number: len(turns._queue) == number + 1)
-    with pytest.raises(QueueFull, match=f"{most} requests wait"), turns.turn(lambda: "there was room"):
+        until("it waits", lambda number=number: len(served) == 1 and turns.waiting == number)
+    room = iter(["", *["there was room"] * 9])
+    with pytest.raises(QueueFull, match=f"{most} requests wait"), turns.turn(lambda: next(room)):
         pass
     go_on.set()
     for thread in threads:
         thread.join(20)
     assert served == list(range(most + 1)), "in the order in which they came"
-    with turns.turn(lambda: "") as late:
-        assert late == "", "and then there is room again"
+    assert turns.waiting == 0
+    with turns.turn(never):
+        pass  # and then there is room again
