@@ -30,6 +30,7 @@ from edged.agents.registry import AgentRegistry
 from edged.agents.steps import final_step
 from edged.config_agents import Agent as AgentConfig
 from edged.engines.base import Finished, GenerateRequest, Generator, Token
+from edged.turns import Halt
 from tests.support.scripted import call
 from trainer.export.gguf import export_gguf
 from trainer.tuners.language import Base, answer_tokens, prompt_tokens
@@ -125,7 +126,7 @@ class Foreknowing:
         self.asked: list[tuple[GenerateRequest, str]] = []
 
     @contextmanager
-    def lent(self) -> Iterator[tuple[Generator, str, str]]:
+    def lent(self, halt: Halt) -> Iterator[tuple[Generator, str, str]]:
         """As Lessor."""
         yield self, "foreknowing@1.0", ""
 

@@ -16,6 +16,7 @@ from edged.agents import Agent, ModelConfig
 from edged.agents.models import LentModel, open_model
 from edged.agents.schemas import compile_schema, faults
 from edged.agents.steps import read_step
+from edged.turns import never
 from tests.support.chatty import make_chatty_onnx
 from tests.support.device import Device, tables
 from tests.system.broker import Broker
@@ -36,7 +37,7 @@ def model(release: Path) -> Iterator[LentModel]:
     opened = open_model(ModelConfig(type="local", name=str(release)))
     assert isinstance(opened, LentModel)
     yield opened
-    with opened._lessor.lent() as (generator, _, _):
+    with opened._lessor.lent(never) as (generator, _, _):
         generator.close()
 
 
