@@ -25,6 +25,8 @@ from edged.releases import read_manifest
 from tests.support.boards import BOARDS, Board
 from tests.support.claimed import SHAPES, SMALL, language_release, vision_release
 
+pytestmark = pytest.mark.timeout(900)  # the first one of each kind makes its release
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "firmware_profiles"
 EDGED = ROOT / "build" / "venv-device" / "bin" / "edged"
