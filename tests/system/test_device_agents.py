@@ -249,7 +249,9 @@ def test_ctrl_c_cancels_a_run_and_the_next_one_has_its_turn(tmp_path: Path, brok
         assert run(device, "slow", {"part": 1}, "--timeout", "0.5")[0] == 130
         listed = until("it is listed, too", lambda: device.cli("agent", "runs", "slow").stdout)
         run_id = listed.split()[0]
-        assert listed.split()[1:5] == ["error", "slow", "-", "0"], "an agent of its own kind has no steps that are known"
+        assert listed.split()[1:5] == ["error", "slow", "-", "0"], (
+            "an agent of its own kind has no steps that are known"
+        )
         refused = device.cli("agent", "feedback", run_id, "--score", "0", "--who", "ann")
         assert refused.returncode == 2 and "there is nothing to learn from" in refused.stderr
 

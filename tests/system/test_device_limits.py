@@ -230,6 +230,7 @@ def test_if_the_new_model_is_no_good_the_old_one_comes_back(
         assert {result.prediction[0].label for result in bus.of(Result)} == {"cat"}
 
 
+@pytest.mark.alone  # what a process has to itself of its libraries depends on who else runs
 def test_prompts_wait_while_one_language_model_replaces_another(
     tmp_path: Path, broker: Broker, bus: Bus, files: FileServer, phi: dict[str, Path]
 ) -> None:
