@@ -11,10 +11,15 @@ from copy import copy
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from jsonschema import Draft202012Validator
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012
+try:
+    from jsonschema import Draft202012Validator as Draft202012Validator
+    from jsonschema.exceptions import SchemaError as SchemaError
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable as Unresolvable
+    from referencing.jsonschema import DRAFT202012
+except ImportError as error:
+    why = f"agents need the package {error.name}, which is not installed; install the extra: pip install edged[agents]"
+    raise ImportError(why, name=error.name) from None
 
 NOWHERE: Any = Registry()  # knows no other schema, and does not look for one
 WRITTEN_MAX = 2000  # schemas within a schema whose references are written out; beyond, anything is allowed

@@ -14,15 +14,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 from urllib.parse import quote
 
-try:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-    from referencing.exceptions import Unresolvable
-except ImportError as error:
-    why = f"agents need the package {error.name}, which is not installed; install the extra: pip install edged[agents]"
-    raise ImportError(why, name=error.name) from None
-
-from edged.agents.refs import NOWHERE, BadReference, both, check, embedded, written_out
+from edged.agents.refs import (
+    NOWHERE,
+    BadReference,
+    Draft202012Validator,
+    SchemaError,
+    Unresolvable,
+    both,
+    check,
+    embedded,
+    written_out,
+)
 from edged.engines.base import Unsuitable
 from edged.engines.constrain import grammar
 
