@@ -123,10 +123,10 @@ class PhiAgent(BaseAgent):
         until = time.monotonic() + self.limits.seconds_max
         if request_context is not None and request_context.deadline is not None:
             until = min(until, request_context.deadline)
+        most = min(self.props.max_tokens or self.limits.tokens_max, self.limits.tokens_max)  # a context may hold more
         asked = GenerateRequest(
-            request.generation_prompt, tokens_max=self.props.max_tokens, temperature=self.props.temperature,
-            seed=self.props.seed,
-        )  # fmt: skip
+            request.generation_prompt, tokens_max=most, temperature=self.props.temperature, seed=self.props.seed
+        )
         said = await speak(self.model, asked, until=until, cancelled=cancelled, hear=hear)
         if said.end.reason in ERRORS:
             why = f"the answer of {said.release or 'the model'} {ERRORS[said.end.reason]}"

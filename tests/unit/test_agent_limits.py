@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edged.agents import Agent, AgentRegistry, BaseAgent, Message, RequestContext, RunLimits
 from edged.agents.browser import BrowserAgent
 from edged.agents.feedback import Execution, Feedback
+from edged.agents.phi import PhiAgent
 from edged.engines.base import GenerateRequest
 from tests.support.scripted import Scripted, ask, call, final
 
@@ -331,3 +332,11 @@ def test_no_task_has_more_calls_or_more_agents_that_wait_than_it_may(
 @given(plan=plans(hang=True))
 def test_a_task_ends_whoever_of_its_agents_does_not(plan: Plan) -> None:
     played(plan, RunLimits(seconds_max=0.05))
+
+
+@pytest.mark.parametrize(("own", "most", "asked"), [(0, 100, 100), (40, 100, 40), (400, 100, 100)])
+def test_an_answer_of_the_phi_agent_has_the_tokens_of_a_run_and_no_more(own: int, most: int, asked: int) -> None:
+    model = Scripted("gray")
+    phi = PhiAgent(model, agent_name="phi-limited", max_tokens=own or None, limits=RunLimits(tokens_max=most))
+    assert ends(phi.generate("The sky is ")).generated_response == "gray"
+    assert [request.tokens_max for request in model.asked] == [asked]
